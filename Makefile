@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it creates.
+VENV    := .venv
+BIN     := $(VENV)/bin
+UV      := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q -c constraints.txt
+RESULTS ?= results
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format report clean
+
+help: ## show this list
+	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.user ## install, sweep every kind of edit over the embedded pairs, print the table
+	@$(BIN)/deltalab -m experiment=demo results=$(RESULTS)
+	@$(BIN)/deltalab-report results=$(RESULTS) experiment=demo
+
+test: $(VENV)/.dev ## install the dev tools, run the whole test suite
+	@$(BIN)/pytest -n 2
+
+check: $(VENV)/.dev ## formatting, lint, types, tests with doctests
+	@$(BIN)/ruff format --check deltalab experiments tests
+	@$(BIN)/ruff check deltalab experiments tests
+	@$(BIN)/mypy
+	@$(BIN)/pytest -n 2
+
+format: $(VENV)/.dev ## format the code
+	@$(BIN)/ruff format deltalab experiments tests
+	@$(BIN)/ruff check --fix deltalab experiments tests
+
+report: $(VENV)/.user ## tables and figures from the records in RESULTS
+	@$(BIN)/deltalab-report results=$(RESULTS)
+
+clean: ## remove the environment and caches, keep results
+	rm -rf $(VENV) .mypy_cache .ruff_cache dist *.egg-info
+
+$(VENV)/.uv:
+	@echo "creating $(VENV)"
+	@python3 -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check $$(grep '^uv==' constraints.txt)
+	@touch $@
+
+$(VENV)/.user: $(VENV)/.uv pyproject.toml constraints.txt
+	@echo "installing deltalab and what it needs (a few minutes at most)"
+	@$(UV) -e '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.user
+	@$(UV) -e '.[dev]'
+	@touch $@

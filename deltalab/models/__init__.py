@@ -1,0 +1,1 @@
+"""Specs that open as a `ModelPair`."""

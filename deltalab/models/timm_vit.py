@@ -1,0 +1,126 @@
+"""Pairs of timm image models, from safetensors files, shard directories or the hub."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltalab.weights import Checkpoint, ModelPair, Weights, check_same_layout, fingerprint
+
+
+@dataclass(frozen=True)
+class TimmPair:
+    """Any timm architecture with a pre- and a post-trained checkpoint.
+
+    Args:
+        name: a timm architecture, for instance `vit_base_patch16_224`.
+        pre: a safetensors file, a directory of shards, or a hub id.
+        post: likewise, fine-tuned from `pre`, with the same tensor names and shapes.
+        args: further arguments of `timm.create_model`, for instance `{img_size: 32}`.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        dtype: the dtype in which the model is evaluated.
+    """
+
+    name: str
+    pre: str
+    post: str
+    args: tuple[tuple[str, Any], ...] = ()
+    device: str = "auto"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.args, Mapping):
+            object.__setattr__(self, "args", tuple(sorted(self.args.items())))
+        if not hasattr(torch, self.dtype) or not isinstance(getattr(torch, self.dtype), torch.dtype):
+            raise ValueError(f"model.dtype={self.dtype}: must be float32, bfloat16 or float16")
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """Content fingerprints of both checkpoints."""
+        return fingerprint(locate(self.pre, "model.pre")), fingerprint(
+            locate(self.post, "model.post")
+        )
+
+    def open(self) -> ModelPair:
+        """Return the pair; consecutive calls with an equal spec share it."""
+        return _open(self)
+
+
+@lru_cache(maxsize=1)
+def _open(spec: TimmPair) -> ModelPair:
+    import timm
+
+    pre = Checkpoint(locate(spec.pre, "model.pre"))
+    post = Checkpoint(locate(spec.post, "model.post"))
+    check_same_layout(pre, post)
+    if not timm.is_model(spec.name):
+        near = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
+        raise ValueError(f"model.name={spec.name}: not a timm architecture; near: {near}")
+    args = dict(spec.args)
+    classifier = timm.models.get_pretrained_cfg_value(spec.name, "classifier")
+    if "num_classes" not in args and f"{classifier}.weight" in post:
+        args["num_classes"] = post.shape(f"{classifier}.weight")[0]
+    module = timm.create_model(spec.name, pretrained=False, **args)
+    data = timm.data.resolve_model_data_config(module)
+    if "img_size" in args:  # timm's data configuration keeps the architecture's default size
+        channels = data["input_size"][0]
+        size = args["img_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        data["input_size"] = (args.get("in_chans", channels), height, width)
+    return live_pair(
+        module, pre, post, spec.device, spec.dtype, timm.data.create_transform(**data)
+    )
+
+
+def live_pair(
+    module: torch.nn.Module,
+    pre: Weights,
+    post: Weights,
+    device: str,
+    dtype: str,
+    transform: Any,
+) -> ModelPair:
+    """Fill a module with the post-trained weights and return the pair around it.
+
+    Raises:
+        ValueError: the module and the checkpoints differ in a tensor's name or shape.
+    """
+    expected = module.state_dict()
+    try:
+        check_same_layout(expected, post)
+    except ValueError as error:
+        text = str(error).replace("pre-trained model", "architecture")
+        raise ValueError(text.replace("post-trained model", "checkpoint")) from None
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    module = module.to(device=where, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            tensor.copy_(post[name])
+    return ModelPair(pre=pre, post=post, module=module, transform=transform)
+
+
+def locate(source: str, setting: str) -> Path:
+    """Return a local path for a file, a directory, or a hub id (`org/name`, safetensors only).
+
+    Raises:
+        FileNotFoundError: neither a local path nor a repository that the hub knows.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix:
+        raise FileNotFoundError(f"{setting}={source}: no such file or directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    download = partial(snapshot_download, allow_patterns=["*.safetensors", "*.json"])
+    try:
+        return Path(download(source))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{setting}={source}: no such path here, and not to be had from the hub ({reason})"
+        ) from None

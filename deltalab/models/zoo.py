@@ -1,0 +1,68 @@
+"""The embedded pairs: small vision transformers whose weights and images ship in the package."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltalab.models.timm_vit import live_pair
+from deltalab.weights import Checkpoint, ModelPair, fingerprint
+
+DIRECTORY = Path(str(files("deltalab"))) / "zoo"
+
+
+@dataclass(frozen=True)
+class EmbeddedVit:
+    """The common generalist and one of its fine-tuned descendants.
+
+    Args:
+        post: `mnist`, `mnist_early` or `fashion`.
+        task: the packaged image task that the post-trained model is for.
+        device: as for `TimmPair`.
+    """
+
+    post: str
+    task: str
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not (DIRECTORY / f"{self.post}.safetensors").is_file():
+            known = sorted(p.stem for p in DIRECTORY.glob("*.safetensors") if p.stem != "pre")
+            raise ValueError(f"model.post={self.post}: must be one of {', '.join(known)}")
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """Content fingerprints of both checkpoints."""
+        return (
+            fingerprint(DIRECTORY / "pre.safetensors"),
+            fingerprint(DIRECTORY / f"{self.post}.safetensors"),
+        )
+
+    def open(self) -> ModelPair:
+        """Return the pair; consecutive calls with an equal spec share it."""
+        return _open(self)
+
+
+@lru_cache(maxsize=1)
+def _open(spec: EmbeddedVit) -> ModelPair:
+    import timm
+
+    recipe: dict[str, Any] = json.loads((DIRECTORY / "vit.json").read_text())
+    module = timm.create_model(recipe["architecture"], pretrained=False, **recipe["args"])
+
+    def normalise(images: Tensor) -> Tensor:
+        return (images.float() / 255 - recipe["mean"]) / recipe["std"]
+
+    return live_pair(
+        module,
+        Checkpoint(DIRECTORY / "pre.safetensors"),
+        Checkpoint(DIRECTORY / f"{spec.post}.safetensors"),
+        spec.device,
+        str(torch.float32).removeprefix("torch."),
+        normalise,
+    )

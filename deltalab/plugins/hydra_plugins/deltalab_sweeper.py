@@ -1,0 +1,95 @@
+"""Hydra's sweeper for deltalab: unions of grids, an order for reuse, one verdict at the end.
+
+Hydra imports every plugin at each start, so that nothing heavy is imported here.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
+
+log = logging.getLogger(__name__)
+VALIDATED = 500  # points of a sweep that are composed before the first one starts
+
+
+@dataclass
+class PointsSweeperConf:
+    _target_: str = "hydra_plugins.deltalab_sweeper.PointsSweeper"
+    params: Optional[Dict[str, Any]] = field(default_factory=dict)
+
+
+class PointsSweeper(BasicSweeper):
+    """The basic sweeper, and besides:
+
+    * `sweeps`, a list of grids, gives the union of their points (`hydra.sweeper.params` and the
+      command line apply to every one of them);
+    * points that share a model run next to each other, so that each pair is opened once;
+    * all points run even if some fail, and failures are counted at the end.
+    """
+
+    def __init__(self, params: Optional[Dict[str, Any]] = None) -> None:
+        super().__init__(max_batch_size=None, params=params)
+
+    def points(self, arguments: List[str]) -> List[List[str]]:
+        """Return the override list of every point, in the order in which they run."""
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        given = parser.parse_overrides(arguments)
+        points: Dict[tuple, None] = {}
+        for axes in self.config.get("sweeps") or [{}]:
+            params = {**self.params, **axes}
+            grid = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+            self._guard(grid + given)
+            for point in self.split_arguments(grid + given, None)[0]:
+                points.setdefault(tuple(point))
+        models = {}
+        for point in points:
+            models.setdefault(_settings_of("model", point), len(models))
+        return [list(p) for p in sorted(points, key=lambda p: models[_settings_of("model", p)])]
+
+    def _guard(self, overrides: List[Any]) -> None:
+        """Refuse to sweep over edits while each has a grid of its own, which Hydra would drop."""
+        choices = self.config.hydra.runtime.choices
+        for override in overrides:
+            if override.get_key_element() != "edit" or not override.is_sweep_override():
+                continue
+            edits = list(override.sweep_string_iterator())
+            if len(edits) > 1 and choices.get("grid") != "none" and not self.config.get("sweeps"):
+                raise ValueError(
+                    f"edit={','.join(edits)}: every edit has a grid of its own, and a sweep over"
+                    " several edits cannot use them all; add grid=none to run each edit at its"
+                    " defaults, or sweep one edit at a time"
+                )
+
+    def sweep(self, arguments: List[str]) -> Any:
+        from deltalab import console
+
+        HydraConfig.instance().set_config(self.config)
+        points = self.points(list(arguments))
+        directory = Path(self.config.hydra.sweep.dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, directory / "multirun.yaml")
+        if len(points) <= VALIDATED:
+            self.validate_batch_is_legal(points)
+        with console.sweep(len(points)):
+            results = self.launcher.launch(points, initial_job_idx=0)
+        failures = [r._return_value for r in results if r.status != JobStatus.COMPLETED]
+        if failures:
+            raise console.SweepFailed(failures, len(points))
+        return results
+
+
+def _settings_of(group: str, point: Any) -> tuple:
+    """Return the overrides of a point that belong to one config group."""
+    return tuple(o for o in point if o.lstrip("+").split("=")[0].split(".")[0] == group)
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="deltalab", node=PointsSweeperConf, provider="deltalab"
+)
