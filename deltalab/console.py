@@ -67,24 +67,20 @@ def describe(record: Mapping[str, Any], skipped: bool = False) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's message as one line, Hydra's lists joined by commas.
+    r"""Return an exception's message as one line; Hydra's indented lists are joined by commas.
 
-    >>> one_line(ValueError("no such edit\\n\\nAvailable options in 'edit':\\n\\tdare\\n\\tties\\n"))
-    "no such edit. Available options in 'edit': dare, ties"
+    >>> one_line(ValueError("Could not find 'edit/x'\n\nAvailable:\n\tdare\n\tties\n"))
+    "Could not find 'edit/x'. Available: dare, ties"
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
-    text = lines[0] if lines else type(error).__name__
-    for before, line in zip(lines, lines[1:], strict=False):
-        joint = " " if before.endswith(":") else ", " if _is_item(before, lines) else ". "
-        text += joint + line
-    return text
-
-
-def _is_item(line: str, lines: Sequence[str]) -> bool:
-    """Tell whether a line is an item of a list that a heading with a colon opened."""
-    heads = [i for i, other in enumerate(lines) if other.endswith(":")]
-    return bool(heads) and lines.index(line) > heads[0]
+    text = ""
+    previous = ""
+    for line in filter(str.strip, str(error).splitlines()):
+        if line.strip().startswith(("full_key:", "object_type=")):
+            continue
+        joint = ", " if previous.startswith("\t") and line.startswith("\t") else ". "
+        text += ("" if not text else " " if text.endswith((":", ".")) else joint) + line.strip()
+        previous = line
+    return text or type(error).__name__
 
 
 def fail(message: str) -> None:

@@ -66,7 +66,7 @@ def write(results: str | Path, record: Record) -> Path:
 
 
 def _finite(value: Any) -> Any:
-    """Return JSON-ready data: mappings and sequences copied, non-finite numbers replaced by None."""
+    """Return JSON-ready data: containers copied, non-finite numbers replaced by None."""
     if isinstance(value, Mapping):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

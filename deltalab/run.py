@@ -163,7 +163,7 @@ def evaluate(point: Point) -> records.Record:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What every edit of one pair shares: the live module, the losses and scores without an edit."""
+    """What every edit of a pair shares: the live module, and both of its ends measured."""
 
     pair: ModelPair
     loss: Loss
@@ -193,7 +193,7 @@ def reference(model: Any, objective: Any, evaluator: Any) -> Reference:
 
 def paired(post: Scores, edited: Scores) -> dict[str, float]:
     """Return the change of every evaluated loss with its paired standard error."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for task, losses in edited.losses.items():
         ones = torch.ones_like(losses)
         value, error = change(Measured(post.losses[task], ones), Measured(losses, ones))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,6 +79,9 @@ class LazyWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # the inherited test would compute the tensor
+
 
 class Checkpoint(Mapping[str, Tensor]):
     """A safetensors file or a directory of shards, read tensor by tensor.
@@ -97,8 +101,9 @@ class Checkpoint(Mapping[str, Tensor]):
         self.path = Path(path).expanduser()
         self.shards = _shards(self.path)
         self._handles = {file: _open(file) for file in dict.fromkeys(self.shards.values())}
+        names = {file: set(handle.keys()) for file, handle in self._handles.items()}
         for name, file in self.shards.items():
-            if name not in self._handles[file].keys():
+            if name not in names[file]:
                 raise ValueError(f"{file}: tensor {name!r} is in the index but not in this shard")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -111,14 +116,18 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shards)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shards
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header, without reading the tensor."""
         return tuple(self._handles[self.shards[name]].get_slice(name).get_shape())
 
 
-def _open(file: Path) -> "safe_open":
+def _open(file: Path) -> Any:
+    """Open a safetensors file; the handle's own type has no annotations."""
     try:
-        return safe_open(file, framework="pt", device="cpu").__enter__()
+        return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
         raise ValueError(f"{file}: not a valid safetensors file ({error})") from None
 
@@ -145,8 +154,7 @@ def _shards(path: Path) -> dict[str, Path]:
         if missing:
             raise FileNotFoundError(f"{path.parent / missing[0]}: named by {path.name}, missing")
         return {name: path.parent / file for name, file in weight_map.items()}
-    with _open(path) as handle:
-        return dict.fromkeys(handle.keys(), path)
+    return dict.fromkeys(_open(path).keys(), path)
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,7 @@ class Accuracy:
             f"{self.name}/loss": float(loss.mean()),
         }
         if self.per_class:
-            for c in label.unique().tolist():
+            for c in sorted(set(label.tolist())):
                 correct = (rank[label == c] < 1).double().mean()
                 metrics[f"{self.name}/accuracy/{c}"] = float(correct)
         return Scores(metrics, {self.name: loss})

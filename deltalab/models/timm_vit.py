@@ -34,7 +34,9 @@ class TimmPair:
     def __post_init__(self) -> None:
         if isinstance(self.args, Mapping):
             object.__setattr__(self, "args", tuple(sorted(self.args.items())))
-        if not hasattr(torch, self.dtype) or not isinstance(getattr(torch, self.dtype), torch.dtype):
+        if not hasattr(torch, self.dtype) or not isinstance(
+            getattr(torch, self.dtype), torch.dtype
+        ):
             raise ValueError(f"model.dtype={self.dtype}: must be float32, bfloat16 or float16")
 
     @property
@@ -70,9 +72,7 @@ def _open(spec: TimmPair) -> ModelPair:
         size = args["img_size"]
         height, width = (size, size) if isinstance(size, int) else size
         data["input_size"] = (args.get("in_chans", channels), height, width)
-    return live_pair(
-        module, pre, post, spec.device, spec.dtype, timm.data.create_transform(**data)
-    )
+    return live_pair(module, pre, post, spec.device, spec.dtype, timm.data.create_transform(**data))
 
 
 def live_pair(

@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deltalab.models.timm_vit import live_pair
@@ -55,14 +54,16 @@ def _open(spec: EmbeddedVit) -> ModelPair:
     recipe: dict[str, Any] = json.loads((DIRECTORY / "vit.json").read_text())
     module = timm.create_model(recipe["architecture"], pretrained=False, **recipe["args"])
 
+    mean, std = float(recipe["mean"]), float(recipe["std"])
+
     def normalise(images: Tensor) -> Tensor:
-        return (images.float() / 255 - recipe["mean"]) / recipe["std"]
+        return (images.float() / 255 - mean) / std
 
     return live_pair(
         module,
         Checkpoint(DIRECTORY / "pre.safetensors"),
         Checkpoint(DIRECTORY / f"{spec.post}.safetensors"),
         spec.device,
-        str(torch.float32).removeprefix("torch."),
+        "float32",
         normalise,
     )
