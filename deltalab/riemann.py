@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,19 @@ class Term:
         for name, value in self.by_tensor.items():
             parts[part_of(name)] += value
         return parts
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the term as the record holds it, in plain JSON values."""
+        return {
+            "rule": self.rule,
+            "points": self.points,
+            "value": self.value,
+            "nodes": list(self.nodes),
+            "inner": list(self.inner),
+            "by_part": self.by_part,
+            "by_tensor": self.by_tensor,
+            "gradient_evaluations": self.gradient_evaluations,
+        }
 
 
 def term(

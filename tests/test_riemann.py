@@ -1,3 +1,4 @@
+import json
 from dataclasses import dataclass, field
 
 import pytest
@@ -186,6 +187,8 @@ def test_additive_by_tensor_and_by_part_and_consistent_with_its_nodes():
     assert found.by_part["norm"] == pytest.approx(
         found.by_tensor["norm.weight"] + found.by_tensor["norm.bias"], abs=1e-15
     )
+    record = json.loads(json.dumps(found.as_record()))
+    assert (record["value"], record["by_part"]) == (found.value, found.by_part)
     # An edit of one tensor has exactly that tensor's share of no other path, but its own term.
     alone = term(module, post, {"attn.weight": shift["attn.weight"]}, loss, Rule("left", 1))
     both = term(module, post, shift, loss, Rule("left", 1))
