@@ -1,0 +1,69 @@
+"""BitDelta: one bit an entry and one scale a matrix (arXiv 2402.10193; arXiv 2410.13841, 7-9)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltalab.edits import one_of, within
+from deltalab.rng import Rng
+
+_MAGNITUDES, _AXES = ("mean", "normal", "uniform"), ("tensor", "row", "column")
+
+
+@dataclass(frozen=True)
+class BitDelta:
+    """Replace every magnitude by the mean magnitude and keep the signs.
+
+    D_hat = c mu sign(D) with mu = mean |D|, the scale of least squared error at c = 1, and
+    sign(0) = +1 since one bit has no zero. The extensions of arXiv 2410.13841, Sec. 5.3: a
+    multiple c of the mean; magnitudes drawn at random around c mu; one scale per row or column
+    (arXiv 2512.19720). Tensors of more than two dimensions are read as (out, rest); those of fewer
+    are returned as they are, for the method is defined on matrices.
+
+    Args:
+        multiple: c, at least 0.
+        magnitudes: "mean" uses c mu itself; "normal" draws from N(c mu, (cv c mu)^2); "uniform"
+            draws from the uniform distribution of the same mean and variance.
+        cv: coefficient of variation of the drawn magnitudes, at least 0. At 1/sqrt(3) the uniform
+            draw spans [0, 2 c mu].
+        axis: the entries that share a scale: "tensor", "row" (one output) or "column" (one input).
+
+    Raises:
+        ValueError: a field is out of range.
+
+    >>> edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
+    >>> edit(torch.tensor([[1.0, -3.0], [2.0, -2.0]]), rng=Rng(0, "w"))
+    tensor([[ 2., -2.],
+            [ 2., -2.]])
+    """
+
+    multiple: float
+    magnitudes: str
+    cv: float
+    axis: str
+
+    def __post_init__(self) -> None:
+        within("multiple", self.multiple, "[0, inf)")
+        one_of("magnitudes", self.magnitudes, _MAGNITUDES)
+        within("cv", self.cv, "[0, inf)")
+        one_of("axis", self.axis, _AXES)
+
+    def __call__(self, delta: Tensor, *, rng: Rng) -> Tensor:
+        """Return the signs times the scales."""
+        if delta.ndim < 2 or delta.numel() == 0:
+            return delta.clone()
+        scale = self.multiple * _mean_magnitude(delta.flatten(1), self.axis)
+        scale = scale if scale.ndim == 0 else scale.expand(delta.flatten(1).shape)
+        scale = scale if scale.ndim == 0 else scale.reshape(delta.shape)
+        if self.magnitudes == "normal":
+            scale = scale * (1 + self.cv * rng.normal(delta))
+        elif self.magnitudes == "uniform":
+            scale = scale * (1 + self.cv * 12**0.5 * (rng.uniform(delta) - 0.5))
+        return torch.where(delta < 0, -scale, scale)
+
+
+def _mean_magnitude(matrix: Tensor, axis: str) -> Tensor:
+    """Return mean |D| over the entries that share a scale, accumulated in float64."""
+    dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[axis]
+    return matrix.abs().mean(dims, keepdim=axis != "tensor", dtype=torch.float64).float()

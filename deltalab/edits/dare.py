@@ -1,0 +1,44 @@
+"""DARE with the k extension (arXiv 2311.03099; arXiv 2410.13841, Eqs. 2-6)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deltalab.edits import within
+from deltalab.rng import Rng
+
+
+@dataclass(frozen=True)
+class Dare:
+    """Drop entries at random and rescale the rest, without bias.
+
+    D_hat = k M D + (1 - k p) / (1 - p) (1 - M) D with M ~ Bernoulli(p) per entry, so that
+    E[D_hat] = D and Var[D_hat_ij] = (1 - k)^2 p / (1 - p) D_ij^2. k = 0 is DARE, k = 1 the
+    identity, k < 0 flips the signs of a fraction p of the entries.
+
+    Args:
+        p: drop probability, in [0, 1).
+        k: multiplier of the dropped entries, any number.
+
+    Raises:
+        ValueError: p or k is out of range.
+
+    >>> edit, rng = Dare(p=0.75, k=0.0), Rng(0, "w")
+    >>> sorted(edit(torch.ones(1000), rng=rng).unique().tolist())
+    [0.0, 4.0]
+    """
+
+    p: float
+    k: float
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        within("p", self.p, "[0, 1)")
+        within("k", self.k, "(-inf, inf)")
+
+    def __call__(self, delta: Tensor, *, rng: Rng) -> Tensor:
+        """Return the delta times k where the mask is set, times (1 - kp)/(1 - p) elsewhere."""
+        kept = (1 - self.k * self.p) / (1 - self.p)
+        return torch.where(rng.below(delta, self.p), self.k * delta, kept * delta)

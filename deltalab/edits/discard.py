@@ -1,0 +1,22 @@
+"""Discard: the pre-trained model, the lower reference line of every figure."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Discard the delta: D_hat = 0.
+
+    >>> Discard()(torch.tensor([1.0, -2.0]))
+    tensor([0., 0.])
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(delta)

@@ -1,0 +1,38 @@
+"""Drop-only: DARE without the rescale, the biased reference of arXiv 2410.13841, Fig. 3."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from deltalab.edits import within
+from deltalab.rng import Rng
+
+
+@dataclass(frozen=True)
+class DropOnly:
+    """Drop entries at random and leave the rest as they are.
+
+    D_hat = (1 - M) D with M ~ Bernoulli(p), the mask of DARE under the same seed.
+    E[D_hat] = (1 - p) D: a noisy interpolation with alpha = -p.
+
+    Args:
+        p: drop probability, in [0, 1].
+
+    Raises:
+        ValueError: p is out of range.
+
+    >>> import torch
+    >>> DropOnly(p=1.0)(torch.tensor([1.0, -2.0]), rng=Rng(0, "w")).abs()
+    tensor([0., 0.])
+    """
+
+    p: float
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        within("p", self.p, "[0, 1]")
+
+    def __call__(self, delta: Tensor, *, rng: Rng) -> Tensor:
+        """Return the delta with the masked entries set to zero."""
+        return delta.masked_fill(rng.below(delta, self.p), 0.0)

@@ -1,0 +1,50 @@
+"""TIES trimming of one model (arXiv 2306.01708; arXiv 2410.13841, Eqs. 10-12)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltalab.edits import one_of, within
+from deltalab.threshold import Threshold, kept_count, tensor_threshold
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Keep the entries of largest magnitude, drop the rest, no rescale.
+
+    D_hat = M D with M = 1 on the `keep` fraction of largest |D|: of n entries exactly
+    floor(keep n) survive. Among all masks of that count this one has the least ||D_hat - D||.
+    Entries of equal magnitude survive in the order of their tensor, then of their flat index.
+
+    Args:
+        keep: fraction of entries kept, in [0, 1].
+        scope: "model" ranks over all selected tensors together, as TIES does; "tensor" ranks in
+            every tensor by itself.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    >>> edit = Ties(keep=0.5, scope="tensor")
+    >>> edit(torch.tensor([1.0, -3.0, 2.0, -2.0]), quantile=None)
+    tensor([ 0., -3.,  2.,  0.])
+    """
+
+    keep: float
+    scope: str
+
+    def __post_init__(self) -> None:
+        within("keep", self.keep, "[0, 1]")
+        one_of("scope", self.scope, ("model", "tensor"))
+
+    def __call__(self, delta: Tensor, *, quantile: Callable[[float], Threshold] | None) -> Tensor:
+        """Return the delta with all but the largest entries set to zero."""
+        if self.keep == 1:
+            return delta.clone()
+        if self.scope == "tensor":
+            limit = tensor_threshold(delta, kept_count(self.keep, delta.numel()))
+        else:
+            assert quantile is not None, "scope=model needs the model-wide threshold"
+            limit = quantile(self.keep)
+        return torch.where(limit.survivors(delta), delta, 0.0)

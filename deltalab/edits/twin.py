@@ -1,0 +1,64 @@
+"""Twin-Merging's low-rank delta (arXiv 2406.15479; arXiv 2410.13841, Eqs. 10-12)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltalab.edits import whole, within
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Keep the leading singular components of the delta.
+
+    D = U S V' -> D_hat = U_r S_r V_r', the best rank-r approximation: ||D_hat - D||_F^2 is the sum
+    of the squared singular values left out. Tensors of more than two dimensions are read as
+    (out, rest); those of fewer are returned as they are, as in the method's code.
+
+    Args:
+        rank: r, at least 1; a rank of min(d, k) or more is the identity. Null where `rate` is set.
+        rate: fraction of singular values left out, in [0, 1]: r = floor((1 - rate) min(d, k)), and
+            at least 1 below rate 1. Null where `rank` is set.
+
+    Raises:
+        ValueError: a field is out of range, or not exactly one of rank and rate is set.
+
+    >>> import torch
+    >>> delta = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> hat = Twin(rank=1, rate=None)(delta, svd=lambda: torch.linalg.svd(delta))
+    >>> hat.diagonal()
+    tensor([3., 0., 0.])
+    """
+
+    rank: int | None
+    rate: float | None
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.rate is None):
+            raise ValueError(
+                f"edit.rank={self.rank} edit.rate={self.rate}: set one and leave the other null"
+            )
+        if self.rank is not None:
+            whole("rank", self.rank, 1)
+        if self.rate is not None:
+            within("rate", self.rate, "[0, 1]")
+
+    def __call__(
+        self, delta: Tensor, *, svd: Callable[[], tuple[Tensor, Tensor, Tensor]]
+    ) -> Tensor:
+        """Return the truncated delta."""
+        if delta.ndim < 2 or delta.numel() == 0:
+            return delta.clone()
+        full = min(delta.shape[0], delta[0].numel())
+        rank = self.rank if self.rank is not None else self._kept(full)
+        if rank >= full:
+            return delta.clone()
+        u, s, vh = svd()
+        return ((u[:, :rank] * s[:rank]) @ vh[:rank]).reshape(delta.shape)
+
+    def _kept(self, full: int) -> int:
+        """Return the number of singular values that the rate keeps of `full`."""
+        assert self.rate is not None
+        kept = int(round((1 - self.rate) * full, 9))
+        return kept if self.rate == 1 else max(kept, 1)

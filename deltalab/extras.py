@@ -1,0 +1,143 @@
+"""What an edit may ask for beside its delta, found or computed when it asks."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from deltalab.edits import NEEDS
+from deltalab.factor import Factors, svd
+from deltalab.rng import Rng
+from deltalab.threshold import ModelThreshold, Threshold
+from deltalab.weights import ModelPair, Weights
+
+
+def needs(edit: Any) -> tuple[str, ...]:
+    """Return what an edit asks for: the keyword-only arguments of its call.
+
+    Raises:
+        ValueError: it asks for something that is not in the vocabulary.
+
+    >>> from deltalab.edits.dare import Dare
+    >>> needs(Dare(p=0.5, k=0.0))
+    ('rng',)
+    """
+    parameters = inspect.signature(type(edit).__call__).parameters.values()
+    names = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    for name in names:
+        if name not in NEEDS:
+            raise ValueError(
+                f"edit {type(edit).__name__} needs {name!r}, which is not one of {', '.join(NEEDS)}"
+            )
+    return names
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """The provider of everything in the vocabulary, for one pair of models and one seed.
+
+    Attributes:
+        needs: what the edit asks for.
+        seed: seed of the random numbers.
+        gradient: computes the loss gradient at W_post; called once an edit needs it.
+        acts: computes the mean input activations by weight name; likewise.
+        peers: deltas of further post-trained models.
+        memo: factorisations and thresholds, shared by all points of a sweep over one pair.
+    """
+
+    needs: tuple[str, ...] = ()
+    seed: int = 0
+    gradient: Callable[[], Weights] | None = None
+    acts: Callable[[], Weights] | None = None
+    peers: tuple[Weights, ...] = ()
+    memo: "Memo" = field(default_factory=lambda: Memo())
+
+    @classmethod
+    def of(
+        cls,
+        edit: Any,
+        pair: ModelPair,
+        *,
+        seed: int,
+        gradient: Callable[[], Weights] | None = None,
+        acts: Callable[[], Weights] | None = None,
+        peers: tuple[Weights, ...] = (),
+    ) -> "Extras":
+        """Return the provider for an edit of an open pair, with the pair's shared memo.
+
+        Raises:
+            ValueError: the edit needs what is not there.
+        """
+        memo = _memos.setdefault(pair, Memo())
+        return cls(needs(edit), seed, gradient, acts, peers, memo)
+
+    def __post_init__(self) -> None:
+        for need in ("gradient", "acts"):
+            short = "grad" if need == "gradient" else need
+            if short in self.needs and getattr(self, need) is None:
+                raise ValueError(f"this edit needs {short!r}, which is not available here")
+
+    def for_tensor(self, name: str, deltas: Weights) -> dict[str, Any]:
+        """Return the needed keyword arguments for one tensor.
+
+        Args:
+            name: the tensor's name.
+            deltas: the deltas of all selected tensors, in order; read where a need calls for it.
+        """
+        return {need: self._find(need, name, deltas) for need in self.needs}
+
+    def _find(self, need: str, name: str, deltas: Weights) -> Any:
+        match need:
+            case "rng":
+                return Rng(self.seed, name)
+            case "grad":
+                assert self.gradient is not None
+                return self.gradient()[name]
+            case "acts":
+                assert self.acts is not None
+                return self.acts().get(name)
+            case "peers":
+                return [peer[name] for peer in self.peers]
+            case "svd":
+                return lambda: self.memo.svd(name, deltas)
+            case _:
+                return lambda keep: self.memo.threshold(keep, name, deltas)
+
+
+class Memo:
+    """What depends on a pair alone and is costly: kept from one point of a sweep to the next.
+
+    Factorisations are kept up to a number of bytes and never evicted: a sweep scans the tensors in
+    a cycle, where keeping the first that fit beats any replacement.
+
+    Args:
+        limit: bytes of factorisations to hold.
+    """
+
+    def __init__(self, limit: int = 4 << 30) -> None:
+        self._limit = limit
+        self._held = 0
+        self._factors: dict[str, Factors] = {}
+        self._thresholds: dict[tuple[str, ...], ModelThreshold] = {}
+
+    def svd(self, name: str, deltas: Weights) -> Factors:
+        """Return the factorisation of one tensor's delta, read as (out, rest)."""
+        if name not in self._factors:
+            factors = svd(deltas[name].flatten(1))
+            size = sum(f.numel() * f.element_size() for f in factors)
+            if self._held + size > self._limit:
+                return factors
+            self._held += size
+            self._factors[name] = factors
+        return self._factors[name]
+
+    def threshold(self, keep: float, name: str, deltas: Weights) -> Threshold:
+        """Return the share of one tensor in the model-wide threshold over `deltas`."""
+        names = tuple(deltas)
+        if names not in self._thresholds:
+            self._thresholds[names] = ModelThreshold()
+        return self._thresholds[names].of(keep, deltas)[name]
+
+
+_memos: "WeakKeyDictionary[ModelPair, Memo]" = WeakKeyDictionary()

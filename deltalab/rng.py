@@ -1,0 +1,139 @@
+"""Counter-based random numbers: bits are a hash of (seed, tensor name, stream, element index).
+
+There is no state and no generator, so a mask does not depend on the order of the tensors, on the
+shard split, on the device, or on what else draws random numbers in the process. The hash is written
+in plain int32 tensor operations, whose multiplication wraps everywhere alike, so that eager,
+compiled, CPU and GPU runs give identical bits and a compiler fuses them into the edit.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_WORD = 1 << 32
+_HALF = 1 << 31
+
+
+def signed(word: int) -> int:
+    """Return the int32 whose two's complement pattern is `word` modulo 2^32.
+
+    >>> signed(2**32 - 1), signed(2**31), signed(5)
+    (-1, -2147483648, 5)
+    """
+    return (word + _HALF) % _WORD - _HALF
+
+
+_M1, _M2, _M3 = signed(0xED5AD4BB), signed(0xAC4C1B51), signed(0x31848BAB)
+
+
+def mix(counter: Tensor, key0: int | Tensor, key1: int | Tensor) -> Tensor:
+    """Hash int32 counters under a 64-bit key: a keyed permutation of the 2^32 words.
+
+    Three multiply-xorshift rounds. The first key word shifts the counter; the second enters after
+    the first round, so that two tensors never read shifted windows of one sequence.
+
+    Args:
+        counter: int32, any shape.
+        key0: first key word, an int32 number or a 0-dimensional int32 tensor.
+        key1: second key word, likewise.
+
+    Returns:
+        int32 of the counter's shape, uniform over all 2^32 words.
+    """
+    x = counter + key0
+    x = (x ^ ((x >> 17) & 0x7FFF)) * _M1
+    x = (x ^ ((x >> 11) & 0x1FFFFF)) + key1
+    x = x * _M2
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _M3
+    return x ^ ((x >> 14) & 0x3FFFF)
+
+
+@lru_cache(maxsize=65536)
+def key(seed: int, name: str, stream: int, high: int) -> tuple[int, int]:
+    """Return the two key words of one tensor, stream, and 2^32-element page of its indices."""
+    text = f"{seed}/{stream}/{high}/{name}".encode()
+    digest = hashlib.blake2b(text, digest_size=8, person=b"deltalab").digest()
+    return signed(int.from_bytes(digest[:4], "little")), signed(
+        int.from_bytes(digest[4:], "little")
+    )
+
+
+@dataclass(frozen=True)
+class Rng:
+    """The random numbers of one tensor, or of a slice of it.
+
+    Attributes:
+        seed: the experiment's seed.
+        name: the tensor's name.
+        start: flat (row-major) index, in the whole tensor, of the first element of the slice.
+
+    >>> whole = Rng(0, "w").bits(torch.empty(2, 3))
+    >>> tail = Rng(0, "w", start=4).bits(torch.empty(2))
+    >>> bool((whole.flatten()[4:] == tail).all())
+    True
+    """
+
+    seed: int
+    name: str
+    start: int = 0
+
+    def fork(self, label: str) -> "Rng":
+        """Return independent numbers for the same elements, such as for one step of a chain."""
+        return replace(self, name=f"{self.name}/{label}")
+
+    def at(self, offset: int) -> "Rng":
+        """Return the numbers of the slice that starts `offset` elements further."""
+        return replace(self, start=self.start + offset)
+
+    def bits(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return 32 random bits per element.
+
+        Args:
+            like: gives the shape and the device.
+            stream: independent numbers for the same element.
+
+        Returns:
+            Contiguous int32 tensor of `like`'s shape.
+        """
+        position, end = self.start, self.start + like.numel()
+        pieces: list[Tensor] = []
+        while position < end or not pieces:
+            high, low = divmod(position, _WORD)
+            count = min(end, (high + 1) * _WORD) - position
+            pieces.append(self._page(like.device, stream, high, low, count))
+            position += count
+        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return flat.reshape(like.shape)
+
+    def _page(self, device: torch.device, stream: int, high: int, low: int, count: int) -> Tensor:
+        key0, key1 = key(self.seed, self.name, stream, high)
+        if count <= _HALF:
+            counter = torch.arange(count, dtype=torch.int32, device=device)
+        else:  # beyond int32's range: wrap the tail
+            counter = torch.arange(count, device=device).add_(_HALF).remainder_(_WORD).sub_(_HALF)
+            counter = counter.to(torch.int32)
+        return mix(counter, signed(key0 + low), key1)
+
+    def below(self, like: Tensor, p: float, stream: int = 0) -> Tensor:
+        """Return a boolean tensor that is true with probability p (to 2^-24; exact at 0 and 1).
+
+        Args:
+            like: gives the shape and the device.
+            p: probability in [0, 1].
+            stream: independent numbers for the same element.
+        """
+        return (self.bits(like, stream) >> 8) < round(p * (1 << 24)) - (1 << 23)
+
+    def uniform(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return float32 numbers uniform on the multiples of 2^-24 in [0, 1)."""
+        return ((self.bits(like, stream) >> 8) + (1 << 23)).to(torch.float32) * 2.0**-24
+
+    def normal(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return float32 standard normal numbers (Box-Muller over streams 2s and 2s + 1)."""
+        first = ((self.bits(like, 2 * stream) >> 8) + (1 << 23) + 1).to(torch.float32) * 2.0**-24
+        angle = self.uniform(like, 2 * stream + 1) * (2 * math.pi)
+        return torch.sqrt(-2 * torch.log(first)) * torch.cos(angle)
