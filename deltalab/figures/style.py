@@ -1,0 +1,50 @@
+"""The one look of all figures: safe for the colour-blind and readable in print."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# Okabe and Ito's palette without its yellow, which print loses; black is kept for references.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+HATCHES = ("", "//", "..", "xx", "\\\\", "--")
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "hatch.linewidth": 0.5,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.markersize": 5,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.05,
+    "svg.hashsalt": "deltalab",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+
+
+def looks(index: int) -> tuple[str, str]:
+    """Return the colour and marker of a series.
+
+    The lengths of the two cycles have no common divisor, so that 63 series look different.
+
+    >>> len({looks(index) for index in range(63)})
+    63
+    """
+    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+
+
+def panels(
+    rows: int, columns: int, width: float, height: float, ratios: Sequence[float] | None = None
+) -> tuple[Any, Any]:
+    """Make a figure of `width` x `height` inches with a grid of axes, outside pyplot's state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=ratios)

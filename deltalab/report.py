@@ -1,0 +1,178 @@
+"""`deltalab-report`: turn the records of a results directory into tables and figures.
+
+For every experiment found in `DIR/records/*.json` it writes `DIR/<experiment>.md` and its figures
+`DIR/<experiment>_*.png` and `.svg`, and prints the table. The same records give the same bytes.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from deltalab.outcomes import Outcome, rules
+from deltalab.reading import read
+
+USAGE = """\
+usage: deltalab-report [results=DIR] [experiment=NAME]
+
+Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
+
+  results=DIR      where the records are and the report goes (default: results)
+  experiment=NAME  report this experiment alone (default: every one there is)
+"""
+SETTINGS = {"results": "results", "experiment": ""}
+
+
+LEGEND = (
+    "**Term** is the Riemann approximation of the loss change from the post-trained model to the"
+    " edited one, by the paper's rule (left, Eq. 1) and by an accurate one (gauss), each with its"
+    " number of nodes. **Measured change** is the difference of the two losses on the same examples"
+    " ± its paired standard error; **error** is each term's distance from it, relative to it."
+    " **Class**: improved or decreased where the change exceeds two standard errors, else"
+    " competitive. **pre** and **post** are the unedited models."
+)
+
+
+class UserError(Exception):
+    """What a user can put right; its message is one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 0 on success and 2 on a user's mistake, told in one line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return 0
+    try:
+        report(**settings(arguments))
+    except (UserError, OSError) as mistake:
+        print(f"deltalab-report: {mistake}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def settings(arguments: Sequence[str]) -> dict[str, str]:
+    """Read `key=value` arguments over the defaults.
+
+    >>> settings(["results=out"])
+    {'results': 'out', 'experiment': ''}
+    """
+    found = dict(SETTINGS)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in SETTINGS or not equals:
+            known = ", ".join(f"{key}=..." for key in SETTINGS)
+            raise UserError(f"unknown argument {argument!r}: must be one of {known}")
+        if not value:
+            raise UserError(f"{argument!r}: needs a value")
+        found[name] = value
+    return found
+
+
+def report(results: str, experiment: str = "") -> None:
+    """Write and print the report of one experiment, or of all (`experiment` empty)."""
+    directory = Path(results).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"results={results}: no such directory")
+    points = read(directory, warn=lambda line: print(f"warning: {line}", file=sys.stderr))
+    if not points:
+        _no_records(results, directory)
+    names = sorted({point.experiment for point in points})
+    if experiment and experiment not in names:
+        raise UserError(f"experiment={experiment}: no record of it; there are {', '.join(names)}")
+    figures = find_spec("matplotlib") is not None
+    if not figures:
+        print(
+            "warning: no figures without matplotlib (pip install deltalab[report])", file=sys.stderr
+        )
+    for name in [experiment] if experiment else names:
+        own = [point for point in points if point.experiment == name]
+        _show(own, name)
+        print(f"wrote {write(own, name, directory, figures=figures)}")
+
+
+def _no_records(results: str, directory: Path) -> NoReturn:
+    kind = "readable record" if any((directory / "records").glob("*.json")) else "record"
+    raise UserError(f"results={results}: no {kind} in {directory / 'records'}/*.json")
+
+
+def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figures: bool) -> Path:
+    """Write an experiment's Markdown page, and its figures if asked; return the page's path."""
+    from deltalab.summary import summary
+
+    stem = re.sub(r"[^\w.-]+", "-", experiment)
+    done = [point for point in points if point.failure is None]
+    sections = [f"# {experiment}", ""]
+    if done:
+        sections += [*_legend(done), _table(done), "", summary(done)]
+    if done and figures:
+        from deltalab.figures import draw
+
+        for path, caption in draw(done, directory, stem):
+            sections += [f"![{re.split('[,;.]', caption)[0]}]({path.name})", "", f"*{caption}*", ""]
+    sections += _failures([point for point in points if point.failure is not None])
+    page = directory / f"{stem}.md"
+    page.write_text("\n".join(sections).rstrip("\n") + "\n", encoding="utf-8")
+    return page
+
+
+def _table(points: Sequence[Outcome]) -> str:
+    from deltalab.tables import points_table
+
+    return points_table(points)
+
+
+def _legend(points: Sequence[Outcome]) -> list[str]:
+    """Say what the table's columns mean, and in which unit."""
+    measures = sorted({(p.objective or "", p.unit) for p in points if p.unit})
+    units = "; ".join(f"{unit} ({name})" if name else f"{unit}" for name, unit in measures)
+    lines = [f"{len(points)} points. Losses and terms are in {units}." if units else ""]
+    lines.append(LEGEND)
+    return [line for text in lines if text for line in (text, "")]
+
+
+def _failures(points: Sequence[Outcome]) -> list[str]:
+    if not points:
+        return []
+    from deltalab.tables import Column, markdown
+
+    table = [
+        Column("model", [p.model for p in points], right=False),
+        Column("edit", [p.label for p in points], right=False),
+        Column("seed", [str(p.seed) for p in points]),
+        Column("failure", [p.failure or "" for p in points], right=False),
+        Column("record", [p.key for p in points], right=False),
+    ]
+    return ["## Failed points", "", markdown(table), ""]
+
+
+def _show(points: Sequence[Outcome], title: str) -> None:
+    from rich.console import Console
+
+    from deltalab.summary import agreement
+    from deltalab.tables import terminal
+
+    console = Console()
+    width = console.width if console.is_terminal else None
+    done = [point for point in points if point.failure is None]
+    failed = len(points) - len(done)
+    if width is None:
+        console = Console(width=1000)
+    if done:
+        console.print(terminal(done, title, width))
+    if rules(done):
+        for rule in zip(*(column.cells for column in agreement(done)), strict=True):
+            title, count, median, largest, _, signs, ranks = rule
+            console.print(
+                f"{title}: relative error {median} (median), {largest} (largest) on {count} points;"
+                f" same sign {signs}; Spearman {ranks}",
+                highlight=False,
+            )
+    if failed:
+        console.print(f"{failed} failed points, listed in the report", style="red", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
