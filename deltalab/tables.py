@@ -123,7 +123,7 @@ def columns(points: Sequence[Outcome]) -> list[Column]:
         found.append(column("select", lambda p: p.select or NONE, 4, right=False))
     found.append(column("class", lambda p: p.classed or NONE, 1, right=False))
     tasks = sorted({task for p in points for task in split_classes(p)})
-    found += [column(f"class on {task} test", split(task), 3, right=False) for task in tasks]
+    found += [column(f"class, {task} test", split(task), 3, right=False) for task in tasks]
     titles = rules(points)
     found += [column(f"term {title}", value(rule)) for rule, title in titles.items()]
     found.append(column("measured change", lambda p: measured(p.change, p.error)))
@@ -195,11 +195,11 @@ def terminal(points: Sequence[Outcome], title: str, width: int | None) -> "Table
     if len(models) == 1:
         title, table = f"{title}, {models.pop()}", table[1:]
     while True:
-        drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        drawn.padding = (0, 1, 0, 0)
+        drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+        drawn.padding = (0, 1 if width is None else 0, 0, 0)
         for column in table:
             side = "right" if column.right else "left"
-            head = column.title.replace(" ", "\n").replace("/", "/\n")
+            head = column.title.replace(" ", "\n", 1).replace("/", "/\n")
             drawn.add_column(head, justify=side, overflow="fold")  # type: ignore[arg-type]
         for index, point in enumerate(shown):
             style = "bold" if _is_reference(point) else _STYLES.get(point.classed or "")

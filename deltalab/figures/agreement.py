@@ -25,21 +25,20 @@ def figure(points: Sequence[Outcome]) -> Any:
         return None
     series = {edit: looks(index) for index, edit in enumerate(sorted({p.edit for p in shown}))}
     models = list(dict.fromkeys(p.model for p in shown))
-    size = (3.2 * len(titles) + 1.0, 3.2 * len(models))
+    size = (3.2 * len(titles) + 1.0, 3.4 * len(models))
     drawn, grid = panels(len(models), len(titles), *size)
     handles: dict[str, Any] = {}
     for model, line in zip(models, grid, strict=True):
         own = [p for p in shown if p.model == model]
         values = [v for p in own for v in (p.change, *(_value(p, r) for r in titles)) if v]
-        noise = statistics.median([p.error or 0.0 for p in own])
+        errors = [p.error or 0.0 for p in own]
+        unit = own[0].unit or "nats"
         for axes, (rule, title) in zip(line, titles.items(), strict=True):
             for point in own:
                 _point(axes, point, rule, series, handles)
-            axes.set_title(f"{model}, {title}")
-            _scale(axes, values, noise)
-        line[0].set_ylabel(f"term ({own[0].unit or 'nats'})")
-    for axes in grid[-1]:
-        axes.set_xlabel(f"measured change ({shown[0].unit or 'nats'})")
+            axes.set(title=f"{model}, {title}", xlabel=f"measured change ({unit})")
+            _scale(axes, values, errors)
+        line[0].set_ylabel(f"term ({unit})")
     names = sorted(handles)
     drawn.legend([handles[name] for name in names], names, loc="outside right center")
     return drawn
@@ -65,21 +64,21 @@ def _point(
     (handles[point.edit],) = axes.plot(point.change, value, **look)
     if value * point.change < 0:
         side, away = ("right", -6) if point.change > 0 else ("left", 6)
-        beside = {"xytext": (away, 0), "textcoords": "offset points", "va": "center", "ha": side}
+        beside = {"xytext": (away, -4), "textcoords": "offset points", "va": "top", "ha": side}
         axes.annotate(point.label, (point.change, value), fontsize=7, **beside)
 
 
-def _scale(axes: Any, values: Sequence[float], noise: float) -> None:
+def _scale(axes: Any, values: Sequence[float], errors: Sequence[float]) -> None:
     """Make both axes alike: linear where the values are of one size, else symmetric-logarithmic.
 
     The span that is drawn linearly ends at a power of ten near the smaller values, or near the
     standard error where that is larger, since a logarithm would stretch what is noise.
     """
     sizes = sorted(abs(value) for value in values) or [1.0]
-    small, large = max(sizes[len(sizes) // 5], noise), sizes[-1]
+    small, large = max(sizes[len(sizes) // 5], statistics.median(errors)), sizes[-1]
     low, high = min([*values, 0.0]), max([*values, 0.0])
     if large / small < 20:
-        room = 0.08 * ((high - low) or 1.0)
+        room = max(0.08 * ((high - low) or 1.0), 2.2 * max(errors))
         limits = (low - room, high + room)
     else:
         power = math.floor(math.log10(small))
