@@ -1,0 +1,117 @@
+import multiprocessing
+
+import pytest
+import torch
+
+from deltalab.artifacts import Store
+
+
+def tensors():
+    torch.manual_seed(0)
+    shared = torch.randn(3, 4)
+    return {"b": shared, "a": torch.randn(5).double(), "tied": shared, "half": torch.ones(2).half()}
+
+
+class Counted:
+    def __init__(self, value):
+        self.value, self.calls = value, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.value
+
+
+def only(root):
+    (path,) = root.rglob("data.safetensors")
+    return path
+
+
+def test_computed_once_and_read_back_bitwise_in_order_with_its_ties(tmp_path):
+    compute = Counted(tensors())
+    first = Store(tmp_path, {"pair": "x"}).tensors("gradient", compute)
+    again = Store(str(tmp_path), {"pair": "x"}).tensors("gradient", compute)
+    assert compute.calls == 1
+    assert list(first) == list(again) == ["b", "a", "tied", "half"]
+    for name, value in tensors().items():
+        assert again[name].dtype == value.dtype
+        assert torch.equal(again[name], value)
+    assert again["tied"] is again["b"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_other_determinants_or_kinds_are_other_artefacts(tmp_path):
+    compute = Counted(tensors())
+    for determinants, kind in [({"pair": "x"}, "gradient"), ({"pair": "y"}, "gradient")]:
+        Store(tmp_path, determinants).tensors(kind, compute)
+    Store(tmp_path, {"pair": "x"}).tensors("reference", compute)
+    assert compute.calls == 3
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no data", "no manifest", "bad manifest"])
+def test_a_damaged_artefact_is_computed_again(tmp_path, damage):
+    compute, store = Counted(tensors()), Store(tmp_path, {})
+    store.tensors("gradient", compute)
+    data = only(tmp_path)
+    manifest = data.parent / "manifest.json"
+    if damage == "flip":
+        content = bytearray(data.read_bytes())
+        content[-1] ^= 1
+        data.write_bytes(content)
+    elif damage == "truncate":
+        data.write_bytes(data.read_bytes()[:-4])
+    elif damage == "bad manifest":
+        manifest.write_text("{")
+    else:
+        (data if damage == "no data" else manifest).unlink()
+    assert torch.equal(store.tensors("gradient", compute)["a"], tensors()["a"])
+    assert compute.calls == 2
+    store.tensors("gradient", compute)
+    assert compute.calls == 2
+
+
+def test_a_failing_computation_leaves_nothing(tmp_path):
+    store = Store(tmp_path, {})
+    with pytest.raises(RuntimeError, match="half way"):
+        store.tensors("gradient", lambda: (_ for _ in ()).throw(RuntimeError("half way")))
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_numbers_keep_every_bit_and_the_last_one_wins(tmp_path):
+    store, extra = Store(tmp_path, {"pair": "x"}), {"line": "expo"}
+    assert store.numbers("line", extra) is None
+    value = {"slopes": {repr(0.1 + 0.2): {"w": 1 / 3}}}
+    store.keep_numbers("line", extra, {})
+    store.keep_numbers("line", extra, value)
+    assert Store(tmp_path, {"pair": "x"}).numbers("line", extra) == value
+    assert store.numbers("line", {"line": "dare"}) is None
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(file.read_text().replace("0.333", "0.334"))
+    assert store.numbers("line", extra) is None
+
+
+def test_without_a_root_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compute, store = Counted(tensors()), Store(None, {})
+    store.tensors("gradient", compute)
+    store.tensors("gradient", compute)
+    store.keep_numbers("line", {}, {"a": 1})
+    assert (compute.calls, store.numbers("line", {}), list(tmp_path.iterdir())) == (2, None, [])
+
+
+def write_many(root, mark):
+    store = Store(root, {})
+    for _ in range(30):
+        store.keep_numbers("line", {}, {"mark": mark, "fill": [mark] * 200})
+        value = store.numbers("line", {})
+        assert value is None or value["fill"] == [value["mark"]] * 200
+
+
+def test_two_processes_never_leave_a_mixture(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    writers = [spawn.Process(target=write_many, args=(tmp_path, mark)) for mark in (1, 2)]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join()
+    assert [process.exitcode for process in writers] == [0, 0]
+    assert Store(tmp_path, {}).numbers("line", {})["mark"] in (1, 2)
