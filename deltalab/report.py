@@ -128,9 +128,13 @@ def _legend(points: Sequence[Outcome]) -> list[str]:
     """Say what the table's columns mean, and in which unit."""
     measures = sorted({(p.objective or "", p.unit) for p in points if p.unit})
     units = "; ".join(f"{unit} ({name})" if name else f"{unit}" for name, unit in measures)
-    lines = [f"{len(points)} points. Losses and terms are in {units}." if units else ""]
+    lines = [f"{_count(points)}. Losses and terms are in {units}." if units else ""]
     lines.append(LEGEND)
     return [line for text in lines if text for line in (text, "")]
+
+
+def _count(points: Sequence[Outcome]) -> str:
+    return f"{len(points)} point{'s' if len(points) > 1 else ''}"
 
 
 def _failures(points: Sequence[Outcome]) -> list[str]:
@@ -166,12 +170,12 @@ def _show(points: Sequence[Outcome], title: str) -> None:
         for rule in zip(*(column.cells for column in agreement(done)), strict=True):
             title, count, median, largest, _, signs, ranks = rule
             console.print(
-                f"{title}: relative error {median} (median), {largest} (largest) on {count} points;"
-                f" same sign {signs}; Spearman {ranks}",
+                f"{title}: relative error {median} (median), {largest} (largest) on {count} of"
+                f" {_count(done)}; same sign {signs}; Spearman {ranks}",
                 highlight=False,
             )
     if failed:
-        console.print(f"{failed} failed points, listed in the report", style="red", highlight=False)
+        console.print(f"{failed} failed, listed in the report", style="red", highlight=False)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,15 @@ def is_score(metric: str) -> bool:
     return metric.count("/") <= 1 and bool(_SCORE.search(last)) and not _NO_SCORE.search(last)
 
 
+def is_lenient(metric: str) -> bool:
+    """Tell whether a score counts an answer among the first few as right, as top-5 does.
+
+    >>> is_lenient("imagenet/accuracy_top5"), is_lenient("imagenet/accuracy_top1")
+    (True, False)
+    """
+    return bool(re.search(r"top\W?([2-9]|\d\d)", metric))
+
+
 def signed(value: float | None) -> str:
     """Write a loss change with its sign, small ones in powers of ten.
 
@@ -128,7 +137,7 @@ def columns(points: Sequence[Outcome]) -> list[Column]:
     found += [column(f"term {title}", value(rule)) for rule, title in titles.items()]
     found.append(column("measured change", lambda p: measured(p.change, p.error)))
     found += [column(f"error {title}", error(rule), 2) for rule, title in titles.items()]
-    found += [column(name, metric(name)) for name in scores(points)]
+    found += [column(name, metric(name), 4 * is_lenient(name)) for name in scores(points)]
     found.append(column("gradient evaluations", lambda p: fixed(p.gradient_evaluations, ".0f"), 6))
     found.append(column("seconds", lambda p: fixed(p.seconds, ".1f"), 5))
     return found

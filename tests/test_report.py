@@ -15,7 +15,7 @@ from deltalab import outcomes, reading, summary, tables
 from deltalab.figures import accuracy, agreement, parts
 from deltalab.report import main
 
-PARTS = {"attention": 0.3, "mlp": 0.6, "norm": 0.02, "embedding": 0.03, "head": 0.05}
+PARTS = {"attention": 0.3, "mlp": 0.6, "norm": 0.02, "embedding": 0.03, "head": 0.05, "other": 0.0}
 PRE = {"mnist/accuracy": 0.52, "mnist/loss": 1.61}
 POST = {"mnist/accuracy": 0.957, "mnist/loss": 0.16}
 
@@ -53,7 +53,11 @@ def record(edit: str, change: float | None, *, left: float = -0.1, **more: Any) 
         "terms": None,
         "prediction": None,
         "loss": None,
-        "metrics": {"mnist/accuracy": accuracy, "mnist/loss": 0.16 + (change or 0)},
+        "metrics": {
+            "mnist/accuracy": accuracy,
+            "mnist/accuracy_top5": 0.999,
+            "mnist/loss": 0.16 + (change or 0),
+        },
         "reference": {"pre": PRE, "post": POST},
         "class": None,
         "seconds": {"total": 4.2, "term": 2.9, "loss": 0.4, "evaluate": 0.8},
@@ -306,7 +310,7 @@ def test_failed_points_are_listed_apart(tmp_path: Path, capsys) -> None:
     assert "ties" not in above
     assert "| ties keep=0.5 |" in below
     assert "RuntimeError: out of memory \\| device 0" in below
-    assert "1 failed points" in capsys.readouterr().out
+    assert "1 failed, listed" in capsys.readouterr().out
 
 
 def test_points_without_terms_metrics_or_experiment(tmp_path: Path) -> None:
@@ -431,7 +435,7 @@ def test_parts_are_stacked_to_the_term() -> None:
     assert not {"keep", "discard"} & set(names)
     at = names.index("expo alpha=0.2")
     bars = [b for b in axes.patches if round(b.get_y() + b.get_height() / 2) == at]
-    assert len(bars) == len(PARTS)
+    assert len(bars) == len(PARTS) - 1  # not the part that is zero everywhere
     assert max(bar.get_x() for bar in bars) == pytest.approx(0.0)
     ends = [bar.get_x() + bar.get_width() for bar in bars]
     assert min(ends) == pytest.approx(-0.0421 * 1.002)

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltalab.figures.style import looks, panels
 from deltalab.outcomes import Outcome, number, plain, references
-from deltalab.tables import scores
+from deltalab.tables import is_lenient, scores
 
 CAPTION = (
     "Score against DARE's drop rate p, one curve for each k, after Fig. 2 of the paper; the lines"
@@ -24,7 +24,7 @@ def figure(points: Sequence[Outcome]) -> Any:
     wanted = []
     for model in dict.fromkeys(p.model for p in points):
         own = [p for p in points if p.model == model and _rate(p) is not None]
-        for metric in scores(own):
+        for metric in (name for name in scores(own) if not is_lenient(name)):
             found = [p for p in own if metric in p.metrics]
             if len({_rate(p) for p in found}) > 1:
                 ends = references([p for p in points if p.model == model])

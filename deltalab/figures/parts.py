@@ -29,7 +29,8 @@ def figure(points: Sequence[Outcome]) -> Any:
     counts = [len(bars) for bars in split.values()]
     if not counts or max(counts) > MOST_BARS:
         return None
-    names = list(dict.fromkeys(n for bars in split.values() for bar in bars.values() for n in bar))
+    every = [part for bars in split.values() for bar in bars.values() for part in bar.items()]
+    names = list(dict.fromkeys(name for name, value in every if value))
     height = 0.21 * sum(counts) + 0.75 * len(counts) + 0.3
     drawn, grid = panels(len(counts), 1, 6.8, height, [count + 2 for count in counts])
     units = {p.model: p.unit or "nats" for p in points}
