@@ -1,18 +1,21 @@
 """Apply an edit to weights: one tensor, or lazily all selected tensors of a pair."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltalab import fused
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
 from deltalab.extras import Extras
 from deltalab.select import selected
 from deltalab.weights import LazyWeights, Weights, shape_of
 
-SLICE = 1 << 20
-"""Elements in one slice of an elementwise edit: its temporaries stay in the processor's cache."""
+SLICE = {"cpu": 1 << 17, "cuda": 1 << 25}
+"""Elements that an edit handles at once where it can: few enough that the temporaries stay in the
+processor's cache, or, on a GPU, enough to keep it busy."""
 
 
 def difference(pre: Tensor, post: Tensor) -> Tensor:
@@ -35,13 +38,17 @@ def stored(pre: Tensor, post: Tensor, delta: Tensor, hat: Tensor) -> Tensor:
     return torch.where(hat == delta, post, torch.where(hat == 0, pre.to(post.dtype), moved))
 
 
-def edited_tensor(pre: Tensor, post: Tensor, edit: Any, **needs: Any) -> Tensor:
+def edited_tensor(
+    pre: Tensor, post: Tensor, edit: Any, kernel: str = "auto", **needs: Any
+) -> Tensor:
     """Return one edited tensor, W_pre + F(W_post - W_pre), in W_post's dtype.
 
     Args:
         pre: floating-point tensor of any shape, strides and dtype.
         post: tensor of the same shape.
         edit: the edit F.
+        kernel: "auto" compiles for large tensors, "eager" and "compiled" force either; the bits are
+            the same.
         needs: the keyword arguments that the edit declares.
 
     >>> from deltalab.edits.expo import Expo
@@ -52,31 +59,66 @@ def edited_tensor(pre: Tensor, post: Tensor, edit: Any, **needs: Any) -> Tensor:
         return post.clone(memory_format=torch.contiguous_format)
     if isinstance(edit, Discard):
         return pre.to(post.dtype, copy=True, memory_format=torch.contiguous_format)
-    if getattr(edit, "elementwise", False):
+    if fused.wanted(edit, post, kernel):
+        out = fused.edited(pre, post, edit, needs, _edited)
+        if out is not None:
+            return out
+    with torch.no_grad():
         return _in_slices(pre, post, edit, needs)
+
+
+def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+    """The edit of one tensor or slice in full: the body of the compiled pass too."""
     delta = difference(pre, post)
     return stored(pre, post, delta, edit(delta, **needs))
 
 
 def _in_slices(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
-    """Apply an elementwise edit slice by slice: same bits, bounded memory."""
+    """Edit slice by slice, the same bits in bounded memory; or all at once, if the edit must."""
     out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
     a, b, into = pre.reshape(-1), post.reshape(-1), out.view(-1)
-    for start in range(0, post.numel(), SLICE):
-        part = slice(start, start + SLICE)
-        given = {name: _sliced(name, value, part) for name, value in needs.items()}
-        delta = difference(a[part], b[part])
-        into[part] = stored(a[part], b[part], delta, edit(delta, **given))
+    if (unit := getattr(edit, "unit", "tensor")) == "tensor":
+        hat = _edited_delta(pre, post, edit, needs)
+        for part in _slices(post, 1):
+            into[part] = stored(a[part], b[part], difference(a[part], b[part]), hat[part])
+        return out
+    width = 1 if unit == "entry" else post[0].numel() if post.ndim > 1 and len(post) else None
+    for part in _slices(post, width):
+        shape = (-1,) if unit == "entry" or post.ndim < 2 else (-1, width or 1)
+        given = {k: _sliced(k, v, part, shape) for k, v in needs.items()}
+        old, new = a[part].reshape(shape), b[part].reshape(shape)
+        into[part] = _edited(old, new, edit, given).reshape(-1)
     return out
 
 
-def _sliced(name: str, value: Any, part: slice) -> Any:
-    """Return one need of an elementwise edit for a slice of the flat tensor."""
-    assert name in ("rng", "grad"), f"an elementwise edit cannot ask for {name}"
-    return value.at(part.start) if name == "rng" else value.reshape(-1)[part]
+def _edited_delta(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+    """Return the flat edited delta of an edit that sees the whole tensor."""
+    delta = torch.empty(post.shape, dtype=torch.float32, device=post.device)
+    a, b, into = pre.reshape(-1), post.reshape(-1), delta.view(-1)
+    for part in _slices(post, 1):
+        into[part] = difference(a[part], b[part])
+    hat: Tensor = edit(delta, **needs)
+    return hat.reshape(-1)
 
 
-def edited(pre: Weights, post: Weights, edit: Any, select: Any, extras: Extras) -> LazyWeights:
+def _slices(tensor: Tensor, width: int | None) -> list[slice]:
+    """Cut the flat tensor into slices of whole rows of `width`; None leaves it in one."""
+    size = SLICE.get(tensor.device.type, SLICE["cuda"])
+    step = tensor.numel() if not width else max(1, size // width) * width
+    return [slice(start, start + step) for start in range(0, tensor.numel(), step)]
+
+
+def _sliced(name: str, value: Any, part: slice, shape: tuple[int, ...]) -> Any:
+    """Return one need of an edit for a slice of the flat tensor."""
+    assert name in ("rng", "grad", "acts"), f"an edit that runs in slices cannot ask for {name}"
+    if name == "rng":
+        return value.at(part.start)
+    return value.reshape(-1)[part].reshape(shape) if name == "grad" else value
+
+
+def edited(
+    pre: Weights, post: Weights, edit: Any, select: Any, extras: Extras, kernel: str = "auto"
+) -> LazyWeights:
     """Return the selected floating-point tensors of a pair, edited one by one when asked for.
 
     Args:
@@ -85,14 +127,13 @@ def edited(pre: Weights, post: Weights, edit: Any, select: Any, extras: Extras) 
         edit: the edit.
         select: a preset or a `select.Selection`.
         extras: provider of what the edit needs.
+        kernel: as for `edited_tensor`.
     """
     names = [
         n for n in post if selected(select, n, shape_of(post, n)) and post[n].is_floating_point()
     ]
     deltas = LazyWeights(names, lambda n: difference(pre[n], post[n]))
-
-    def load(name: str) -> Tensor:
-        needs = extras.for_tensor(name, deltas)
-        return edited_tensor(pre[name], post[name], edit, **needs)
-
+    load: Callable[[str], Tensor] = lambda n: edited_tensor(  # noqa: E731
+        pre[n], post[n], edit, kernel, **extras.for_tensor(n, deltas)
+    )
     return LazyWeights(names, load)

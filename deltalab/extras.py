@@ -1,36 +1,15 @@
 """What an edit may ask for beside its delta, found or computed when it asks."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from deltalab.edits import NEEDS
+from deltalab.edits import needs_of as needs
 from deltalab.factor import Factors, svd
 from deltalab.rng import Rng
 from deltalab.threshold import ModelThreshold, Threshold
 from deltalab.weights import ModelPair, Weights
-
-
-def needs(edit: Any) -> tuple[str, ...]:
-    """Return what an edit asks for: the keyword-only arguments of its call.
-
-    Raises:
-        ValueError: it asks for something that is not in the vocabulary.
-
-    >>> from deltalab.edits.dare import Dare
-    >>> needs(Dare(p=0.5, k=0.0))
-    ('rng',)
-    """
-    parameters = inspect.signature(type(edit).__call__).parameters.values()
-    names = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-    for name in names:
-        if name not in NEEDS:
-            raise ValueError(
-                f"edit {type(edit).__name__} needs {name!r}, which is not one of {', '.join(NEEDS)}"
-            )
-    return names
 
 
 @dataclass(frozen=True, eq=False)

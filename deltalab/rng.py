@@ -62,8 +62,36 @@ def key(seed: int, name: str, stream: int, high: int) -> tuple[int, int]:
     )
 
 
+class Draws:
+    """Distributions over the bits that a subclass supplies; plain tensor operations alone."""
+
+    def bits(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return 32 random bits per element of `like`."""
+        raise NotImplementedError
+
+    def uniform(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return float32 numbers uniform on the multiples of 2^-24 in [0, 1)."""
+        return ((self.bits(like, stream) >> 8) + (1 << 23)).to(torch.float32) * 2.0**-24
+
+    def below(self, like: Tensor, p: float | Tensor, stream: int = 0) -> Tensor:
+        """Return a boolean tensor that is true with probability p (to 2^-24; exact at 0 and 1).
+
+        Args:
+            like: gives the shape and the device.
+            p: probability in [0, 1], or one for every element.
+            stream: independent numbers for the same element.
+        """
+        return self.uniform(like, stream) < p
+
+    def normal(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return float32 standard normal numbers (Box-Muller over streams 2s and 2s + 1)."""
+        radius = 1 - self.uniform(like, 2 * stream)
+        angle = self.uniform(like, 2 * stream + 1) * (2 * math.pi)
+        return torch.sqrt(-2 * torch.log(radius)) * torch.cos(angle)
+
+
 @dataclass(frozen=True)
-class Rng:
+class Rng(Draws):
     """The random numbers of one tensor, or of a slice of it.
 
     Attributes:
@@ -89,6 +117,12 @@ class Rng:
         """Return the numbers of the slice that starts `offset` elements further."""
         return replace(self, start=self.start + offset)
 
+    def keys(self, streams: int) -> Tensor:
+        """Return the key words of the first streams for `Keyed`, int32 of shape (streams, 2)."""
+        high, low = divmod(self.start, _WORD)
+        words = [key(self.seed, self.name, stream, high) for stream in range(streams)]
+        return torch.tensor([(signed(a + low), b) for a, b in words], dtype=torch.int32)
+
     def bits(self, like: Tensor, stream: int = 0) -> Tensor:
         """Return 32 random bits per element.
 
@@ -103,37 +137,36 @@ class Rng:
         pieces: list[Tensor] = []
         while position < end or not pieces:
             high, low = divmod(position, _WORD)
-            count = min(end, (high + 1) * _WORD) - position
-            pieces.append(self._page(like.device, stream, high, low, count))
+            count = min(end - position, _WORD - low)
+            key0, key1 = key(self.seed, self.name, stream, high)
+            pieces.append(mix(_counters(count, like.device), signed(key0 + low), key1))
             position += count
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return flat.reshape(like.shape)
 
-    def _page(self, device: torch.device, stream: int, high: int, low: int, count: int) -> Tensor:
-        key0, key1 = key(self.seed, self.name, stream, high)
-        if count <= _HALF:
-            counter = torch.arange(count, dtype=torch.int32, device=device)
-        else:  # beyond int32's range: wrap the tail
-            counter = torch.arange(count, device=device).add_(_HALF).remainder_(_WORD).sub_(_HALF)
-            counter = counter.to(torch.int32)
-        return mix(counter, signed(key0 + low), key1)
 
-    def below(self, like: Tensor, p: float, stream: int = 0) -> Tensor:
-        """Return a boolean tensor that is true with probability p (to 2^-24; exact at 0 and 1).
+@dataclass(frozen=True, eq=False)
+class Keyed(Draws):
+    """The numbers of an `Rng` with the keys as a tensor, so that a compiled edit fits all tensors.
 
-        Args:
-            like: gives the shape and the device.
-            p: probability in [0, 1].
-            stream: independent numbers for the same element.
-        """
-        return (self.bits(like, stream) >> 8) < round(p * (1 << 24)) - (1 << 23)
+    Covers up to 2^31 elements within one page of 2^32 indices.
 
-    def uniform(self, like: Tensor, stream: int = 0) -> Tensor:
-        """Return float32 numbers uniform on the multiples of 2^-24 in [0, 1)."""
-        return ((self.bits(like, stream) >> 8) + (1 << 23)).to(torch.float32) * 2.0**-24
+    >>> rng, like = Rng(0, "w", start=7), torch.empty(5)
+    >>> bool((Keyed(rng.keys(2)).bits(like, 1) == rng.bits(like, 1)).all())
+    True
+    """
 
-    def normal(self, like: Tensor, stream: int = 0) -> Tensor:
-        """Return float32 standard normal numbers (Box-Muller over streams 2s and 2s + 1)."""
-        first = ((self.bits(like, 2 * stream) >> 8) + (1 << 23) + 1).to(torch.float32) * 2.0**-24
-        angle = self.uniform(like, 2 * stream + 1) * (2 * math.pi)
-        return torch.sqrt(-2 * torch.log(first)) * torch.cos(angle)
+    words: Tensor
+
+    def bits(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return 32 random bits per element, as `Rng.bits`."""
+        counter = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+        return mix(counter, self.words[stream, 0], self.words[stream, 1]).reshape(like.shape)
+
+
+def _counters(count: int, device: torch.device) -> Tensor:
+    """Return 0, 1, 2, ... as int32 words; at most 2^32 of them."""
+    if count <= _HALF:
+        return torch.arange(count, dtype=torch.int32, device=device)
+    tail = torch.arange(-_HALF, count - _WORD, dtype=torch.int32, device=device)
+    return torch.cat([torch.arange(_HALF, dtype=torch.int32, device=device), tail])

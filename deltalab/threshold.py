@@ -1,7 +1,9 @@
 """Magnitude thresholds that keep an exact number of entries, of a tensor or of a whole model."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +32,9 @@ class Threshold:
         mask = magnitude > self.value
         if self.ties:
             equal = (magnitude == self.value).flatten()
-            mask = mask | (equal & (equal.cumsum(0) <= self.ties)).reshape(mask.shape)
+            last = equal.nonzero()[self.ties - 1]
+            equal[last + 1 :] = False
+            mask |= equal.reshape(mask.shape)
         return mask
 
 
@@ -57,8 +61,25 @@ def tensor_threshold(delta: Tensor, count: int) -> Threshold:
     if count == 0:
         return Threshold(float("inf"), 0)
     magnitude = delta.abs().flatten()
-    value = float(magnitude.kthvalue(delta.numel() - count + 1).values)
+    place = delta.numel() - count
+    if magnitude.device.type == "cpu":  # NumPy selects with vector instructions, PyTorch does not
+        parted = torch.from_numpy(np.partition(magnitude.numpy(), place))
+        value = float(parted[place])
+        return Threshold(value, count - int((parted[place:] > value).sum()))
+    value = float(magnitude.kthvalue(place + 1).values)
     return Threshold(value, count - int((magnitude > value).sum()))
+
+
+def ascending(magnitude: Tensor) -> np.ndarray[Any, Any]:
+    """Return all magnitudes in ascending order, as a NumPy array.
+
+    >>> ascending(torch.tensor([[3.0, 1.0], [2.0, 0.0]])).tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
+    if magnitude.device.type == "cpu":  # NumPy sorts with vector instructions, PyTorch does not
+        return np.sort(magnitude.numpy(), axis=None)
+    ordered: np.ndarray[Any, Any] = magnitude.flatten().sort().values.cpu().numpy()
+    return ordered
 
 
 class ModelThreshold:

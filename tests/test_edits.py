@@ -10,7 +10,8 @@ import yaml
 from hydra.utils import instantiate
 from torch import Tensor
 
-from deltalab import apply, extras, select
+from deltalab import apply, select
+from deltalab.edits import needs_of
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.discard import Discard
@@ -47,7 +48,7 @@ def needs(edit, delta: Tensor, name: str = "layer.weight", seed: int = 0) -> dic
         "svd": lambda: svd(delta.flatten(1)),
         "quantile": lambda keep: ModelThreshold().of(keep, {name: delta})[name],
     }
-    return {need: given[need] for need in extras.needs(edit)}
+    return {need: given[need] for need in needs_of(edit)}
 
 
 def call(edit, delta: Tensor, **where) -> Tensor:

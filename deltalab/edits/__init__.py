@@ -2,20 +2,26 @@
 
 An edit's fields are the keys of `conf/edit/<name>.yaml`, where alone the defaults stand. Calling it
 is pure: float32 delta in, float32 edited delta of the same shape out. What it needs beside the
-delta it declares as keyword-only arguments, out of `NEEDS`. An edit whose output element depends on
-nothing but the same element of its inputs says so with the class attribute `elementwise = True`;
-such edits run in slices, so that memory stays bounded, and compile into one pass.
+delta it declares as keyword-only arguments out of `NEEDS`; where the fields decide, as a property
+`needs`. Two class attributes, both optional, say how an edit may be run:
+
+* `unit = "entry"`: an entry of the result depends on the same entry of the inputs alone;
+  `unit = "row"`: a row (of the tensor read as (out, rest)) on the same row alone. Such edits run in
+  slices, so that memory stays bounded. Without it an edit sees the whole tensor.
+* `fuses = True`: plain tensor operations without a branch on the data, which a compiler can fuse
+  into one pass over memory. Edits of unit "entry" fuse in any case.
 """
 
+import inspect
 import math
 from typing import Any, Protocol
 
 from torch import Tensor
 
-NEEDS = ("rng", "grad", "acts", "peers", "svd", "quantile")
+NEEDS = ("rng", "grad", "acts", "peers", "svd", "quantile", "scale")
 """All that an edit may ask for: random numbers of this tensor; the loss gradient at W_post; the
 mean input activations of its layer; other models' deltas; its singular value decomposition; the
-model-wide magnitude threshold."""
+model-wide magnitude threshold; a scale learned for this tensor."""
 
 
 class Edit(Protocol):
@@ -23,6 +29,23 @@ class Edit(Protocol):
 
     def __call__(self, delta: Tensor, **needs: Any) -> Tensor:
         """Return the edited delta."""
+
+
+def needs_of(edit: Any) -> tuple[str, ...]:
+    """Return what an edit asks for: its `needs`, or the keyword-only arguments of its call.
+
+    Raises:
+        ValueError: it asks for something that is not in the vocabulary.
+    """
+    parameters = inspect.signature(type(edit).__call__).parameters.values()
+    declared = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    names: tuple[str, ...] = getattr(edit, "needs", declared)
+    for name in names:
+        if name not in NEEDS:
+            raise ValueError(
+                f"edit {type(edit).__name__} needs {name!r}, which is not one of {', '.join(NEEDS)}"
+            )
+    return names
 
 
 def within(field: str, value: object, interval: str) -> None:

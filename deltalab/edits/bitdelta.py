@@ -1,6 +1,7 @@
 """BitDelta: one bit an entry and one scale a matrix (arXiv 2402.10193; arXiv 2410.13841, 7-9)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class BitDelta:
     magnitudes: str
     cv: float
     axis: str
+    fuses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         within("multiple", self.multiple, "[0, inf)")
@@ -53,9 +55,7 @@ class BitDelta:
         """Return the signs times the scales."""
         if delta.ndim < 2 or delta.numel() == 0:
             return delta.clone()
-        scale = self.multiple * _mean_magnitude(delta.flatten(1), self.axis)
-        scale = scale if scale.ndim == 0 else scale.expand(delta.flatten(1).shape)
-        scale = scale if scale.ndim == 0 else scale.reshape(delta.shape)
+        scale = self.multiple * mean_magnitude(delta, self.axis)
         if self.magnitudes == "normal":
             scale = scale * (1 + self.cv * rng.normal(delta))
         elif self.magnitudes == "uniform":
@@ -63,7 +63,29 @@ class BitDelta:
         return torch.where(delta < 0, -scale, scale)
 
 
-def _mean_magnitude(matrix: Tensor, axis: str) -> Tensor:
-    """Return mean |D| over the entries that share a scale, accumulated in float64."""
-    dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[axis]
-    return matrix.abs().mean(dims, keepdim=axis != "tensor", dtype=torch.float64).float()
+def mean_magnitude(delta: Tensor, axis: str) -> Tensor:
+    """Return mean |D| over the entries that share a scale, in a shape that broadcasts to delta's.
+
+    Entries are added eight by eight in float32, in a fixed order, and those sums in float64: as
+    exact as the result can hold, and the same however a compiler vectorises it.
+
+    Args:
+        delta: at least two dimensions, read as (out, rest).
+        axis: "tensor", "row" or "column".
+
+    >>> mean_magnitude(torch.tensor([[1.0, -3.0], [4.0, 4.0]]), "row")
+    tensor([[2.],
+            [4.]])
+    """
+    magnitude = delta.abs()
+    if axis == "row":
+        rows = magnitude.flatten(1).mean(1, dtype=torch.float64).float()
+        return rows.reshape(-1, *[1] * (delta.ndim - 1))
+    if axis == "column":
+        return magnitude.mean(0, dtype=torch.float64).float().unsqueeze(0)
+    flat = magnitude.reshape(-1)
+    length = flat.numel() // 8
+    a, b, c, d, e, f, g, h = flat[: 8 * length].reshape(8, length).unbind()
+    eights = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    total = eights.sum(dtype=torch.float64) + flat[8 * length :].sum(dtype=torch.float64)
+    return (total / flat.numel()).float()

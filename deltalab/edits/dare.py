@@ -32,7 +32,7 @@ class Dare:
 
     p: float
     k: float
-    elementwise: ClassVar[bool] = True
+    unit: ClassVar[str] = "entry"
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1)")

@@ -15,7 +15,7 @@ class Discard:
     tensor([0., 0.])
     """
 
-    elementwise: ClassVar[bool] = True
+    unit: ClassVar[str] = "entry"
 
     def __call__(self, delta: Tensor) -> Tensor:
         """Return zeros."""

@@ -28,7 +28,7 @@ class DropOnly:
     """
 
     p: float
-    elementwise: ClassVar[bool] = True
+    unit: ClassVar[str] = "entry"
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1]")

@@ -27,7 +27,7 @@ class Expo:
     """
 
     alpha: float
-    elementwise: ClassVar[bool] = True
+    unit: ClassVar[str] = "entry"
 
     def __post_init__(self) -> None:
         within("alpha", self.alpha, "(-inf, inf)")

@@ -15,7 +15,7 @@ class Keep:
     tensor([ 1., -2.])
     """
 
-    elementwise: ClassVar[bool] = True
+    unit: ClassVar[str] = "entry"
 
     def __call__(self, delta: Tensor) -> Tensor:
         """Return a copy of the delta."""

@@ -1,0 +1,52 @@
+"""Model Breadcrumbs: drop the outliers and the small entries (arXiv 2312.06795)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deltalab.edits import within
+from deltalab.threshold import kept_count
+
+
+@dataclass(frozen=True)
+class Breadcrumbs:
+    """Keep the middle magnitudes of every row.
+
+    Of the n entries of a row, the floor(gamma n) of largest |D| are dropped and the floor(beta n)
+    next largest kept. Tensors are read as (out, rest), those of one dimension as one row; a scalar
+    is returned as it is. gamma = 0 is a row-wise magnitude trim.
+
+    Args:
+        beta: fraction kept, in [0, 1].
+        gamma: fraction of outliers dropped, in [0, 1 - beta].
+
+    Raises:
+        ValueError: a field is out of range.
+
+    >>> Breadcrumbs(beta=0.5, gamma=0.25)(torch.tensor([9.0, -1.0, 3.0, -4.0]))
+    tensor([ 0.,  0.,  3., -4.])
+    """
+
+    beta: float
+    gamma: float
+    unit: ClassVar[str] = "row"
+
+    def __post_init__(self) -> None:
+        within("beta", self.beta, "[0, 1]")
+        within("gamma", self.gamma, "[0, 1]")
+        if self.beta + self.gamma > 1 + 1e-9:
+            raise ValueError(f"edit.gamma={self.gamma}: must be at most 1 - beta, {1 - self.beta}")
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        """Return the delta with all but the middle entries of every row set to zero."""
+        if delta.ndim == 0 or delta.numel() == 0:
+            return delta.clone()
+        rows = delta.flatten(1) if delta.ndim > 1 else delta.reshape(1, -1)
+        first = kept_count(self.gamma, rows.shape[1])
+        last = first + kept_count(self.beta, rows.shape[1])
+        order = rows.abs().argsort(dim=1, descending=True, stable=True)
+        middle = order[:, first:last]
+        hat = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        return hat.scatter_(1, middle, rows.gather(1, middle)).reshape(delta.shape)

@@ -1,0 +1,102 @@
+"""Chain: edits one after another, such as DARE and then BitDelta."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+
+import deltalab
+from deltalab import factor
+from deltalab.edits import needs_of
+from deltalab.rng import Rng
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Apply edits in turn: D_hat = F_n(... F_1(D)).
+
+    Every step has its own random numbers; the first has those it would have alone. A model-wide
+    threshold is known for the given delta only, so that `ties` with scope=model can but come first.
+
+    Args:
+        steps: names of edits, as `dare`, or names with settings, as `{dare: {p: 0.9}}`; settings
+            that are left out have the defaults of `conf/edit`. At least one.
+
+    Raises:
+        ValueError: no steps, an unknown edit or setting, or a step that cannot stand there.
+
+    >>> import torch
+    >>> edit = Chain(steps=[{"expo": {"alpha": 1.0}}, {"expo": {"alpha": -0.5}}])
+    >>> edit(torch.tensor([1.0, -2.0]))
+    tensor([ 1., -2.])
+    """
+
+    steps: list[Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, list | tuple) or not self.steps:
+            raise ValueError(f"edit.steps={self.steps}: must be a list of at least one edit")
+        for step, edit in zip(self.steps[1:], self.edits[1:], strict=True):
+            if getattr(edit, "scope", None) == "model" or "scale" in needs_of(edit):
+                raise ValueError(f"edit.steps={step}: needs the whole model, so must come first")
+
+    @cached_property
+    def edits(self) -> tuple[Any, ...]:
+        """The steps as edits."""
+        return tuple(_built(step) for step in self.steps)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What this edit asks for: all that its steps do."""
+        return tuple(dict.fromkeys(need for edit in self.edits for need in needs_of(edit)))
+
+    @property
+    def unit(self) -> str:
+        """Entry by entry if all steps are."""
+        units = {getattr(edit, "unit", "tensor") for edit in self.edits}
+        return "entry" if units == {"entry"} else "tensor"
+
+    def __call__(self, delta: Tensor, **given: Any) -> Tensor:
+        """Return the delta after all steps."""
+        hat = delta
+        for index, edit in enumerate(self.edits):
+            now = {need: given[need] for need in needs_of(edit)}
+            if index and "rng" in now:
+                now["rng"] = _forked(now["rng"], index)
+            if index and "svd" in now:
+                now["svd"] = _factors_of(hat)
+            hat = edit(hat, **now)
+        return hat
+
+
+def _forked(rng: Rng, index: int) -> Rng:
+    return rng.fork(str(index))
+
+
+def _factors_of(delta: Tensor) -> Callable[[], factor.Factors]:
+    return lambda: factor.svd(delta.flatten(1))
+
+
+def _built(step: Any) -> Any:
+    """Return one step as an edit: a name, a mapping from a name to settings, or the edit itself."""
+    if callable(step):
+        return step
+    name, given = next(iter(step.items())) if isinstance(step, Mapping) and step else (step, {})
+    package = Path(deltalab.__file__).parent
+    conf = next(d for d in (package / "conf", package.parent / "conf") if d.is_dir()) / "edit"
+    known = sorted(p.stem for p in conf.glob("*.yaml") if p.stem != "chain")
+    if name not in known or (isinstance(step, Mapping) and len(step) != 1):
+        raise ValueError(f"edit.steps={step}: must name one of {', '.join(known)}")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(conf / f"{name}.yaml"))
+    module, _, kind = settings.pop("_target_").rpartition(".")
+    del settings["select"]
+    chosen = getattr(import_module(module), kind)
+    for key in given or {}:
+        if key not in (valid := [f.name for f in fields(chosen)]):
+            raise ValueError(f"edit.steps.{name}.{key}: must be one of {', '.join(valid)}")
+    return chosen(**settings | dict(given or {}))
