@@ -125,9 +125,18 @@ def classify(change: float, error: float) -> Class:
     return "decreased" if change > 0 else "improved"
 
 
-def exact_enough(logits: Tensor) -> Tensor:
-    """Return logits in the dtype for softmax and log: float32, or float64 where they are that."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def surprise(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return -log p(label) under the softmax of logits, in nats, in float32 or better.
+
+    Args:
+        logits: (n, classes), of any floating dtype.
+        labels: (n,), int64.
+
+    >>> surprise(torch.zeros(1, 8), torch.tensor([3])).exp()
+    tensor([8.])
+    """
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(exact, labels, reduction="none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +151,13 @@ class CrossEntropy:
         """Return every image's cross-entropy and weight 1."""
         x, y = batch
         weight = next(module.parameters())
-        logits = exact_enough(module(x.to(weight.dtype)))
+        logits = module(x.to(weight.dtype))
         if self.most >= logits.shape[-1]:
             raise ValueError(
                 f"label {self.most} in the objective's data: the model has outputs"
                 f" 0 to {logits.shape[-1] - 1}"
             )
-        losses = functional.cross_entropy(logits, y, reduction="none")
+        losses = surprise(logits, y)
         return losses, torch.ones_like(losses)
 
 

@@ -65,6 +65,16 @@ class Rule:
         """The weights, in the order of the nodes; their sum is 1."""
         return _rule(self.name, self.points)[1]
 
+    @property
+    def companion(self) -> tuple[float, ...] | None:
+        """Weights of another rule on the same nodes, whose difference estimates the error.
+
+        For the composite rules all nodes' interpolating polynomial, which is far more accurate;
+        for a rule that is that already, the polynomial without the node of least weight, so that
+        the estimate is pessimistic. None for a single node.
+        """
+        return _companion(self.name, self.points)
+
 
 @lru_cache(maxsize=64)
 def _rule(name: str, points: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -87,6 +97,44 @@ def _rule(name: str, points: int) -> tuple[tuple[float, ...], tuple[float, ...]]
         nodes = _radau_nodes(points)
         weights = integral_weights(nodes, 0.0, 1.0)
     return tuple(nodes.tolist()), tuple(weights.tolist())
+
+
+@lru_cache(maxsize=64)
+def _companion(name: str, points: int) -> tuple[float, ...] | None:
+    if points < 2:
+        return None
+    nodes, weights = (np.asarray(values) for values in _rule(name, points))
+    best = integral_weights(nodes, 0.0, 1.0)
+    if np.abs(best - weights).max() > 1e-9:
+        return tuple(best.tolist())
+    least = int(np.argmin(weights))
+    others = np.delete(nodes, least)
+    return tuple(np.insert(integral_weights(others, 0.0, 1.0), least, 0.0).tolist())
+
+
+def leja(low: float, high: float, count: int) -> tuple[float, ...]:
+    """Return nested interpolation nodes on an interval around 0, starting with 0.
+
+    Each node is where the product of distances to the nodes before it is largest (Leja's
+    sequence), so that any beginning of the sequence interpolates stably, and adding a node keeps
+    all the earlier evaluations.
+
+    Args:
+        low: lower end, at most 0.
+        high: upper end, at least 0 and above `low`.
+        count: how many nodes.
+
+    >>> leja(0.0, 1.0, 3)
+    (0.0, 1.0, 0.5)
+    """
+    grid = np.linspace(low, high, 4001)
+    nodes = [0.0]
+    with np.errstate(divide="ignore"):
+        distance = np.log(np.abs(grid))
+        for _ in range(count - 1):
+            nodes.append(float(grid[int(np.argmax(distance.round(9)))]))
+            distance += np.log(np.abs(grid - nodes[-1]))
+    return tuple(nodes)
 
 
 def _radau_nodes(points: int) -> Array:

@@ -3,36 +3,41 @@
     L(W_post + E) - L(W_post) = integral_0^1 <grad L(W_post + t E), E> dt
                              ~= sum_c w_c <grad L(W_post + t_c E), E>          (Eq. 1: left, C = 5)
 
-Each gradient is reduced to <g, E> inside the backward pass, tensor by tensor, and freed at once:
-above model and shift, a pass holds one tensor's gradient and a bounded chunk of products.
+Gradients never exist as a whole: `deltalab.passes` reduces each to <g, E> within its pass, so that
+above model and shift one tensor's gradient is held.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deltalab.objectives import Loss, evaluating
+from deltalab.objectives import Loss
+from deltalab.passes import checkpointing, inner, move, probing, slope, slopes, targets
+from deltalab.passes import gradient as gradient
 from deltalab.quadrature import Rule
 from deltalab.weights import PARTS, Weights, part_of
 
-CHUNK = 1 << 22
-"""Entries of a tensor whose float64 products are alive at a time."""
+ENGINES = ("reverse", "forward")
 
 
 @dataclass(frozen=True)
 class Riemann:
-    """Which rules to take a term by.
+    """Which rules to take a term by, and how.
 
     Args:
         rule: the main rule's name; None for no term at all.
         points: the main rule's number of nodes.
         also: further rules on the same path, `{name: points}`; nodes are shared between rules.
+        engine: `reverse`, split by tensor; or `forward`, total only, for half the memory.
+        checkpoint: recompute activations in the backward pass (`reverse`), for long sequences.
+
+    Raises:
+        ValueError: an unknown rule or engine, or numbers of nodes that a rule does not have.
 
     >>> [rule.name for rule in Riemann("gauss", 3, also={"left": 5}).rules]
     ['gauss', 'left']
@@ -41,8 +46,12 @@ class Riemann:
     rule: str | None
     points: int = 1
     also: Mapping[str, int] = field(default_factory=dict)
+    engine: str = "reverse"
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"riemann.engine={self.engine}: must be one of {', '.join(ENGINES)}")
         if self.rule in self.also:
             raise ValueError(f"riemann.also={dict(self.also)}: {self.rule} is the main rule")
         assert self.rules is not None  # validates every rule
@@ -65,7 +74,7 @@ class Term:
         value: the approximation, in the objective's unit.
         nodes: t in [0, 1] along post + t * shift.
         inner: <grad L(post + t * shift), shift> at every node; their trend is the curvature.
-        by_tensor: the value's share of every tensor; their sum is `value`.
+        by_tensor: the value's share of every tensor, summing to `value`; empty in forward mode.
         gradient_evaluations: passes over all batches made for this term. A node that an earlier
             rule of the same call, or a gradient passed in, provided, is not counted again.
     """
@@ -77,6 +86,7 @@ class Term:
     inner: tuple[float, ...]
     by_tensor: dict[str, float]
     gradient_evaluations: int
+    error: float | None = None
 
     @cached_property
     def by_part(self) -> dict[str, float]:
@@ -96,6 +106,7 @@ class Term:
             "inner": list(self.inner),
             "by_part": self.by_part,
             "by_tensor": self.by_tensor,
+            "error": self.error,
             "gradient_evaluations": self.gradient_evaluations,
         }
 
@@ -119,6 +130,8 @@ def terms(
     loss: Loss,
     rules: Sequence[Rule],
     first: Weights | None = None,
+    engine: str = "reverse",
+    checkpoint: bool = False,
 ) -> dict[str, Term]:
     """Return the terms of several rules from one walk along the path.
 
@@ -130,6 +143,8 @@ def terms(
         loss: the opened objective.
         rules: rules of different names; nodes that several share are evaluated once.
         first: the gradient at W_post (`gradient`), where it is known already.
+        engine: `reverse` or `forward`, as for `Riemann`.
+        checkpoint: recompute activations, as for `Riemann`.
 
     Returns:
         Rule name -> term, in the order of `rules`.
@@ -145,7 +160,8 @@ def terms(
         first = None
     seen: dict[float, dict[str, float]] = {}
     found = {}
-    with probing(module, touched, post):
+    guard = checkpointing(module) if checkpoint else nullcontext()
+    with guard, probing(module, touched, post):
         for rule in rules:
             made = 0
             for node in rule.nodes:
@@ -155,216 +171,51 @@ def terms(
                     seen[node] = {n: inner(first[n], shift[n]).item() for n in touched}
                 elif touched:
                     move(touched, post, shift, node)
-                    seen[node] = slopes(module, touched, shift, loss)
+                    seen[node] = slopes_by(engine, module, touched, shift, loss)
                     made += 1
                 else:
                     seen[node] = {}
-                _check_finite(seen[node], node)
-            found[rule.name] = _integrated(rule, [seen[node] for node in rule.nodes], made)
+                check_finite(seen[node], node)
+            found[rule.name] = _integrated(rule, [seen[node] for node in rule.nodes], made, engine)
     return found
 
 
-def _integrated(rule: Rule, values: Sequence[dict[str, float]], evaluations: int) -> Term:
+TOTAL = "total"
+"""The one name under which the forward engine, which knows no tensors, gives its slope."""
+
+
+def slopes_by(engine: str, module: nn.Module, *args: Any) -> dict[str, float]:
+    """Return the slopes by tensor, or the forward engine's under `TOTAL`."""
+    return slopes(module, *args) if engine == "reverse" else {TOTAL: slope(module, *args)}
+
+
+def _integrated(
+    rule: Rule, values: Sequence[dict[str, float]], evaluations: int, engine: str
+) -> Term:
+    totals = [math.fsum(v.values()) for v in values]
+    value = math.fsum(w * v for w, v in zip(rule.weights, totals, strict=True))
     by_tensor = {
-        name: math.fsum(w * v[name] for w, v in zip(rule.weights, values, strict=True))
-        for name in values[0]
+        name: math.fsum(w * v.get(name, 0.0) for w, v in zip(rule.weights, values, strict=True))
+        for name in (values[0] if engine == "reverse" else ())
     }
+    error = None
+    if rule.companion is not None:
+        other = math.fsum(w * v for w, v in zip(rule.companion, totals, strict=True))
+        error = abs(value - other)
     return Term(
         rule=rule.name,
         points=rule.points,
-        value=math.fsum(by_tensor.values()),
+        value=value,
         nodes=rule.nodes,
-        inner=tuple(math.fsum(v.values()) for v in values),
+        inner=tuple(totals),
         by_tensor=by_tensor,
         gradient_evaluations=evaluations,
+        error=error,
     )
 
 
-def _check_finite(values: Mapping[str, float], node: float) -> None:
+def check_finite(values: Mapping[str, float], node: float) -> None:
+    """Raise `ValueError` where a slope is not a finite number."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise ValueError(f"the gradient of {name!r} is not finite at t={node:.4g} of the path")
-
-
-def targets(module: nn.Module, shift: Weights) -> dict[str, nn.Parameter]:
-    """Return the parameters that a shift moves, by the shift's names, tied ones once.
-
-    A tensor whose shift is zero throughout is left out: it costs nothing.
-
-    Raises:
-        ValueError: a name that is no parameter, or of another shape; buffers (running statistics)
-            have no gradient that a term could use.
-    """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name in shift:
-        if name not in parameters:
-            raise ValueError(f"the edit shifts {name!r}, which is no parameter of the model")
-        parameter, value = parameters[name], shift[name]
-        if parameter.shape != value.shape:
-            raise ValueError(
-                f"tensor {name!r}: shape {tuple(value.shape)} of the shift,"
-                f" {tuple(parameter.shape)} in the model"
-            )
-        if id(parameter) not in seen and bool(value.any()):
-            seen.add(id(parameter))
-            found[name] = parameter
-    return found
-
-
-def move(touched: Mapping[str, nn.Parameter], post: Weights, shift: Weights, node: float) -> None:
-    """Write post + node * shift into the parameters, from the stored copies, rounded once."""
-    with torch.no_grad():
-        for name, parameter in touched.items():
-            start = post[name].to(parameter.device)
-            if node == 0:
-                parameter.copy_(start)
-                continue
-            step = shift[name].to(parameter.device)
-            exact = _exact(parameter.dtype)
-            parameter.copy_(torch.add(start.to(exact), step.to(exact), alpha=node))
-
-
-@contextmanager
-def probing(
-    module: nn.Module, touched: Mapping[str, nn.Parameter], post: Weights
-) -> Iterator[None]:
-    """Let gradients flow to the touched parameters only, in eval mode; put everything back.
-
-    On leaving, also by an exception, the touched parameters hold `post` again, and every
-    parameter's `requires_grad` and `grad` are what they were.
-    """
-    wanted = {id(parameter) for parameter in touched.values()}
-    states = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    try:
-        with evaluating(module), torch.enable_grad():
-            for parameter, _, _ in states:
-                parameter.grad = None
-                parameter.requires_grad_(id(parameter) in wanted)
-            yield
-    finally:
-        for parameter, required, grad in states:
-            parameter.requires_grad_(required)
-            parameter.grad = grad
-        move(touched, post, {}, 0.0)
-
-
-def slopes(
-    module: nn.Module, touched: Mapping[str, nn.Parameter], shift: Weights, loss: Loss
-) -> dict[str, float]:
-    """Return <grad, shift> of every touched tensor at the module's present weights.
-
-    One gradient evaluation: a forward and a backward pass over every batch.
-    """
-    total = {
-        name: torch.zeros((), dtype=_accumulator(p.device), device=p.device)
-        for name, p in touched.items()
-    }
-
-    def reduce(name: str, grad: Tensor, share: float) -> None:
-        total[name] += inner(grad, shift[name]) * share
-
-    weight = backward(module, touched, loss, reduce)
-    return {name: value.item() / weight for name, value in total.items()}
-
-
-def backward(
-    module: nn.Module,
-    wanted: Mapping[str, nn.Parameter],
-    loss: Loss,
-    consume: Callable[[str, Tensor, float], None],
-) -> float:
-    """Pass over all batches, handing every gradient to `consume` as soon as it exists.
-
-    Args:
-        module: the module, within `probing`.
-        wanted: the parameters whose gradients are wanted, each once.
-        loss: the opened objective.
-        consume: takes a name, the gradient of a batch's mean loss, and the batch's weight; the
-            gradient is freed when it returns.
-
-    Returns:
-        The weight of all batches.
-    """
-    share = weight = 0.0
-
-    def hand_over(name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        consume(name, parameter.grad, share)
-        parameter.grad = None
-
-    handles = [
-        parameter.register_post_accumulate_grad_hook(partial(hand_over, name))  # type: ignore[no-untyped-call]
-        for name, parameter in wanted.items()
-    ]
-    try:
-        for batch in loss.batches:
-            losses, counts = loss(module, batch)
-            share = float(counts.sum())
-            if share > 0:
-                weight += share
-                (losses.sum() / share).backward()  # type: ignore[no-untyped-call]
-    finally:
-        for handle in handles:
-            handle.remove()
-    if weight == 0:
-        raise ValueError("the objective's examples have no weight: nothing in them is predicted")
-    return weight
-
-
-def gradient(
-    module: nn.Module, loss: Loss, names: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Return the mean loss's gradient at the module's present weights: one gradient evaluation.
-
-    Micro-batches are summed in float32 (float64 for a float64 module), also for a bf16 module.
-
-    Args:
-        module: the live module, left as it was.
-        loss: the opened objective.
-        names: of the parameters wanted; all when None.
-
-    Returns:
-        Name -> gradient, on the module's device; the names of tied parameters share one tensor.
-    """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    asked = {name: parameters[name] for name in (parameters if names is None else names)}
-    first_name = {id(parameter): name for name, parameter in reversed(asked.items())}
-    wanted = {name: asked[name] for name in first_name.values()}
-    sums = {
-        name: torch.zeros_like(p, dtype=_exact(p.dtype), requires_grad=False)
-        for name, p in wanted.items()
-    }
-
-    def add(name: str, grad: Tensor, share: float) -> None:
-        sums[name].add_(grad, alpha=share)
-
-    with probing(module, wanted, {name: p.detach() for name, p in wanted.items()}):
-        weight = backward(module, wanted, loss, add)
-    for value in sums.values():
-        value /= weight
-    return {name: sums[first_name[id(parameter)]] for name, parameter in asked.items()}
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return <a, b> as a scalar tensor, multiplied and summed in float64 a chunk at a time.
-
-    >>> inner(torch.tensor([1e8, 1.0, -1e8]), torch.ones(3)).item()
-    1.0
-    """
-    dtype = _accumulator(a.device)
-    left, right = a.reshape(-1), b.reshape(-1)
-    total = torch.zeros((), dtype=dtype, device=a.device)
-    for start in range(0, left.numel(), CHUNK):
-        piece = right[start : start + CHUNK].to(a.device)
-        total += torch.dot(left[start : start + CHUNK].to(dtype), piece.to(dtype))
-    return total
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _accumulator(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from deltalab.passes import gradient, inner
 from deltalab.quadrature import RULES, Rule
-from deltalab.riemann import Riemann, gradient, inner, term, terms
+from deltalab.riemann import Riemann, term, terms
 
 
 @dataclass
