@@ -27,9 +27,26 @@ def point(cfg: DictConfig) -> None:
     """Run one point: Hydra calls this once, or for every point of a sweep."""
     from hydra.core.hydra_config import HydraConfig
 
+    hydra = HydraConfig.get()
+    sweeping = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
+    try:
+        record, skipped = _run(cfg, hydra, sweeping)
+    except Exception as error:
+        logging.getLogger("deltalab").info("failed", exc_info=True)
+        traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
+        if sweeping:  # the sweeper counts failures when all points have run
+            overrides = " ".join(hydra.overrides.task)
+            console.point_done(f"failed: {overrides}: {console.one_line(error)}")
+        elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
+            console.fail(console.one_line(error))
+            sys.exit(2)
+        raise
+    console.point_done(console.describe(record, skipped))
+
+
+def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:
     from deltalab.run import Choices, run
 
-    hydra = HydraConfig.get()
     chosen = hydra.runtime.choices
     choices = Choices(
         model=chosen["model"],
@@ -37,34 +54,29 @@ def point(cfg: DictConfig) -> None:
         objective=chosen["objective"],
         experiment=chosen.get("experiment"),
     )
-    sweeping = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    group = Path(hydra.sweep.dir if sweeping else hydra.run.dir).name
-    try:
-        record, skipped = run(settings, choices, group=group)
-    except Exception as error:
-        logging.getLogger("deltalab").info("failed", exc_info=True)
-        traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
-        if sweeping:
-            console.point_done(f"failed: {' '.join(hydra.overrides.task)}: {console.one_line(error)}")
-        raise
-    console.point_done(console.describe(record, skipped))
+    return run(settings, choices, group=Path(hydra.sweep.dir if sweeping else hydra.run.dir).name)
+
+
+def mistakes() -> tuple[type[Exception], ...]:
+    """Return the exceptions that tell of a user's mistake: one line, no traceback, exit code 2."""
+    from hydra.errors import HydraException
+
+    return (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
 
 
 def main() -> None:
     """Entry point of the `deltalab` command. Exit code 0 on success, 2 for a user's mistake."""
     import hydra
-    from hydra.errors import HydraException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
-    mistakes = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)
     try:
         run()
     except console.SweepFailed as error:
         console.fail(console.one_line(error))
-        sys.exit(2 if all(isinstance(e, mistakes) for e in error.failures) else 1)
-    except mistakes as error:
+        sys.exit(2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)
+    except mistakes() as error:
         console.fail(console.one_line(error))
         sys.exit(2)
     except KeyboardInterrupt:

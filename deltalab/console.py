@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deltalab.outcomes import label
+
 _bars: list[Progress] = []  # the bar of the sweep that this process runs, if it runs one
 
 
@@ -51,8 +53,8 @@ def point_done(line: str) -> None:
 
 def describe(record: Mapping[str, Any], skipped: bool = False) -> str:
     """Return the one line that tells a person what came out of a point."""
-    edit = {**record["edit"]}
-    name = " ".join([edit.pop("name"), *(f"{k}={v}" for k, v in edit.items() if v is not None)])
+    hyper = {**record["edit"]}
+    name = label(hyper.pop("name"), hyper)
     columns = [f"{record['model']:<16} {name:<28}"]
     if loss := record.get("loss"):
         columns.append(f"change {loss['change']:+.4f} ±{loss['error']:.4f}")
@@ -71,11 +73,17 @@ def one_line(error: BaseException) -> str:
 
     >>> one_line(ValueError("Could not find 'edit/x'\n\nAvailable:\n\tdare\n\tties\n"))
     "Could not find 'edit/x'. Available: dare, ties"
+    >>> one_line(ValueError("Missing mandatory value: name\n    full_key: model.name"))
+    'Missing mandatory value: name (model.name)'
     """
     text = ""
     previous = ""
-    for line in filter(str.strip, str(error).splitlines()):
-        if line.strip().startswith(("full_key:", "object_type=")):
+    message = str(error).split("Config search path:")[0]
+    for line in filter(str.strip, message.splitlines()):
+        if line.strip().startswith("object_type="):
+            continue
+        if line.strip().startswith("full_key: "):
+            text += f" ({line.split(': ')[1]})"
             continue
         joint = ", " if previous.startswith("\t") and line.startswith("\t") else ". "
         text += ("" if not text else " " if text.endswith((":", ".")) else joint) + line.strip()

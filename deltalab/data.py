@@ -157,9 +157,7 @@ class HubImages:
         if self.path == "imagefolder" and not Path(self.dir or "").is_dir():
             raise FileNotFoundError(f"data.dir={self.dir}: no such directory")
         try:
-            rows = datasets.load_dataset(
-                self.path, self.name, data_dir=self.dir, split=self.split
-            )
+            rows = datasets.load_dataset(self.path, self.name, data_dir=self.dir, split=self.split)
         except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(f"data.path={self.path}: {error}") from None
         for setting, column in (("image", self.image), ("label", self.label)):

@@ -5,6 +5,7 @@ the workers of a launcher, share the open pair and everything that only depends 
 """
 
 import logging
+import math
 import resource
 import subprocess
 import time
@@ -25,7 +26,7 @@ from deltalab import apply, records, riemann, select
 from deltalab.evaluators.accuracy import Scores
 from deltalab.extras import Extras, needs
 from deltalab.objectives import Loss, Measured, change, classify, measure
-from deltalab.weights import ModelPair, Weights, delta, loaded
+from deltalab.weights import LazyWeights, ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
 NOT_DETERMINING = ("results", "force", "tracker", "sweeps", "experiment")
@@ -52,6 +53,7 @@ class Point:
     rules: tuple[riemann.Rule, ...]
     select: str
     seed: int
+    objective_name: str
     key: str
 
 
@@ -98,7 +100,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     select.check(chosen)
     edit = build(edit_settings, "edit")
     needs(edit)
-    rules = tuple(riemann.Rule(n, c) for n, c in (settings["riemann"].get("rules") or {}).items())
+    rules = build(settings["riemann"], "riemann").rules
     model = build(settings["model"], "model")
     determinants = {k: v for k, v in settings.items() if k not in NOT_DETERMINING}
     determinants |= {"select": chosen, "choices": [choices.model, choices.edit, choices.experiment]}
@@ -110,6 +112,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         rules=rules,
         select=chosen,
         seed=settings["seed"],
+        objective_name=choices.objective,
         key=records.key_of(determinants | {"inputs": model.fingerprints}),
     )
 
@@ -125,7 +128,7 @@ def evaluate(point: Point) -> records.Record:
         edited = apply.edited(pair.pre, pair.post, point.edit, point.select, extras)
         edited = {name: edited[name] for name in edited}
         shift = {name: edited[name].float() - pair.post[name].float() for name in edited}
-        touched = audit(pair, edited, shift)
+        touched = audit(pair, point.edit, extras, edited)
     with clock("term"):
         first = known.gradient if any(0.0 in rule.nodes for rule in point.rules) else None
         terms = riemann.terms(pair.module, pair.post, shift, loss, point.rules, first=first)
@@ -141,7 +144,7 @@ def evaluate(point: Point) -> records.Record:
         "terms": {name: term.as_record() for name, term in terms.items()},
         "prediction": None,
         "loss": {
-            "objective": None,
+            "objective": point.objective_name,
             "unit": loss.unit,
             "pre": known.pre.mean,
             "post": known.post.mean,
@@ -201,24 +204,39 @@ def paired(post: Scores, edited: Scores) -> dict[str, float]:
     return metrics
 
 
-def audit(pair: ModelPair, edited: Weights, shift: Weights) -> dict[str, Any]:
-    """Say what an edit touched: counts, sparsity of the edited delta, size of the shift."""
-    before = delta(pair.pre, pair.post)
+def audit(pair: ModelPair, edit: Any, extras: Extras, edited: Weights) -> dict[str, Any]:
+    """Say what an edit did: what it touched, how far it moved, how much of that storage lost.
+
+    `relative_shift` is |shift| / |delta| and `lost_in_storage` |shift - (F(D) - D)| / |F(D) - D|,
+    Frobenius norms over the touched tensors; `sparsity` is the share of touched entries that have
+    the pre-trained value.
+    """
+    deltas = LazyWeights(edited, lambda name: apply.difference(pair.pre[name], pair.post[name]))
     zeros = entries = 0
-    shift2 = delta2 = 0.0
+    shift2 = delta2 = ideal2 = lost2 = 0.0
     for name in edited:
+        before = deltas[name]
+        ideal = edit(before, **extras.for_tensor(name, deltas)) - before
+        shift = edited[name].float() - pair.post[name].float()
         zeros += int((edited[name] == pair.pre[name]).sum())
-        entries += edited[name].numel()
-        shift2 += float(shift[name].double().square().sum())
-        delta2 += float(before[name].double().square().sum())
+        entries += shift.numel()
+        shift2 += squared(shift)
+        delta2 += squared(before)
+        ideal2 += squared(ideal)
+        lost2 += squared(shift - ideal)
     return {
         "tensors": len(edited),
         "parameters": entries,
         "of_parameters": sum(t.numel() for t in pair.module.parameters()),
-        "relative_shift": (shift2 / delta2) ** 0.5 if delta2 else 0.0,
+        "relative_shift": math.sqrt(shift2 / delta2) if delta2 else 0.0,
         "sparsity": zeros / entries if entries else 0.0,
-        "lost_in_storage": None,
+        "lost_in_storage": math.sqrt(lost2 / ideal2) if ideal2 else 0.0,
     }
+
+
+def squared(tensor: Tensor) -> float:
+    """Return the sum of squares, accumulated in float64."""
+    return float(tensor.double().square().sum())
 
 
 def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> records.Record:

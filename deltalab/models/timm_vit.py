@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from deltalab.weights import Checkpoint, ModelPair, Weights, check_same_layout, fingerprint
+from deltalab.weights import (
+    Checkpoint,
+    LazyWeights,
+    ModelPair,
+    Weights,
+    check_same_layout,
+    fingerprint,
+)
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,12 @@ class TimmPair:
     name: str
     pre: str
     post: str
-    args: tuple[tuple[str, Any], ...] = ()
+    args: tuple[tuple[str, Any], ...] | None = None
     device: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if isinstance(self.args, Mapping):
+        if isinstance(self.args, Mapping):  # frozen: a spec is a key of the caches
             object.__setattr__(self, "args", tuple(sorted(self.args.items())))
         if not hasattr(torch, self.dtype) or not isinstance(
             getattr(torch, self.dtype), torch.dtype
@@ -61,7 +69,7 @@ def _open(spec: TimmPair) -> ModelPair:
     if not timm.is_model(spec.name):
         near = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
         raise ValueError(f"model.name={spec.name}: not a timm architecture; near: {near}")
-    args = dict(spec.args)
+    args = dict(spec.args or ())
     classifier = timm.models.get_pretrained_cfg_value(spec.name, "classifier")
     if "num_classes" not in args and f"{classifier}.weight" in post:
         args["num_classes"] = post.shape(f"{classifier}.weight")[0]
@@ -94,12 +102,24 @@ def live_pair(
     except ValueError as error:
         text = str(error).replace("pre-trained model", "architecture")
         raise ValueError(text.replace("post-trained model", "checkpoint")) from None
+    kind = getattr(torch, dtype)
+    pre, post = cast(pre, kind), cast(post, kind)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    module = module.to(device=where, dtype=getattr(torch, dtype)).eval()
+    module = module.to(device=where, dtype=kind).eval()
     with torch.no_grad():
         for name, tensor in module.state_dict(keep_vars=True).items():
             tensor.copy_(post[name])
     return ModelPair(pre=pre, post=post, module=module, transform=transform)
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> LazyWeights:
+    """Return weights whose floating-point tensors have the dtype in which they are evaluated."""
+
+    def load(name: str) -> Tensor:
+        tensor = weights[name]
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return LazyWeights(weights, load)
 
 
 def locate(source: str, setting: str) -> Path:

@@ -1,0 +1,221 @@
+"""The command line as a user meets it: exit codes, one-line errors, sweeps, resuming."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
+
+from deltalab import cli
+from deltalab.weights import Checkpoint
+
+FAST = ["data.test.limit=64", "data.objective.limit=64", "riemann.points=2"]
+
+
+@pytest.fixture
+def deltalab(monkeypatch, capfd, tmp_path):
+    """Run the command in this process; return exit code, stdout and stderr."""
+
+    def run(*arguments, results=tmp_path):
+        argv = ["deltalab", *arguments, f"results={results}"]
+        monkeypatch.setattr(sys, "argv", argv)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def records_in(directory):
+    files = sorted((directory / "records").glob("*.json"))
+    return [json.loads(path.read_text()) for path in files]
+
+
+@pytest.fixture
+def pair_files(tmp_path):
+    """Two small checkpoints that do not fit together."""
+    tensors = {n: t.float() for n, t in Checkpoint(cli_zoo() / "pre.safetensors").items()}
+    pre, post = tmp_path / "pre.safetensors", tmp_path / "post.safetensors"
+    save_file(tensors, pre)
+    save_file({**tensors, "head.bias": tensors["head.bias"][:3]}, post)
+    return pre, post
+
+
+def cli_zoo():
+    from deltalab.models.zoo import DIRECTORY
+
+    return DIRECTORY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["edit=dare", "edit.p=1.5"], ["edit.p=1.5", "1"]),
+        (["edit=nope"], ["edit/nope", "dare", "ties"]),
+        (["edit=dare", "edit.q=1"], ["edit.q"]),
+        (["select=everything"], ["select=everything", "matrices", "no_embed"]),
+        (["model=nope"], ["model/nope", "mnist_vit"]),
+        (["riemann.rule=cubic"], ["cubic", "gauss"]),
+        (["objective.batch_size=0"], ["objective.batch_size=0"]),
+        (["model=timm_vit", "model.name=vit_tiny_patch16_224", "data.dir=.",
+          "model.pre=/nowhere/a.safetensors", "model.post=b"], ["model.pre=/nowhere/a.safetensors"]),
+        (["model=timm_vit", "data.dir=."], ["mandatory", "model.name"]),
+        (["evaluator._target_=os.getcwd"], ["evaluator._target_=os.getcwd"]),
+        (["-m", "edit=dare,expo"], ["edit=dare,expo", "grid=none"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(deltalab, arguments, parts, tmp_path):
+    code, _, err = deltalab(*arguments)
+    assert code == 2, err
+    assert err.startswith("deltalab: ")
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+    assert not (tmp_path / "records").exists()
+
+
+def test_pairs_that_differ_name_the_tensor_and_both_shapes(deltalab, pair_files):
+    pre, post = pair_files
+    code, _, err = deltalab(
+        "model=timm_vit", "model.name=vit_tiny_patch16_224", f"model.pre={pre}",
+        f"model.post={post}", "data.dir=.",
+    )  # fmt: skip
+    assert code == 2
+    assert "'head.bias'" in err
+    assert "(20,)" in err
+    assert "(3,)" in err
+
+
+def test_an_empty_image_folder_is_named(deltalab, pair_files, tmp_path):
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+    pre, _ = pair_files
+    recipe = json.loads((cli_zoo() / "vit.json").read_text())
+    args = ",".join(f"{k}:{v}" for k, v in recipe["args"].items())
+    code, _, err = deltalab(
+        "model=timm_vit", f"model.name={recipe['architecture']}", f"model.pre={pre}",
+        f"model.post={pre}", f"model.args={{{args}}}", f"data.dir={tmp_path / 'images'}",
+    )  # fmt: skip
+    assert code == 2, err
+    assert "images/train: no images" in err
+
+
+def test_keep_is_post_and_discard_is_pre_exactly(deltalab, tmp_path):
+    for edit in ("keep", "discard"):
+        assert deltalab(f"edit={edit}", "select=all", *FAST)[0] == 0
+    by_edit = {r["edit"]["name"]: r for r in records_in(tmp_path)}
+    keep, discard = by_edit["keep"], by_edit["discard"]
+    assert keep["loss"]["change"] == 0.0
+    assert keep["touched"]["relative_shift"] == 0.0
+    assert keep["class"] == "competitive"
+    assert keep["loss"]["edited"] == keep["loss"]["post"]
+    assert discard["loss"]["edited"] == discard["loss"]["pre"]
+    for name, value in keep["reference"]["post"].items():
+        assert keep["metrics"][name] == value
+    for name, value in discard["reference"]["pre"].items():
+        assert discard["metrics"][name] == value
+
+
+def test_a_second_run_skips_and_force_repeats_it_identically(deltalab, tmp_path):
+    arguments = ["edit=dare", "edit.p=0.5", *FAST]
+    assert deltalab(*arguments)[0] == 0
+    (first,) = records_in(tmp_path)
+    code, out, _ = deltalab(*arguments)
+    assert code == 0
+    assert "done before" in out
+    assert records_in(tmp_path) == [first]
+    assert deltalab(*arguments, "force=true")[0] == 0
+    (again,) = records_in(tmp_path)
+    volatile = ("seconds", "peak_memory_bytes", "git")
+    assert {k: v for k, v in again.items() if k not in volatile} == {
+        k: v for k, v in first.items() if k not in volatile
+    }
+
+
+def test_a_sweep_uses_the_grid_of_its_edit_and_axes_replace_it(deltalab, tmp_path):
+    code, _, err = deltalab("-m", "edit=expo", "edit.alpha=-1,0,0.3", *FAST)
+    assert code == 0, err
+    assert sorted(r["edit"]["alpha"] for r in records_in(tmp_path)) == [-1, 0, 0.3]
+
+
+def test_a_failing_point_is_recorded_and_does_not_stop_the_others(deltalab, tmp_path):
+    code, out, err = deltalab(
+        "-m", "edit=twin", "grid=none", "edit.rate=null", "edit.rank=2,0,4", *FAST
+    )
+    assert code == 2
+    assert "1 of 3 points failed" in err
+    assert "edit.rank=0" in err
+    assert sum("mnist_vit" in line and "change" in line for line in out.splitlines()) == 2
+    assert sorted(r["edit"]["rank"] for r in records_in(tmp_path)) == [2, 4]
+
+
+def test_an_exception_while_computing_leaves_an_error_record(deltalab, tmp_path, monkeypatch):
+    from deltalab import run
+
+    def explode(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "measure", explode)
+        run.reference.cache_clear()
+        with pytest.raises(RuntimeError, match="out of luck"):
+            deltalab("edit=dare", *FAST)
+    (record,) = records_in(tmp_path)
+    assert record["status"] == "error"
+    assert record["error"] == {"type": "RuntimeError", "message": "out of luck"}
+    assert deltalab("edit=dare", *FAST)[0] == 0  # an error record does not count as finished
+    assert [r["status"] for r in records_in(tmp_path)] == ["ok"]
+
+
+def test_one_pair_is_opened_once_in_a_sweep(deltalab, monkeypatch):
+    from deltalab import run
+    from deltalab.models import zoo
+
+    opened = []
+    original = zoo.live_pair
+    monkeypatch.setattr(zoo, "live_pair", lambda *a: opened.append(1) or original(*a))
+    zoo._open.cache_clear()
+    run.reference.cache_clear()
+    code, _, err = deltalab(
+        "-m", "edit=keep,discard", "grid=none", "model=mnist_vit,mnist_vit_early", *FAST
+    )
+    assert code == 0, err
+    assert len(opened) == 2
+
+
+def test_help_and_completion_are_fast(tmp_path):
+    command = [sys.executable, "-m", "deltalab", "--help"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert "deltalab -m experiment=demo" in shown.stdout
+    for edit in ("dare", "bitdelta", "expo"):
+        assert edit in shown.stdout
+    assert min(seconds) < 3  # under a second on an idle machine; importing torch alone takes more
+    code = "import sys, deltalab.cli; assert not {'torch', 'timm', 'wandb'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def conf_options(group):
+    return sorted(p.stem for p in (cli.conf_dir() / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("edit", conf_options("edit"))
+def test_every_edit_composes(edit):
+    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+        compose("config", [f"edit={edit}"])
+
+
+@pytest.mark.parametrize("experiment", conf_options("experiment"))
+def test_every_experiment_composes(experiment):
+    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+        compose("config", [f"experiment={experiment}"])
