@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,11 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from deltalab import apply, records, riemann, select
+from deltalab.edits import needs_of
 from deltalab.evaluators.accuracy import Scores
-from deltalab.extras import Extras, needs
+from deltalab.extras import Extras
 from deltalab.objectives import Loss, Measured, change, classify, measure
+from deltalab.quadrature import Rule
 from deltalab.weights import LazyWeights, ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Point:
     edit: Any
     objective: Any
     evaluator: Any
-    rules: tuple[riemann.Rule, ...]
+    rules: tuple[Rule, ...]
     select: str
     seed: int
     objective_name: str
@@ -99,7 +101,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     chosen = settings["select"] or chosen
     select.check(chosen)
     edit = build(edit_settings, "edit")
-    needs(edit)
+    needs_of(edit)
     rules = build(settings["riemann"], "riemann").rules
     model = build(settings["model"], "model")
     determinants = {k: v for k, v in settings.items() if k not in NOT_DETERMINING}
@@ -125,8 +127,7 @@ def evaluate(point: Point) -> records.Record:
         pair, loss = known.pair, known.loss
     with clock("edit"):
         extras = Extras.of(point.edit, pair, seed=point.seed, gradient=lambda: known.gradient)
-        edited = apply.edited(pair.pre, pair.post, point.edit, point.select, extras)
-        edited = {name: edited[name] for name in edited}
+        edited = dict(apply.edited(pair.pre, pair.post, point.edit, point.select, extras))
         shift = {name: edited[name].float() - pair.post[name].float() for name in edited}
         touched = audit(pair, point.edit, extras, edited)
     with clock("term"):
@@ -241,7 +242,7 @@ def squared(tensor: Tensor) -> float:
 
 def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> records.Record:
     """Return the fields of a record that are known before anything is computed."""
-    hyper = {f.name: getattr(point.edit, f.name) for f in fields(point.edit)}
+    hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
     config = {k: v for k, v in settings.items() if k not in NOT_DETERMINING}
     return {
         "schema": records.SCHEMA,

@@ -65,7 +65,7 @@ def cli_zoo():
         (["riemann.rule=cubic"], ["cubic", "gauss"]),
         (["objective.batch_size=0"], ["objective.batch_size=0"]),
         (["model=timm_vit", "model.name=vit_tiny_patch16_224", "data.dir=.",
-          "model.pre=/nowhere/a.safetensors", "model.post=b"], ["model.pre=/nowhere/a.safetensors"]),
+          "model.pre=/nowhere/a.safetensors", "model.post=b"], ["model.pre=/nowhere/"]),
         (["model=timm_vit", "data.dir=."], ["mandatory", "model.name"]),
         (["evaluator._target_=os.getcwd"], ["evaluator._target_=os.getcwd"]),
         (["-m", "edit=dare,expo"], ["edit=dare,expo", "grid=none"]),
