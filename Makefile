@@ -6,7 +6,7 @@ RESULTS ?= results
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format report clean
+.PHONY: help demo test check format report results clean
 
 help: ## show this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ format: $(VENV)/.dev ## format the code
 
 report: $(VENV)/.user ## tables and figures from the records in RESULTS
 	@$(BIN)/deltalab-report results=$(RESULTS)
+
+results: demo ## the demo again from scratch, its table into the README
+	@$(BIN)/python -m experiments.readme
 
 clean: ## remove the environment and caches, keep results
 	rm -rf $(VENV) .mypy_cache .ruff_cache dist *.egg-info

@@ -1,0 +1,1 @@
+"""Recipes, one per artefact; they import deltalab, never the reverse."""

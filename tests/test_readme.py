@@ -1,0 +1,33 @@
+"""The README says what is so: its table is the committed one, its tree and commands exist."""
+
+import re
+from pathlib import Path
+
+from experiments.readme import with_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_demo_table_is_the_committed_one():
+    assert with_table(README, (ROOT / "results" / "demo.md").read_text()) == README
+    assert README.count("| mnist_vit |") > 10
+
+
+def test_every_path_of_the_tree_exists():
+    tree = README.split("## Where things are")[1].split("```")[1]
+    names = re.findall(r"^( *)([\w/.]+)", tree, flags=re.MULTILINE)
+    assert len(names) > 20
+    for indent, name in names:
+        assert (ROOT / ("deltalab/" if indent else "") / name).exists(), name
+
+
+def test_every_picture_and_link_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_make_target_of_the_readme_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
