@@ -87,6 +87,7 @@ class Term:
     by_tensor: dict[str, float]
     gradient_evaluations: int
     error: float | None = None
+    converged: bool | None = None
 
     @cached_property
     def by_part(self) -> dict[str, float]:
@@ -107,6 +108,7 @@ class Term:
             "by_part": self.by_part,
             "by_tensor": self.by_tensor,
             "error": self.error,
+            "converged": self.converged,
             "gradient_evaluations": self.gradient_evaluations,
         }
 
