@@ -10,6 +10,7 @@ a point's value does not depend on which points came before it.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,10 +22,10 @@ from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
 from deltalab.objectives import Loss
-from deltalab.passes import inner, move, probing, slopes, targets
+from deltalab.passes import checkpointing, inner, move, probing, slopes, targets
 from deltalab.quadrature import interpolation, local_weights
 from deltalab.records import key_of
-from deltalab.riemann import Term, check_finite
+from deltalab.riemann import Riemann, Term, check_finite, terms
 from deltalab.weights import LazyWeights, Weights
 
 Slopes = dict[float, dict[str, float]]
@@ -78,7 +79,12 @@ def line_of(edit: Any) -> Line:
             settings = {k: v for k, v in asdict(edit).items() if k != "multiple"}
             return Line(f"bitdelta {settings}", multiple - 1.0, -0.5, 2.0, 10, anchor)
         case _:
-            return Line(repr(edit), 1.0, 0.0, 1.0, most=8)
+            return own_line(edit)
+
+
+def own_line(edit: Any) -> Line:
+    """Return the line from W_post to an edit, which is at 1."""
+    return Line(repr(edit), 1.0, 0.0, 1.0, most=8)
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,47 @@ class Lines:
             held = self.store.numbers("line", key) or {"slopes": {}}
             self._known[name] = {float(s): values for s, values in held["slopes"].items()}
         return self._known[name]
+
+
+def approximate(
+    settings: Riemann,
+    lines: Lines,
+    module: nn.Module,
+    post: Weights,
+    shift: Weights,
+    loss: Loss,
+    edit: Any,
+    selection: Mapping[str, Any],
+    first: Weights | None = None,
+    shift_of: Callable[[Any], Weights] | None = None,
+) -> dict[str, Term]:
+    """Return every term that the settings ask for, by rule, the main one first.
+
+    Args:
+        settings: the rules.
+        lines: what is known of the pair's lines.
+        module: the live module, holding `post` before and after.
+        post: the post-trained weights.
+        shift: W_edit - W_post, in memory.
+        loss: the opened objective.
+        edit: the edit.
+        selection: what else determines the shift, ready for JSON: select, seed, dtype.
+        first: the gradient at W_post, where it is known.
+        shift_of: the shift of another edit of this pair, asked for where a line has an anchor.
+    """
+    found = {}
+    if settings.adaptive:
+        line = line_of(edit)
+        if line.anchor is not None and shift_of is None:
+            line = own_line(edit)
+        anchor = None if line.anchor is None or shift_of is None else shift_of(line.anchor)
+        with checkpointing(module) if settings.checkpoint else nullcontext():
+            found["adaptive"] = lines.term(
+                module, post, shift, loss, line, selection, first, anchor
+            )
+    return found | terms(
+        module, post, shift, loss, settings.rules, first, settings.engine, settings.checkpoint
+    )
 
 
 def along(

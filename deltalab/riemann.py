@@ -30,8 +30,9 @@ class Riemann:
     """Which rules to take a term by, and how.
 
     Args:
-        rule: the main rule's name; None for no term at all.
-        points: the main rule's number of nodes.
+        rule: the main rule's name; `adaptive` for nodes chosen along the edit's line
+            (`deltalab.lines`); None for no term at all.
+        points: the main rule's number of nodes; `adaptive` chooses its own.
         also: further rules on the same path, `{name: points}`; nodes are shared between rules.
         engine: `reverse`, split by tensor; or `forward`, total only, for half the memory.
         checkpoint: recompute activations in the backward pass (`reverse`), for long sequences.
@@ -41,6 +42,8 @@ class Riemann:
 
     >>> [rule.name for rule in Riemann("gauss", 3, also={"left": 5}).rules]
     ['gauss', 'left']
+    >>> Riemann("adaptive", also={"midpoint": 1}).starts_at_post
+    True
     """
 
     rule: str | None
@@ -54,14 +57,27 @@ class Riemann:
             raise ValueError(f"riemann.engine={self.engine}: must be one of {', '.join(ENGINES)}")
         if self.rule in self.also:
             raise ValueError(f"riemann.also={dict(self.also)}: {self.rule} is the main rule")
+        if self.adaptive and self.engine == "forward":
+            raise ValueError("riemann.engine=forward: the adaptive rule needs engine reverse")
         assert self.rules is not None  # validates every rule
 
     @property
+    def adaptive(self) -> bool:
+        """Whether the main term is that of `deltalab.lines`."""
+        return self.rule == "adaptive"
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
-        """All rules, the main one first; empty where the term is off."""
+        """All rules of fixed nodes, the main one first; empty where the term is off."""
         if self.rule is None:
             return ()
-        return (Rule(self.rule, self.points), *(Rule(n, c) for n, c in self.also.items()))
+        main = () if self.adaptive else (Rule(self.rule, self.points),)
+        return main + tuple(Rule(n, c) for n, c in self.also.items())
+
+    @property
+    def starts_at_post(self) -> bool:
+        """Whether the gradient at W_post, which all edits of a pair share, is of use."""
+        return self.adaptive or any(0.0 in rule.nodes for rule in self.rules)
 
 
 @dataclass(frozen=True)
