@@ -13,9 +13,10 @@ from deltalab.extras import Extras
 from deltalab.select import selected
 from deltalab.weights import LazyWeights, Weights, shape_of
 
-SLICE = {"cpu": 1 << 17, "cuda": 1 << 25}
-"""Elements that an edit handles at once where it can: few enough that the temporaries stay in the
-processor's cache, or, on a GPU, enough to keep it busy."""
+SLICE = {"cpu": 1 << 15, "cuda": 1 << 25}
+"""Elements that an edit handles at once where it can: on a GPU enough to keep it busy; on a CPU few
+enough for the cache, and for PyTorch not to start threads, whose barriers cost more than the work
+as soon as the machine has anything else to do."""
 
 
 def difference(pre: Tensor, post: Tensor) -> Tensor:

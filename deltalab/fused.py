@@ -59,11 +59,14 @@ def edited(
         body: the eager function of (pre, post, edit, needs) to compile.
     """
     shape = post.shape
+    rng = needs.get("rng")
+    if rng is not None and rng.start % (1 << 32) + post.numel() > 1 << 32:
+        return None  # the slice crosses a page of indices
     if getattr(edit, "unit", None) == "entry" or post.ndim < 2:
         flat = [t.detach().reshape(-1) for t in (pre, post)]
     else:
         flat = [t.detach().contiguous().flatten(1) for t in (pre, post)]
-    keys = needs["rng"].keys(_STREAMS).to(post.device) if "rng" in needs else None
+    keys = rng.keys(_STREAMS).to(post.device) if rng is not None else None
     grad = needs["grad"].detach().reshape(flat[1].shape) if "grad" in needs else None
     try:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):

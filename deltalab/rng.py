@@ -81,13 +81,55 @@ class Draws:
             p: probability in [0, 1], or one for every element.
             stream: independent numbers for the same element.
         """
-        return self.uniform(like, stream) < p
+        if isinstance(p, Tensor):
+            return self.uniform(like, stream) < p
+        zero = torch.zeros((), dtype=torch.float64, device=like.device)
+        limit = (zero + (p * (1 << 24) - (1 << 23))).to(torch.int32)  # a sum, lest p be compiled in
+        return (self.bits(like, stream) >> 8) < limit  # integers: less to compute
 
     def normal(self, like: Tensor, stream: int = 0) -> Tensor:
-        """Return float32 standard normal numbers (Box-Muller over streams 2s and 2s + 1)."""
-        radius = 1 - self.uniform(like, 2 * stream)
-        angle = self.uniform(like, 2 * stream + 1) * (2 * math.pi)
-        return torch.sqrt(-2 * torch.log(radius)) * torch.cos(angle)
+        """Return float32 standard normal numbers (Box-Muller over streams 2s and 2s + 1).
+
+        Logarithm, root and sine are made of operations that IEEE 754 rounds one way: PyTorch's own
+        differ in the last bit between vector and scalar code, and so between slices.
+        """
+        radius = _root((-2 * _log(1 - self.uniform(like, 2 * stream))).abs())
+        quarter = 0.25 - (self.uniform(like, 2 * stream + 1) - 0.5).abs()
+        return radius * _sine(quarter * (2 * math.pi))
+
+
+def _log(x: Tensor) -> Tensor:
+    """Return the natural logarithm of normal float32 numbers in (0, 1], to 2e-7 absolute or so.
+
+    x = 2^e m with m in [1, 2), and log m = 2 artanh t with t = (m - 1)/(m + 1) at most 1/3.
+    """
+    word = x.view(torch.int32)
+    exponent = ((word >> 23) - 127).to(torch.float32)
+    m = ((word & 0x7FFFFF) | 0x3F800000).view(torch.float32)
+    t = (m - 1) / (m + 1)
+    return exponent * math.log(2) + 2 * t * _horner(t * t, [1 / n for n in (1, 3, 5, 7, 9, 11, 13)])
+
+
+def _root(x: Tensor) -> Tensor:
+    """Return the square root of non-negative float32 numbers, by three of Newton's steps."""
+    root = ((x.view(torch.int32) >> 1) + 0x1FBD1DF5).view(torch.float32)
+    for _ in range(3):
+        root = 0.5 * (root + x / root)
+    return root
+
+
+def _sine(x: Tensor) -> Tensor:
+    """Return the sine on [-pi/2, pi/2], to 1e-7 or so."""
+    terms = [(-1) ** n / math.factorial(2 * n + 1) for n in range(7)]
+    return x * _horner(x * x, terms)
+
+
+def _horner(x: Tensor, coefficients: list[float]) -> Tensor:
+    """Return the polynomial with these coefficients, constant first."""
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * x + coefficient
+    return total
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Magnitude thresholds that keep an exact number of entries, of a tensor or of a whole model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,8 @@ class ModelThreshold:
     def of(self, keep: float, deltas: Weights) -> dict[str, Threshold]:
         """Return every tensor's threshold so that floor(keep n) of all n entries survive.
 
-        Equal magnitudes at the cut survive in the order of `deltas`, then of the flat index.
+        Equal magnitudes at the cut survive in the order of the tensors' names, then of the flat
+        index: the order in which the tensors are stored does not matter.
 
         Args:
             keep: fraction of entries to keep, in [0, 1].
@@ -108,7 +110,8 @@ class ModelThreshold:
             if self._high is None:
                 self._high = torch.zeros(1 << 16, dtype=torch.int64)
                 for name in deltas:
-                    self._high += _histogram(_words(deltas[name]) >> 15, 1 << 16)
+                    for words in _words(deltas[name]):
+                        self._high += _histogram(words >> 15, 1 << 16)
             count = kept_count(keep, int(self._high.sum()))
             self._found[keep] = self._cut(count, self._high, deltas)
         return self._found[keep]
@@ -120,9 +123,10 @@ class ModelThreshold:
         pivot, rest = _reach(high, count)
         low: dict[str, Tensor] = {}
         for name in deltas:
-            words = _words(deltas[name])
-            inside = words[(words >> 15) == pivot] & 0x7FFF
-            low[name] = _histogram(inside, 1 << 15).to_sparse()
+            counts = torch.zeros(1 << 15, dtype=torch.int64)
+            for words in _words(deltas[name]):
+                counts += _histogram(words[(words >> 15) == pivot] & 0x7FFF, 1 << 15)
+            low[name] = counts.to_sparse()
         total = torch.zeros(1 << 15, dtype=torch.int64)
         for counts in low.values():
             total += counts.to_dense()
@@ -130,16 +134,18 @@ class ModelThreshold:
         pattern = torch.tensor((pivot << 15) | word, dtype=torch.int32)
         value = float(pattern.view(torch.float32))
         shares = {}
-        for name, counts in low.items():
+        for name, counts in sorted(low.items()):
             share = min(ties, int(counts.to_dense()[word]))
             ties -= share
             shares[name] = Threshold(value, share)
         return shares
 
 
-def _words(delta: Tensor) -> Tensor:
-    """Return the bit patterns of the magnitudes, int32, which order as the magnitudes do."""
-    return delta.flatten().abs().view(torch.int32)
+def _words(delta: Tensor) -> Iterator[Tensor]:
+    """Yield the bit patterns of the magnitudes, int32, which order as the magnitudes do."""
+    flat = delta.flatten()
+    for start in range(0, flat.numel(), 1 << 20):
+        yield flat[start : start + (1 << 20)].abs().view(torch.int32)
 
 
 def _histogram(words: Tensor, size: int) -> Tensor:

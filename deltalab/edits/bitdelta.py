@@ -66,8 +66,8 @@ class BitDelta:
 def mean_magnitude(delta: Tensor, axis: str) -> Tensor:
     """Return mean |D| over the entries that share a scale, in a shape that broadcasts to delta's.
 
-    Entries are added eight by eight in float32, in a fixed order, and those sums in float64: as
-    exact as the result can hold, and the same however a compiler vectorises it.
+    Rows are added eight by eight in float32, in a fixed order, and those sums in float64: as exact
+    as the result can hold, and the same however a compiler vectorises it.
 
     Args:
         delta: at least two dimensions, read as (out, rest).
@@ -83,9 +83,10 @@ def mean_magnitude(delta: Tensor, axis: str) -> Tensor:
         return rows.reshape(-1, *[1] * (delta.ndim - 1))
     if axis == "column":
         return magnitude.mean(0, dtype=torch.float64).float().unsqueeze(0)
-    flat = magnitude.reshape(-1)
-    length = flat.numel() // 8
-    a, b, c, d, e, f, g, h = flat[: 8 * length].reshape(8, length).unbind()
+    rows = magnitude.flatten(1)
+    eighth = len(rows) // 8
+    a, b, c, d, e, f, g, h = rows[: 8 * eighth].reshape(8, eighth, -1).unbind()
     eights = ((a + b) + (c + d)) + ((e + f) + (g + h))
-    total = eights.sum(dtype=torch.float64) + flat[8 * length :].sum(dtype=torch.float64)
-    return (total / flat.numel()).float()
+    total = eights.sum(dtype=torch.float64) + rows[8 * eighth :].sum(dtype=torch.float64)
+    mean: Tensor = (total / delta.numel()).float()
+    return mean

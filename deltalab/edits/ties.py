@@ -16,7 +16,7 @@ class Ties:
 
     D_hat = M D with M = 1 on the `keep` fraction of largest |D|: of n entries exactly
     floor(keep n) survive. Among all masks of that count this one has the least ||D_hat - D||.
-    Entries of equal magnitude survive in the order of their tensor, then of their flat index.
+    Entries of equal magnitude survive in the order of tensor names, then of flat indices.
 
     Args:
         keep: fraction of entries kept, in [0, 1].

@@ -1,0 +1,96 @@
+"""Safetensors files read by plain file access, tensor by tensor or a part of one.
+
+`Checkpoint` maps files into memory, which is convenient and counts every page that was touched as
+the process's own. Here only the bytes that are asked for are read, into buffers that are used
+again, so that streaming a checkpoint needs as much memory as one slice.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""The floating-point dtypes that are edited; all others, such as integers and 8-bit floats that
+go with scales of their own, are carried over as they are."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file.
+
+    Attributes:
+        file: where it is.
+        dtype: its dtype if it can be edited, else None.
+        shape: its shape.
+        begin: position of its first byte in the file.
+        size: its bytes.
+    """
+
+    file: Path
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    begin: int
+    size: int
+
+
+def entries(file: Path) -> dict[str, Entry]:
+    """Return the tensors of a file in the order of their bytes.
+
+    Raises:
+        ValueError: not a valid safetensors file.
+    """
+    with open(file, "rb") as handle:
+        header = _header(handle, file)
+        start = handle.tell()
+    found = {}
+    for name, item in header.items():
+        if name != "__metadata__":
+            begin, end = item["data_offsets"]
+            dtype, shape = DTYPES.get(item["dtype"]), tuple(item["shape"])
+            if dtype is not None and dtype.itemsize * prod(shape) != end - begin:
+                raise ValueError(f"{file}: tensor {name!r} has {end - begin} bytes")
+            found[name] = Entry(file, dtype, shape, start + begin, end - begin)
+    total = max((e.begin + e.size for e in found.values()), default=start)
+    if file.stat().st_size != total:
+        raise ValueError(f"{file}: {file.stat().st_size} bytes, its header says {total}")
+    return dict(sorted(found.items(), key=lambda pair: pair[1].begin))
+
+
+def _header(handle: BinaryIO, file: Path) -> dict[str, Any]:
+    try:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError("truncated header")
+        header: dict[str, Any] = json.loads(handle.read(length))
+    except ValueError as error:
+        raise ValueError(f"{file}: not a valid safetensors file ({error})") from None
+    return header
+
+
+def read(entry: Entry, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return the entries `start` to `stop` of the flat tensor, or all of it in its shape."""
+    assert entry.dtype is not None
+    whole = start == 0 and stop is None
+    stop = prod(entry.shape) if stop is None else stop
+    out = torch.empty(stop - start, dtype=entry.dtype)
+    if stop > start:
+        with open(entry.file, "rb", buffering=0) as handle:
+            handle.seek(entry.begin + start * entry.dtype.itemsize)
+            view = out.view(torch.uint8).numpy().data
+            while view:
+                view = view[handle.readinto(view) or _short(entry) :]
+    return out.reshape(entry.shape) if whole else out
+
+
+def _short(entry: Entry) -> int:
+    raise OSError(f"{entry.file}: ends too early")

@@ -1,0 +1,328 @@
+"""Edit a checkpoint on disk, shard by shard, in bounded memory.
+
+The result has the layout of the post-trained checkpoint byte for byte: every file has the same
+header, so the same tensor names, dtypes, shapes, order and metadata, and the same index, whatever
+program wrote it. What is not edited is copied as bytes.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from deltalab import apply
+from deltalab.edits import needs_of
+from deltalab.extras import Extras, Memo
+from deltalab.select import selected
+from deltalab.shards import Entry, entries, read
+from deltalab.weights import Checkpoint, LazyWeights, fingerprint, part_of
+
+MISMATCH = ("error", "truncate", "keep_post")
+SLICE = 1 << 22
+"""Entries read, edited and written at once."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_UNCOPIED = ("README.md", "deltalab.json", ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every tensor of the post-trained checkpoint.
+
+    Attributes:
+        post: its tensors, file by file in byte order.
+        pre: the pre-trained counterpart of each tensor that is edited.
+        alias: the name under which a tensor is edited; tied tensors share one.
+        rows: the leading entries that are edited where the vocabularies differ.
+        kept: why each other tensor stays as it is.
+    """
+
+    post: dict[str, Entry]
+    pre: dict[str, Entry]
+    alias: dict[str, str]
+    rows: dict[str, int]
+    kept: dict[str, str]
+
+
+def stream(
+    pre: Path,
+    post: Path,
+    out: Path,
+    edit: Any,
+    *,
+    select: Any,
+    seed: int,
+    mismatch: str = "error",
+    kernel: str = "auto",
+    describe: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the edited checkpoint to `out` and return its manifest.
+
+    Everything goes to a temporary directory beside `out`, which is renamed at the end: whenever
+    the process is stopped, `out` is absent or complete.
+
+    Args:
+        pre: pre-trained checkpoint, a file or a directory as for `weights.Checkpoint`.
+        post: post-trained checkpoint.
+        out: directory to write, which must not exist.
+        edit: the edit; it can ask for all but gradients and activations.
+        select: a preset or a `select.Selection`.
+        seed: seed of the random numbers.
+        mismatch: what to do with a tensor that only one side has, or whose leading dimension
+            (the vocabulary) differs: "error"; "truncate" edits the rows that both have and keeps
+            the other rows of post; "keep_post" keeps such tensors as post has them.
+        kernel: as for `apply.edited_tensor`.
+        describe: said about the edit in the manifest.
+
+    Raises:
+        ValueError: `out` exists, or the checkpoints do not fit together.
+    """
+    if mismatch not in MISMATCH:
+        raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
+    if out.exists():
+        raise ValueError(f"out={out}: exists already; name another directory or remove it")
+    extras = Extras(needs_of(edit), seed, memo=Memo(limit=0))
+    plan = planned(pre, post, select, mismatch)
+    manifest = {
+        "edit": describe,
+        "select": str(select),
+        "seed": seed,
+        "mismatch": mismatch,
+        "pre": {"path": str(pre), "fingerprint": fingerprint(pre)},
+        "post": {"path": str(post), "fingerprint": fingerprint(post)},
+        "edited": {"tensors": len(plan.pre), "parameters": _parameters(plan)},
+        "names": list(plan.pre),
+        "kept": plan.kept,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial_out = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write(plan, partial_out, edit, extras, kernel)
+        _copy_companions(post, partial_out)
+        (partial_out / "deltalab.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        _verify(plan, partial_out)
+        partial_out.chmod(0o777 & ~_umask())
+        partial_out.rename(out)
+    except BaseException:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise
+    return manifest
+
+
+def planned(pre: Path, post: Path, select: Any, mismatch: str) -> Plan:
+    """Decide from the headers alone, tied tensors apart, what happens to every tensor.
+
+    Raises:
+        ValueError: the sides differ and `mismatch` does not allow it.
+    """
+    olds, news = (_all_entries(path) for path in (pre, post))
+    ties, old_ties = _tied(news), _tied(olds)
+    chosen = {name for name, new in news.items() if selected(select, name, new.shape)}
+    plan = Plan(post=news, pre={}, alias={name: name for name in news}, rows={}, kept={})
+    for one, other in ties.items():
+        if one in chosen or other in chosen:  # one tensor under two names: edited once, under the
+            lead = other if other in chosen else one  # name that is selected, the table's if both
+            plan.alias[one] = plan.alias[other] = lead
+            chosen |= {one, other}
+    for name in olds:
+        if name not in news and name not in old_ties and mismatch == "error":
+            raise ValueError(
+                f"tensor {name!r} is in the pre-trained model only; see mismatch=keep_post"
+            )
+    for name, new in news.items():
+        old = olds.get(name) or olds.get(ties.get(name, plan.alias[name]))
+        if new.dtype is None:
+            plan.kept[name] = "not a floating-point tensor that can be edited"
+        elif name not in chosen:
+            plan.kept[name] = "not selected"
+        elif old is None or old.dtype is None or not _fits(old, new, mismatch):
+            if mismatch != "keep_post":
+                raise ValueError(_complaint(name, old, new))
+            plan.kept[name] = "no counterpart in the pre-trained model"
+        else:
+            plan.pre[name] = old
+            plan.rows[name] = min(prod(old.shape), prod(new.shape))
+    return plan
+
+
+def _all_entries(path: Path) -> dict[str, Entry]:
+    """Return all tensors of a checkpoint, file by file."""
+    where = Checkpoint(path).shards
+    found: dict[str, Entry] = {}
+    for file in dict.fromkeys(where.values()):
+        found |= entries(file)
+    return found
+
+
+def _fits(old: Entry, new: Entry, mismatch: str) -> bool:
+    if old.shape == new.shape:
+        return True
+    same_rows = len(old.shape) == len(new.shape) > 0 and old.shape[1:] == new.shape[1:]
+    return mismatch == "truncate" and same_rows
+
+
+def _complaint(name: str, old: Entry | None, new: Entry) -> str:
+    if old is None:
+        return f"tensor {name!r} is in the post-trained model only; see mismatch=keep_post"
+    if old.dtype is None:
+        return f"tensor {name!r} is no floating-point tensor in the pre-trained model"
+    return (
+        f"tensor {name!r}: shape {old.shape} in the pre-trained model, {new.shape} in the "
+        "post-trained; see mismatch=truncate and mismatch=keep_post"
+    )
+
+
+def _tied(found: dict[str, Entry]) -> dict[str, str]:
+    """Map each tied head to its embedding: both were saved, with equal bytes."""
+    matrices = [name for name in found if len(found[name].shape) == 2]
+    heads = [name for name in matrices if part_of(name) == "head"]
+    tables = [name for name in matrices if part_of(name) == "embedding"]
+    return {h: t for h in heads for t in tables if _equal(found[h], found[t])}
+
+
+def _equal(a: Entry, b: Entry) -> bool:
+    if a.dtype is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    total = prod(a.shape)
+    pieces = ((start, min(start + SLICE, total)) for start in range(0, total, SLICE))
+    return all(torch.equal(read(a, *piece), read(b, *piece)) for piece in pieces)
+
+
+def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> None:
+    """Write all files: headers and untouched tensors as bytes, edited tensors slice by slice."""
+    names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
+    deltas = LazyWeights(names, partial(_delta, plan))
+    files = dict.fromkeys(entry.file for entry in plan.post.values())
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        for file in files:
+            with open(out / file.name, "wb", buffering=0) as target, open(file, "rb") as source:
+                ours = {n: e for n, e in plan.post.items() if e.file == file}
+                _copy(source, target, 0, min((e.begin for e in ours.values()), default=None))
+                for name, entry in ours.items():
+                    if name not in plan.pre:
+                        _copy(source, target, entry.begin, entry.begin + entry.size)
+                        continue
+                    given = extras.for_tensor(plan.alias[name], deltas)
+                    work = _edited_slices(plan, name, edit, given, kernel, reader)
+                    _pass_on(work, target, writer)
+
+
+def _edited_slices(
+    plan: Plan,
+    name: str,
+    edit: Any,
+    given: dict[str, Any],
+    kernel: str,
+    reader: ThreadPoolExecutor,
+) -> Iterator[Tensor]:
+    """Yield the flat edited tensor in pieces, reading one piece ahead."""
+    old, new, stop = plan.pre[name], plan.post[name], plan.rows[name]
+    width = _width(edit, new)
+    step = max(1, SLICE // width) * width if width else max(stop, 1)
+    pieces = [(start, min(start + step, stop)) for start in range(0, stop, step)]
+    load: Callable[[tuple[int, int]], tuple[Tensor, Tensor]] = lambda piece: (  # noqa: E731
+        read(old, *piece),
+        read(new, *piece),
+    )
+    ahead: Future[tuple[Tensor, Tensor]] | None = None
+    for index, piece in enumerate(pieces):
+        a, b = ahead.result() if ahead else load(piece)
+        ahead = reader.submit(load, pieces[index + 1]) if index + 1 < len(pieces) else None
+        shape = _shape(new.shape, len(a), width)
+        needs = {k: v.at(piece[0]) if k == "rng" else v for k, v in given.items()}
+        yield apply.edited_tensor(a.reshape(shape), b.reshape(shape), edit, kernel, **needs)
+    for start in range(stop, prod(new.shape), SLICE):
+        yield read(new, start, min(start + SLICE, prod(new.shape)))
+
+
+def _width(edit: Any, entry: Entry) -> int:
+    """Return the entries that must stay together, or 0 for a whole tensor."""
+    unit = getattr(edit, "unit", "tensor")
+    if unit == "row":
+        return prod(entry.shape[1:]) if len(entry.shape) > 1 else 0
+    return 1 if unit == "entry" else 0
+
+
+def _shape(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:
+    """Return the shape of a piece of `count` entries of a tensor of this shape."""
+    return (count,) if width == 1 or not shape else (count // prod(shape[1:]), *shape[1:])
+
+
+def _pass_on(work: Iterator[Tensor], target: BinaryIO, writer: ThreadPoolExecutor) -> None:
+    """Write pieces while the next is being computed."""
+    behind: Future[None] | None = None
+    for piece in work:
+        if behind:
+            behind.result()
+        behind = writer.submit(_put, target, piece)
+    if behind:
+        behind.result()
+
+
+def _put(target: BinaryIO, piece: Tensor) -> None:
+    view = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    while view:
+        view = view[target.write(view) :]
+
+
+def _copy(source: BinaryIO, target: BinaryIO, begin: int, end: int | None) -> None:
+    """Copy bytes; to the end of the source if `end` is None."""
+    source.seek(begin)
+    left = (os.fstat(source.fileno()).st_size if end is None else end) - begin
+    while left:
+        block = source.read(min(left, 1 << 22))
+        assert block, "the source ended too early"
+        view = memoryview(block)
+        while view:
+            view = view[target.write(view) :]
+        left -= len(block)
+
+
+def _delta(plan: Plan, name: str) -> Tensor:
+    """Return one whole delta, for edits that need it: the rows that both sides have."""
+    new = plan.post[name]
+    count = plan.rows[name]
+    flat = apply.difference(read(plan.pre[name], 0, count), read(new, 0, count))
+    return flat.reshape(_shape(new.shape, count, 0))
+
+
+def _copy_companions(post: Path, out: Path) -> None:
+    """Copy configuration, tokenizer and generation files, and the index last of all."""
+    if not post.is_dir():
+        return
+    files = [f for f in sorted(post.iterdir()) if f.is_file() and f.name not in _UNCOPIED]
+    files = [f for f in files if not f.name.startswith(".")]
+    plain = [f for f in files if f.suffix not in _WEIGHTS and not _is_index(f)]
+    indices = [f for f in files if f.name.endswith(".safetensors.index.json")]
+    for file in plain + indices:
+        shutil.copyfile(file, out / file.name)
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.endswith(".index.json")
+
+
+def _verify(plan: Plan, out: Path) -> None:
+    for file in dict.fromkeys(entry.file for entry in plan.post.values()):
+        written, wanted = (out / file.name).stat().st_size, file.stat().st_size
+        if written != wanted:
+            raise OSError(f"{out / file.name}: {written} bytes were written, not {wanted}")
+
+
+def _parameters(plan: Plan) -> int:
+    return sum(plan.rows[name] for name in plan.pre)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

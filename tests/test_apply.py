@@ -1,0 +1,414 @@
+"""Edits of whole models: in memory and streamed to disk, eager and compiled, one and the same."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deltalab import apply, fused, stream
+from deltalab.edits import needs_of
+from deltalab.edits.biased_product import BiasedProduct
+from deltalab.edits.biased_sign import BiasedSign
+from deltalab.edits.bitdelta import BitDelta
+from deltalab.edits.breadcrumbs import Breadcrumbs
+from deltalab.edits.chain import Chain
+from deltalab.edits.dare import Dare
+from deltalab.edits.della import Della
+from deltalab.edits.drop_only import DropOnly
+from deltalab.edits.expo import Expo
+from deltalab.edits.multibit import Multibit
+from deltalab.edits.noise import Noise
+from deltalab.edits.sign_flip import SignFlip
+from deltalab.edits.ties import Ties
+from deltalab.edits.twin import Twin
+from deltalab.extras import Extras, Memo
+from deltalab.rng import Rng
+from deltalab.weights import ModelPair
+
+ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
+FUSED = [
+    Dare(p=0.3, k=0.0),
+    Dare(p=0.9, k=-1),
+    DropOnly(p=0.5),
+    Expo(alpha=0.3),
+    Noise(sigma=0.5),
+    SignFlip(fraction=0.2, balanced=True),
+    BiasedSign(k=0.5, p=None),
+    BiasedProduct(k=0.5, p=None),
+    ONE_BIT,
+    BitDelta(multiple=1.5, magnitudes="uniform", cv=0.4, axis="tensor"),
+]
+STREAMED = [
+    Dare(p=0.3, k=0.0),
+    Expo(alpha=0.3),
+    Della(p=0.5, window=0.4),
+    Breadcrumbs(beta=0.3, gamma=0.1),
+    ONE_BIT,
+    Multibit(bits=2, blocks="equal_count"),
+    Ties(keep=0.2, scope="model"),
+    Ties(keep=0.2, scope="tensor"),
+    Twin(rank=2, rate=None),
+    Chain(steps=[{"dare": {"p": 0.9}}, "bitdelta"]),
+]
+
+
+def tensor(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("edit", FUSED, ids=str)
+def test_compiled_and_eager_give_the_same_bits(edit, dtype: torch.dtype, monkeypatch) -> None:
+    """Over several slices, with a ragged tail, denormal and equal entries."""
+    monkeypatch.setitem(apply.SLICE, "cpu", 10_000)
+    pre = (0.02 * tensor((241, 173))).to(dtype)
+    post = (pre.float() + 1e-3 * tensor((241, 173), seed=1)).to(dtype)
+    post[0, :50] = pre[0, :50]
+    pre[1, :50], post[1, :50] = 1e-40, 3e-40
+    needs = {"rng": Rng(3, "w"), "grad": tensor((241, 173), seed=2)}
+    needs = {k: v for k, v in needs.items() if k in needs_of(edit)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("error", UserWarning)
+        compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
+    eager = apply.edited_tensor(pre, post, edit, "eager", **needs)
+    assert torch.equal(bits(compiled), bits(eager))
+    whole = apply._edited(pre, post, edit, needs)
+    assert torch.equal(bits(whole), bits(eager)), "slices change the result"
+
+
+def test_a_sweep_compiles_once() -> None:
+    from torch._dynamo.utils import counters
+
+    pre, post = tensor((64, 64)), tensor((64, 64), seed=1)
+    for index, p in enumerate((0.1, 0.25, 0.5, 0.9)):
+        edit = Dare(p=p, k=-0.5 + 0.1 * index)
+        apply.edited_tensor(pre, post, edit, "compiled", rng=Rng(index, f"w{index}"))
+        if index == 0:
+            before = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_without_a_compiler_edits_run_eagerly_with_one_warning(monkeypatch) -> None:
+    def missing(body):
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(fused, "_compiled", missing)
+    monkeypatch.setattr(fused, "_broken", [])
+    pre, post = tensor((50, 50)), tensor((50, 50), seed=1)
+    with pytest.warns(UserWarning, match=r"uncompiled.*no C\+\+ compiler found"):
+        out = apply.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
+    assert torch.equal(out, apply.edited_tensor(pre, post, Expo(alpha=0.5), "eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
+
+
+def test_small_tensors_do_not_compile() -> None:
+    small, large = torch.empty(100), torch.empty(fused.SMALLEST)
+    edit = Expo(alpha=0.5)
+    assert not fused.wanted(edit, small, "auto")
+    assert fused.wanted(edit, large, "auto")
+    assert fused.wanted(edit, small, "compiled")
+    assert not fused.wanted(edit, large, "eager")
+    assert not fused.wanted(Ties(keep=0.5, scope="tensor"), large, "compiled")
+    with pytest.raises(ValueError, match="kernel=fast: must be one of auto, eager, compiled"):
+        fused.wanted(edit, small, "fast")
+
+
+@pytest.mark.parametrize("edit", [*FUSED, *STREAMED], ids=str)
+def test_the_order_of_tensors_does_not_matter(edit) -> None:
+    pre = {n: tensor((12, 16), seed=i) for i, n in enumerate("abc")}
+    post = {n: t + 0.1 * tensor((12, 16), seed=9) for n, t in pre.items()}
+    post["b"][:] = pre["b"] + 0.1  # magnitudes tied within and across tensors
+    post["c"][:] = pre["c"] - 0.1
+    gradient = {n: tensor((12, 16), seed=5) for n in pre}
+
+    def run(names: str) -> dict[str, Tensor]:
+        extras = Extras(needs_of(edit), 7, gradient=lambda: gradient, memo=Memo())
+        given = ({n: w[n] for n in names} for w in (pre, post))
+        return dict(apply.edited(*given, edit, "all", extras))
+
+    forward, backward = run("abc"), run("cba")
+    for name in "abc":
+        assert torch.equal(forward[name], backward[name])
+
+
+def test_only_selected_floating_tensors_are_edited() -> None:
+    pre = {
+        "blocks.0.mlp.fc1.weight": tensor((4, 4)),
+        "head.weight": tensor((3, 4)),
+        "steps": torch.tensor([1]),
+    }
+    post = {n: t + 1 for n, t in pre.items()}
+    edited = apply.edited(pre, post, Expo(alpha=1.0), "proj", Extras())
+    assert list(edited) == ["blocks.0.mlp.fc1.weight"]
+    assert "steps" not in apply.edited(pre, post, Expo(alpha=1.0), "all", Extras())
+
+
+def test_a_missing_need_is_said_before_anything_is_computed() -> None:
+    pair = ModelPair({}, {}, torch.nn.Identity())
+    with pytest.raises(ValueError, match="needs 'grad'"):
+        Extras.of(BiasedProduct(k=0.5, p=None), pair, seed=0)
+
+
+def test_factorisations_are_shared_over_a_sweep(monkeypatch) -> None:
+    from deltalab import extras as module
+
+    calls = []
+    original = module.svd
+    monkeypatch.setattr(module, "svd", lambda m: calls.append(1) or original(m))
+    pair = ModelPair({"w": tensor((9, 9))}, {"w": tensor((9, 9), seed=1)}, torch.nn.Identity())
+    for rank in (1, 2, 3):
+        edit = Twin(rank=rank, rate=None)
+        given = Extras.of(edit, pair, seed=0)
+        apply.edited(pair.pre, pair.post, edit, "all", given)["w"]
+    assert len(calls) == 1
+
+
+# --- streamed -------------------------------------------------------------------------------
+
+
+NAMES = [
+    "model.embed_tokens.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.1.mlp.up_proj.weight",
+]
+
+
+def write(directory: Path, shift: float, dtype=torch.bfloat16, vocabulary: int = 40) -> None:
+    """A checkpoint of two shards with an index and the files that go with it."""
+    directory.mkdir()
+    shapes = [(vocabulary, 16), (48, 16), (16,), (48, 16)]
+    weights = {
+        n: (tensor(s, seed=i) + shift * tensor(s, seed=i + 50)).to(dtype)
+        for i, (n, s) in enumerate(zip(NAMES, shapes, strict=True))
+    }
+    weights["steps"] = torch.tensor([int(shift * 100)])
+    place = {n: f"model-0000{1 + (i > 1)}-of-00002.safetensors" for i, n in enumerate(weights)}
+    for file in sorted(set(place.values())):
+        shard = {n: weights[n] for n in weights if place[n] == file}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": place}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("config.json", "tokenizer.json", "generation_config.json", "tokenizer.model"):
+        (directory / name).write_text(name)
+    (directory / "pytorch_model.bin").write_text("old weights")
+
+
+def loaded(directory: Path) -> dict[str, Tensor]:
+    return {n: t for f in sorted(directory.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    write(tmp_path / "pre", 0.0)
+    write(tmp_path / "post", 0.1)
+    return tmp_path / "pre", tmp_path / "post"
+
+
+@pytest.mark.parametrize("slice_size", [100, 1 << 22])
+@pytest.mark.parametrize("edit", STREAMED, ids=str)
+def test_streaming_equals_editing_in_memory(edit, slice_size, pair, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(stream, "SLICE", slice_size)
+    stream.stream(*pair, tmp_path / "out", edit, select="matrices", seed=3)
+    pre, post, out = loaded(pair[0]), loaded(pair[1]), loaded(tmp_path / "out")
+    edited = apply.edited(pre, post, edit, "matrices", Extras(needs_of(edit), 3))
+    assert set(edited) == {n for n in post if post[n].ndim > 1}
+    for name, tensor_ in post.items():
+        expected = edited.get(name, tensor_)
+        assert torch.equal(out[name], expected), name
+    assert not torch.equal(out[NAMES[1]], post[NAMES[1]])
+
+
+def test_the_layout_is_that_of_post(pair, tmp_path) -> None:
+    out = tmp_path / "deep" / "out"
+    manifest = stream.stream(
+        *pair,
+        out,
+        Dare(p=0.5, k=0.0),
+        select="all",
+        seed=0,
+        describe={"name": "dare", "p": 0.5, "k": 0.0},
+    )
+    for file in pair[1].glob("*.safetensors"):
+        with safe_open(file, "pt") as a, safe_open(out / file.name, "pt") as b:
+            assert a.metadata() == b.metadata()
+            assert list(a.keys()) == list(b.keys())
+            for name in a.keys():  # noqa: SIM118
+                assert a.get_slice(name).get_dtype() == b.get_slice(name).get_dtype()
+                assert a.get_slice(name).get_shape() == b.get_slice(name).get_shape()
+    copied = {"config.json", "tokenizer.json", "generation_config.json", "tokenizer.model"}
+    index = "model.safetensors.index.json"
+    shards = {f.name for f in pair[1].glob("*.safetensors")}
+    assert {f.name for f in out.iterdir()} == copied | shards | {index, "deltalab.json"}
+    assert (out / index).read_bytes() == (pair[1] / index).read_bytes()
+    assert json.loads((out / "deltalab.json").read_text()) == manifest
+    assert manifest["edited"] == {"tensors": 4, "parameters": 40 * 16 + 2 * 48 * 16 + 16}
+    assert list(manifest["kept"]) == ["steps"]
+    assert manifest["pre"]["fingerprint"] != manifest["post"]["fingerprint"]
+    assert [p.name for p in out.parent.iterdir()] == ["out"], "leftovers"
+
+
+def test_it_refuses_to_overwrite(pair, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"out=.*exists already"):
+        stream.stream(*pair, tmp_path / "out", Expo(alpha=0.1), select="all", seed=0)
+
+
+def test_a_different_vocabulary_is_an_error_unless_told(tmp_path) -> None:
+    write(tmp_path / "pre", 0.0, vocabulary=40)
+    write(tmp_path / "post", 0.1, vocabulary=44)
+    run = lambda out, how: stream.stream(  # noqa: E731
+        tmp_path / "pre",
+        tmp_path / "post",
+        tmp_path / out,
+        Expo(alpha=-1.0),
+        select="all",
+        seed=0,
+        mismatch=how,
+    )
+    message = (
+        "tensor 'model.embed_tokens.weight': shape (40, 16) in the pre-trained model, (44, 16)"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run("a", "error")
+    with pytest.raises(ValueError, match="mismatch=skip: must be one of error, truncate, keep"):
+        run("a", "skip")
+    assert not (tmp_path / "a").exists()
+    run("b", "truncate")
+    run("c", "keep_post")
+    pre, post = loaded(tmp_path / "pre"), loaded(tmp_path / "post")
+    b, c = loaded(tmp_path / "b"), loaded(tmp_path / "c")
+    assert torch.equal(b[NAMES[0]][:40], pre[NAMES[0]])
+    assert torch.equal(b[NAMES[0]][40:], post[NAMES[0]][40:])
+    assert torch.equal(c[NAMES[0]], post[NAMES[0]])
+    assert torch.equal(c[NAMES[1]], pre[NAMES[1]])
+
+
+@pytest.mark.parametrize("side", ["pre", "post"])
+def test_a_tensor_on_one_side_is_an_error_unless_told(side: str, tmp_path) -> None:
+    for where, shift in (("pre", 0.0), ("post", 0.1)):
+        weights = {"a.weight": tensor((4, 4)) + shift}
+        if where == side:
+            weights["b.weight"] = tensor((4, 4))
+        save_file(weights, tmp_path / f"{where}.safetensors")
+    files = tmp_path / "pre.safetensors", tmp_path / "post.safetensors"
+    with pytest.raises(ValueError, match=f"'b.weight' is in the {side}-trained model only"):
+        stream.stream(*files, tmp_path / "x", Expo(alpha=-1.0), select="all", seed=0)
+    stream.stream(
+        *files, tmp_path / "out", Expo(alpha=-1.0), select="all", seed=0, mismatch="keep_post"
+    )
+    out = loaded(tmp_path / "out")
+    assert set(out) == set(load_file(files[1]))
+    assert torch.equal(out["a.weight"], tensor((4, 4)))
+
+
+@pytest.mark.parametrize("select", ["all", "linear", "matrices"])
+@pytest.mark.parametrize("in_pre", [True, False])
+def test_tied_weights_stay_tied(select: str, in_pre: bool, tmp_path) -> None:
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    old, new = tensor((30, 8)), tensor((30, 8)) + 0.1 * tensor((30, 8), seed=1)
+    save_file({table: old, **({head: old.clone()} if in_pre else {})}, tmp_path / "pre.safetensors")
+    save_file({table: new, head: new.clone()}, tmp_path / "post.safetensors")
+    stream.stream(
+        tmp_path / "pre.safetensors",
+        tmp_path / "post.safetensors",
+        tmp_path / "out",
+        Dare(p=0.5, k=0.0),
+        select=select,
+        seed=0,
+    )
+    out = load_file(tmp_path / "out" / "post.safetensors")
+    assert torch.equal(out[table], out[head])
+    name = head if select == "linear" else table
+    expected = apply.edited_tensor(old, new, Dare(p=0.5, k=0.0), rng=Rng(0, name))
+    assert torch.equal(out[head], expected)
+
+
+def test_an_error_on_the_way_leaves_nothing(pair, tmp_path, monkeypatch) -> None:
+    def fails(*arguments, **needs):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(apply, "edited_tensor", fails)
+    with pytest.raises(RuntimeError, match="disk full"):
+        stream.stream(*pair, tmp_path / "out", Expo(alpha=0.1), select="all", seed=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["post", "pre"]
+
+
+def test_a_damaged_file_is_named(pair, tmp_path) -> None:
+    file = pair[1] / "model-00002-of-00002.safetensors"
+    os.truncate(file, file.stat().st_size - 10)
+    with pytest.raises(ValueError, match="model-00002-of-00002"):
+        stream.stream(*pair, tmp_path / "out", Expo(alpha=0.1), select="all", seed=0)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from deltalab import apply, stream
+from deltalab.edits.expo import Expo
+original = apply.edited_tensor
+def slow(*a, **k):
+    print("working", flush=True)
+    time.sleep(0.5)
+    return original(*a, **k)
+apply.edited_tensor = slow
+pre, post, out = map(Path, sys.argv[1:])
+stream.stream(pre, post, out, Expo(alpha=0.5), select="all", seed=0)
+"""
+
+
+def test_killed_at_work_out_is_absent(pair, tmp_path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, (*pair, out))], stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    stream.stream(*pair, out, Expo(alpha=0.5), select="all", seed=0)
+    assert (out / "deltalab.json").exists()
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deltalab.save", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command(pair, tmp_path) -> None:
+    model = ("model=timm_vit", "model.name=any", f"model.pre={pair[0]}", f"model.post={pair[1]}")
+    done = command(*model, "edit=dare", "edit.p=0.9", f"out={tmp_path / 'out'}", "seed=4")
+    assert done.returncode == 0, done.stderr
+    stream.stream(*pair, tmp_path / "api", Dare(p=0.9, k=0), select="all", seed=4)
+    for file in sorted(pair[1].glob("*.safetensors")):
+        ours = (tmp_path / "out" / file.name).read_bytes()
+        assert ours == (tmp_path / "api" / file.name).read_bytes()
+    manifest = json.loads((tmp_path / "out" / "deltalab.json").read_text())
+    assert manifest["edit"] == {"name": "dare", "p": 0.9, "k": 0}
+    bad = command(*model, "edit=dare", "edit.p=1.9", f"out={tmp_path / 'bad'}")
+    assert bad.returncode == 2
+    assert "edit.p=1.9: must be in [0, 1)" in bad.stderr
+    assert len(bad.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
