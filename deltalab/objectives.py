@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltalab.artifacts import Store
 from deltalab.weights import ModelPair
 
 Class = Literal["competitive", "decreased", "improved"]
@@ -114,6 +115,36 @@ def change(post: Measured, edited: Measured) -> tuple[float, float]:
     return value, math.sqrt(float((residual**2).sum()) * count / (count - 1)) / total
 
 
+def interval(
+    post: Measured, edited: Measured, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return a bootstrap interval of the change, resampling examples with both their losses.
+
+    Needs no normality, as the standard error does: losses of single examples have long tails.
+
+    Args:
+        post: losses under W_post.
+        edited: losses under W_edit of the same examples.
+        level: coverage, in (0, 1).
+        draws: resamples.
+        seed: of the resampling.
+
+    >>> same = Measured(torch.ones(9).double(), torch.ones(9).double())
+    >>> interval(same, Measured(same.losses + 0.5, same.weights))
+    (0.5, 0.5)
+    """
+    change(post, edited)  # the same examples, or a clear error
+    difference, count = edited.losses - post.losses, len(post.losses)
+    generator = torch.Generator().manual_seed(seed)
+    ratios = []
+    for _ in range(draws):
+        picks = torch.randint(count, (count,), generator=generator)
+        ratios.append(difference[picks].sum() / post.weights[picks].sum())
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.stack(ratios).quantile(tails).tolist()
+    return low, high
+
+
 def classify(change: float, error: float) -> Class:
     """Return the paper's class of an edit: whether the change exceeds two standard errors.
 
@@ -183,8 +214,13 @@ class Classification:
             if value is not None and value < 1:
                 raise ValueError(f"objective.{field}={value}: must be at least 1")
 
-    def open(self, pair: ModelPair) -> Loss:
-        """Return the loss on the pair's device; consecutive calls share the batches."""
+    def open(self, pair: ModelPair, store: Store | None = None) -> Loss:
+        """Return the loss on the pair's device; consecutive calls share the batches.
+
+        Args:
+            pair: the open pair.
+            store: for objectives that keep something; this one does not.
+        """
         device = next(pair.module.parameters()).device
         return _cross_entropy(self, pair.transform, device)
 

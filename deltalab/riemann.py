@@ -8,6 +8,7 @@ above model and shift one tensor's gradient is held.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -80,6 +81,18 @@ class Riemann:
         return self.adaptive or any(0.0 in rule.nodes for rule in self.rules)
 
 
+def layer_of(name: str) -> str:
+    """Return the number of the layer that a tensor belongs to, or its part outside all layers.
+
+    >>> layer_of("blocks.11.attn.qkv.weight"), layer_of("model.layers.3.mlp.up_proj.weight")
+    ('11', '3')
+    >>> layer_of("patch_embed.proj.weight")
+    'embedding'
+    """
+    found = re.search(r"(?:^|\.)(?:\w*blocks|\w*layers?|h)\.(\d+)\.", name)
+    return found[1] if found else part_of(name)
+
+
 @dataclass(frozen=True)
 class Term:
     """A Riemann approximation of the loss change.
@@ -113,6 +126,15 @@ class Term:
             parts[part_of(name)] += value
         return parts
 
+    @cached_property
+    def by_layer(self) -> dict[str, float]:
+        """The value's share of every numbered layer, then of what lies outside, by part."""
+        layers: dict[str, float] = {}
+        for name, value in self.by_tensor.items():
+            layers[layer_of(name)] = layers.get(layer_of(name), 0.0) + value
+        numbered = sorted((k for k in layers if k.isdigit()), key=int)
+        return {k: layers[k] for k in numbered + [k for k in layers if not k.isdigit()]}
+
     def as_record(self) -> dict[str, Any]:
         """Return the term as the record holds it, in plain JSON values."""
         return {
@@ -122,6 +144,7 @@ class Term:
             "nodes": list(self.nodes),
             "inner": list(self.inner),
             "by_part": self.by_part,
+            "by_layer": self.by_layer,
             "by_tensor": self.by_tensor,
             "error": self.error,
             "converged": self.converged,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltalab.objectives import Classification, Measured, change, classify, measure
+from deltalab.objectives import Classification, Measured, change, classify, interval, measure
 from deltalab.weights import ModelPair
 
 
@@ -119,6 +119,19 @@ def test_the_error_of_a_ratio_of_sums_matches_resampling():
     picks = torch.randint(400, (4000, 400))
     resampled = step[picks].sum(1) / weights[picks].sum(1)
     assert error == pytest.approx(resampled.std().item(), rel=0.06)
+
+
+def test_the_bootstrap_interval_is_two_errors_wide_for_many_normal_examples():
+    torch.manual_seed(3)
+    ones = torch.ones(500).double()
+    post, edited = Measured(0 * ones, ones), Measured(torch.randn(500).double() + 0.3, ones)
+    value, error = change(post, edited)
+    low, high = interval(post, edited)
+    assert (low + high) / 2 == pytest.approx(value, abs=0.2 * error)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.08)
+    assert interval(post, edited) == (low, high)
+    narrow = interval(post, edited, level=0.5)
+    assert narrow[1] - narrow[0] == pytest.approx(2 * 0.674 * error, rel=0.12)
 
 
 def test_change_needs_the_same_examples_and_more_than_one():

@@ -188,6 +188,7 @@ def test_additive_by_tensor_and_by_part_and_consistent_with_its_nodes():
     assert found.by_part["norm"] == pytest.approx(
         found.by_tensor["norm.weight"] + found.by_tensor["norm.bias"], abs=1e-15
     )
+    assert sum(found.by_layer.values()) == pytest.approx(found.value, abs=1e-14)
     record = json.loads(json.dumps(found.as_record()))
     assert (record["value"], record["by_part"]) == (found.value, found.by_part)
     # An edit of one tensor has exactly that tensor's share of no other path, but its own term.
