@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from deltalab.objectives import Loss, evaluating
 from deltalab.weights import Weights
 
-CHUNK = 1 << 22
-"""Entries of a tensor whose float64 products are alive at a time."""
+CHUNK = 1 << 18
+"""Entries of a tensor whose float64 products are alive at a time: 4 MiB of two factors, which stay
+in a processor's cache. Sixteen times as many on a GPU, whose kernels want work."""
 
 
 def targets(module: nn.Module, shift: Weights) -> dict[str, nn.Parameter]:
@@ -285,11 +286,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     1.0
     """
     dtype = _accumulator(a.device)
+    chunk = CHUNK if a.device.type == "cpu" else 16 * CHUNK
     left, right = a.reshape(-1), b.reshape(-1)
     total = torch.zeros((), dtype=dtype, device=a.device)
-    for start in range(0, left.numel(), CHUNK):
-        piece = right[start : start + CHUNK].to(a.device)
-        total += torch.dot(left[start : start + CHUNK].to(dtype), piece.to(dtype))
+    for start in range(0, left.numel(), chunk):
+        piece = right[start : start + chunk].to(a.device)
+        total += torch.dot(left[start : start + chunk].to(dtype), piece.to(dtype))
     return total
 
 

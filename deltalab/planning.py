@@ -106,7 +106,7 @@ def plan(
         held["gradient at W_post in float32"] = 4 * entries
     forward = activations or 0
     largest = max((_bytes(p) for p in unique.values()), default=0)
-    products = 16 * min(CHUNK, max((p.numel() for p in unique.values()), default=0))
+    products = 16 * min(16 * CHUNK, max((p.numel() for p in unique.values()), default=0))
     blocks = _blocks(module)
     engines = {
         "reverse": largest + products + forward,

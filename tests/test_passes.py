@@ -1,10 +1,22 @@
+from itertools import accumulate
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from deltalab.objectives import CrossEntropy
-from deltalab.passes import checkpointing, curvature, gradient, probing, slope, slopes, targets
+from deltalab.passes import (
+    CHUNK,
+    checkpointing,
+    curvature,
+    gradient,
+    probing,
+    slope,
+    slopes,
+    targets,
+)
 from deltalab.quadrature import Rule
 from deltalab.riemann import term, terms
 
@@ -169,3 +181,32 @@ def test_checkpointing_recomputes_every_block_once():
         assert len(calls) == 3
         value.backward()
     assert len(calls) == 6
+
+
+def peak_bytes(function):
+    """Return the most bytes allocated at a time above those held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes))
+
+
+def test_one_copy_of_the_largest_tensor_above_model_and_shift():
+    width = 1024
+    module = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(5)))
+    post = {n: p.detach().clone() for n, p in module.named_parameters()}
+    shift = {n: 0.01 * torch.randn_like(p) for n, p in post.items()}
+    loss = CrossEntropy(((torch.randn(2, width), torch.zeros(2).long()),), most=0)
+    largest = 4 * width**2
+
+    def whole():
+        loss(module, loss.batches[0])[0].sum().backward()
+        module.zero_grad()
+
+    def walk(engine):
+        return lambda: terms(module, post, shift, loss, [Rule("gauss", 2)], engine=engine)
+
+    assert peak_bytes(whole) > 4.9 * largest
+    assert peak_bytes(walk("reverse")) < largest + 16 * CHUNK + 200_000
+    assert peak_bytes(walk("forward")) < largest + 200_000
