@@ -12,18 +12,28 @@ from torch import Tensor
 
 from deltalab import apply, select
 from deltalab.edits import needs_of
+from deltalab.edits.biased_product import BiasedProduct
+from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
+from deltalab.edits.breadcrumbs import Breadcrumbs
+from deltalab.edits.chain import Chain
 from deltalab.edits.dare import Dare
+from deltalab.edits.darex import Darex, best_scale
+from deltalab.edits.della import Della, relative_ranks
 from deltalab.edits.discard import Discard
 from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.expo import Expo
 from deltalab.edits.keep import Keep
+from deltalab.edits.multibit import Multibit
+from deltalab.edits.noise import Noise
+from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
 from deltalab.factor import svd
 from deltalab.rng import Rng
 from deltalab.threshold import ModelThreshold
 
+ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
 CONF = Path(__file__).parents[1] / "conf"
 NAMES = sorted(path.stem for path in (CONF / "edit").glob("*.yaml"))
 SHAPES = [(24, 40), (40, 24), (7,), (1,), (), (0, 3), (6, 4, 3, 3), (2, 5, 4)]
@@ -128,6 +138,23 @@ IDENTITIES = [
     (
         BitDelta(multiple=1.0, magnitudes="uniform", cv=0.0, axis="tensor"),
         BitDelta(multiple=1.0, magnitudes="mean", cv=0.5, axis="tensor"),
+    ),
+    (Darex(p=0.3, q=1 - 0.3), Dare(p=0.3, k=0.0)),
+    (Darex(p=0.0, q=1.0), Keep()),
+    (Della(p=0.0, window=0.0), Keep()),
+    (SignFlip(fraction=0.3, balanced=True), Dare(p=0.3, k=-1.0)),
+    (SignFlip(fraction=0.0, balanced=False), Keep()),
+    (SignFlip(fraction=1.0, balanced=False), Expo(alpha=-2.0)),
+    (Noise(sigma=0.0), Keep()),
+    (BiasedSign(k=1.0, p=0.5), Keep()),
+    (BiasedProduct(k=1.0, p=0.5), Keep()),
+    (Breadcrumbs(beta=1.0, gamma=0.0), Keep()),
+    (Breadcrumbs(beta=0.0, gamma=0.0), Discard()),
+    (Chain(steps=[{"dare": {"p": 0.3}}]), Dare(p=0.3, k=0)),
+    (Chain(steps=["keep", {"drop_only": {"p": 0.0}}]), Keep()),
+    (
+        Chain(steps=[{"ties": {"keep": 0.3, "scope": "model"}}, {"expo": {"alpha": -1.0}}]),
+        Discard(),
     ),
 ]
 
@@ -314,3 +341,229 @@ def test_twin_rate_keeps_the_floor(rate: float, rank: int) -> None:
 def test_mistakes_name_the_field_and_the_range(make, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+CLOSE = [
+    (Multibit(bits=0, blocks="equal_count"), ONE_BIT, 1e-6),
+    (Multibit(bits=0, blocks="equal_width"), ONE_BIT, 1e-6),
+    (Multibit(bits=10, blocks="equal_count"), Keep(), 1e-6),  # more blocks than entries
+    (Della(p=0.4, window=0.0), Dare(p=0.4, k=0.0), 1e-6),
+    (Twin(rank=23, rate=None), Keep(), 2e-1),
+]
+
+
+@pytest.mark.parametrize(("left", "right", "tolerance"), CLOSE, ids=str)
+def test_identities_up_to_rounding(left, right, tolerance: float) -> None:
+    delta = tensor((24, 40))
+    assert torch.allclose(call(left, delta), call(right, delta), atol=tolerance)
+
+
+UNBIASED = [
+    Dare(p=0.5, k=0.0),
+    Dare(p=0.9, k=0.0),
+    Dare(p=0.3, k=-1.0),
+    Della(p=0.3, window=0.14),
+    Della(p=0.7, window=0.5),
+    SignFlip(fraction=0.2, balanced=True),
+    Noise(sigma=0.5),
+    Darex(p=0.6, q=0.4),
+]
+
+
+@pytest.mark.parametrize("shape", [(64,), (16, 12)], ids=str)
+@pytest.mark.parametrize("edit", UNBIASED, ids=str)
+def test_unbiased(edit, shape: tuple[int, ...]) -> None:
+    """Over 2000 seeds the mean is the delta within 4 sigma, on tensors of 64 entries too.
+
+    By entry within 5 of its own standard errors, for there are many; summed over entries within 4.
+    """
+    delta, runs = tensor(shape), 2000
+    hats = torch.stack([call(edit, delta, seed=s) for s in range(runs)]).double()
+    error = hats.mean(0) - delta
+    sigma = hats.std(0) / runs**0.5
+    assert (error.abs() <= 5 * sigma + 1e-6 * delta.abs()).all()
+    assert (error * delta).sum().abs() <= 4 * (sigma * delta).square().sum().sqrt()
+
+
+def test_drop_only_is_interpolation_on_average() -> None:
+    delta = tensor((64,))
+    mean = torch.stack([call(DropOnly(p=0.3), delta, seed=s) for s in range(2000)]).mean(0)
+    expected = call(Expo(alpha=-0.3), delta)
+    assert ((mean - expected).abs() <= 5 * delta.abs() * (0.21 / 2000) ** 0.5).all()
+
+
+def test_noise_and_sign_flips_have_their_intensity() -> None:
+    delta = tensor((1000, 1000))
+    energy = delta.square().sum()
+    shift = call(Noise(sigma=1.5), delta) - delta
+    assert (shift.square().sum() / energy).item() == pytest.approx(1.5**2, rel=0.01)
+    shift = call(SignFlip(fraction=0.2, balanced=False), delta) - delta
+    assert (shift.square().sum() / energy).item() == pytest.approx(4 * 0.2, rel=0.01)
+    assert ((shift * delta).sum() / energy).item() == pytest.approx(-2 * 0.2, rel=0.01)
+
+
+@pytest.mark.parametrize("k", [0.5, 1.5])
+def test_biased_controls(k: float) -> None:
+    """The first-order term of the product control is (1 - k)(|S-| + p/(1-p) S+)."""
+    delta, grad = tensor((50, 60)), tensor((50, 60), seed=99)
+    by_sign = call(BiasedSign(k=k, p=None), delta)
+    p = (delta < 0).double().mean().item()
+    assert torch.equal(by_sign[delta < 0], k * delta[delta < 0])
+    expected = (1 - k * p) / (1 - p) * delta[delta > 0]
+    assert torch.allclose(by_sign[delta > 0], expected)
+    assert (by_sign / delta).double().mean().item() == pytest.approx(1, abs=1e-6)
+    s = (delta * grad).double()
+    p = (s < 0).double().mean().item()
+    term = ((call(BiasedProduct(k=k, p=None), delta) - delta) * grad).double().sum().item()
+    expected = (1 - k) * (-s[s < 0].sum() + p / (1 - p) * s[s > 0].sum()).item()
+    assert term == pytest.approx(expected, rel=1e-5)
+    up, down = (
+        ((call(BiasedProduct(k=c, p=0.5), delta) - delta) * grad).sum().item() for c in (k, 2 - k)
+    )
+    assert up == pytest.approx(-down, rel=1e-4)
+
+
+def test_biased_controls_where_all_signs_agree() -> None:
+    negative = -tensor((4, 5)).abs()
+    assert torch.equal(call(BiasedSign(k=0.5, p=None), negative), 0.5 * negative)
+    assert torch.equal(call(BiasedSign(k=0.5, p=None), -negative), -negative)
+
+
+def test_della_keeps_large_entries_more_often() -> None:
+    delta = torch.arange(1.0, 65.0).repeat(8, 1) * tensor((8, 64)).sign()
+    kept = torch.stack([call(Della(p=0.5, window=0.6), delta, seed=s) != 0 for s in range(1000)])
+    rate = kept.double().mean((0, 1))
+    wanted = 0.2 + 0.6 * torch.arange(64) / 63
+    assert (rate - wanted).abs().max() < 5 * 0.5 / (1000 * 8) ** 0.5
+    ranks = relative_ranks(torch.tensor([[2.0, -2.0, 1.0], [0.0, 0.0, 0.0]]))
+    assert ranks.tolist() == [[0.5, 1.0, 0.0], [0.0, 0.5, 1.0]]
+
+
+def test_della_varies_less_than_dare_on_heavy_tails() -> None:
+    delta = tensor((64, 64)) ** 3
+    error = {
+        edit: sum((call(edit, delta, seed=s) - delta).square().sum().item() for s in range(50))
+        for edit in (Della(p=0.5, window=0.8), Dare(p=0.5, k=0.0))
+    }
+    assert error[Della(p=0.5, window=0.8)] < 0.8 * error[Dare(p=0.5, k=0.0)]
+
+
+def test_darex_closed_form_minimises_the_output_error() -> None:
+    """Against a scan over q of the closed mean squared error, summed over rows."""
+    delta, x, p = tensor((6, 40)) + 0.3, torch.rand(40), 0.9
+    c = delta.double() * x.double()
+    s2, q2 = c.sum(1).square().sum().item(), c.square().sum().item()
+
+    def error(scale: float) -> float:
+        return (1 - (1 - p) * scale) ** 2 * s2 + p * (1 - p) * scale**2 * q2
+
+    best = best_scale(delta, x, p).item()
+    scan = min((error(s / 1000), s / 1000) for s in range(1, 12_000))
+    assert best == pytest.approx(scan[1], abs=1e-3)
+    assert 0 < best <= 1 / (1 - p)
+    edit, given = Darex(p=p, q="closed_form"), {"acts": x}
+    hats = [edit(delta, rng=Rng(s, "w"), **given).double() @ x.double() for s in range(2000)]
+    found = torch.stack([(h - c.sum(1)).square().sum() for h in hats])
+    assert found.mean().item() == pytest.approx(error(best), abs=5 * found.std().item() / 2000**0.5)
+    without = edit(delta, rng=Rng(0, "w"), acts=None)
+    assert torch.equal(without, call(Dare(p=p, k=0.0), delta, name="w"))
+
+
+def test_breadcrumbs_counts_and_order() -> None:
+    delta = tensor((5, 40))
+    hat = call(Breadcrumbs(beta=0.5, gamma=0.1), delta)
+    for row, kept in zip(delta.abs(), hat != 0, strict=True):
+        order = row.sort(descending=True).values
+        assert kept.sum() == 20
+        assert torch.equal(row[kept].sort(descending=True).values, order[4:24])
+    trimmed = call(Breadcrumbs(beta=0.25, gamma=0.0), delta)
+    rows = [call(Ties(keep=0.25, scope="tensor"), row) for row in delta]
+    assert torch.equal(trimmed, torch.stack(rows)), "gamma = 0 is a row-wise trim"
+    tied = call(Breadcrumbs(beta=0.5, gamma=0.25), torch.ones(8))
+    assert tied.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+
+
+GAUSSIAN_ERROR = {0: 0.363, 1: 0.140, 2: 0.055, 3: 0.0225, 4: 0.0094, 5: 0.0040}
+
+
+def test_multibit_on_gaussian_entries_has_the_published_errors() -> None:
+    delta = tensor((1000, 1000))
+    errors = []
+    for bits, wanted in GAUSSIAN_ERROR.items():
+        hat = call(Multibit(bits=bits, blocks="equal_count"), delta)
+        assert len(hat.abs().unique()) == 2**bits
+        assert hat.abs().double().sum().item() == pytest.approx(
+            delta.abs().double().sum().item(), rel=1e-6
+        )
+        errors.append(((hat - delta).square().sum() / delta.square().sum()).item())
+        assert errors[-1] == pytest.approx(wanted, rel=0.03)
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("blocks", ["equal_count", "equal_width"])
+@pytest.mark.parametrize("bits", [1, 3, 6, 8])
+def test_multibit_against_a_plain_reference(bits: int, blocks: str) -> None:
+    """Also where many magnitudes are equal and blocks are empty."""
+    delta = tensor((30, 50)).round(decimals=1)
+    flat = delta.abs().flatten().double()
+    if blocks == "equal_count":
+        smaller = (flat[None, :] < flat[:, None]).sum(1)
+        block = smaller * 2**bits // len(flat)
+    else:
+        width = flat.max() / 2**bits
+        block = ((flat / width - 1e-6).ceil() - 1).clamp(0, 2**bits - 1).long()
+    expected = torch.zeros_like(flat)
+    for b in block.unique():
+        expected[block == b] = flat[block == b].mean()
+    hat = call(Multibit(bits=bits, blocks=blocks), delta)
+    assert torch.allclose(hat.abs().flatten().double(), expected, rtol=1e-6)
+    assert torch.equal(hat < 0, (delta < 0) & (hat != 0))
+
+
+def test_chain_steps_have_their_own_random_numbers() -> None:
+    delta = torch.ones(100, 100)
+    twice = call(Chain(steps=[{"drop_only": {"p": 0.5}}, {"drop_only": {"p": 0.5}}]), delta)
+    assert (twice != 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    both = Chain(steps=[{"dare": {"p": 0.9}}, {"bitdelta": {"multiple": 2.0}}])
+    by_hand = BitDelta(multiple=2.0, magnitudes="mean", cv=0.0, axis="tensor")
+    dropped = call(Dare(p=0.9, k=0), tensor((20, 30)))
+    assert torch.equal(call(both, tensor((20, 30))), call(by_hand, dropped))
+
+
+MISTAKES = [
+    (lambda: Della(p=0.5, window=1.0), "edit.window=1.0: must be at most 2p and below 2(1 - p)"),
+    (lambda: Della(p=0.1, window=0.3), "edit.window=0.3: must be at most 2p"),
+    (lambda: Darex(p=0.9, q="auto"), "edit.q=auto: must be in (0, 1] or closed_form"),
+    (lambda: Darex(p=0.9, q=0), "edit.q=0: must be in (0, 1]"),
+    (lambda: Breadcrumbs(beta=0.8, gamma=0.3), "edit.gamma=0.3: must be at most 1 - beta"),
+    (lambda: Multibit(bits=17, blocks="equal_count"), "edit.bits=17: must be an integer from 0"),
+    (lambda: Multibit(bits=2.5, blocks="equal_count"), "edit.bits=2.5: must be an integer"),
+    (lambda: Multibit(bits=2, blocks="rows"), "edit.blocks=rows: must be one of equal_count"),
+    (lambda: SignFlip(fraction=1.0, balanced=True), "edit.fraction=1.0: must be in [0, 1)"),
+    (lambda: SignFlip(fraction=0.1, balanced="x"), "edit.balanced=x: must be true or false"),
+    (lambda: Noise(sigma=-1), "edit.sigma=-1: must be in [0, inf)"),
+    (lambda: BiasedSign(k=0.5, p=1.0), "edit.p=1.0: must be in [0, 1)"),
+    (lambda: BiasedProduct(k=float("nan"), p=None), "edit.k=nan: must be in (-inf, inf)"),
+    (lambda: BitDelta(multiple=-1, magnitudes="mean", cv=0, axis="row"), "edit.multiple=-1:"),
+    (lambda: BitDelta(multiple=1, magnitudes="max", cv=0, axis="row"), "edit.magnitudes=max:"),
+    (lambda: Chain(steps=[]), "edit.steps=[]: must be a list of at least one edit"),
+    (lambda: Chain(steps=["dara"]), "edit.steps=dara: must name one of biased_product"),
+    (lambda: Chain(steps=[{"dare": {"q": 1}}]), "edit.steps.dare.q: must be one of p, k"),
+    (lambda: Chain(steps=["dare", "ties"]), "edit.steps=ties: needs the whole model"),
+    (lambda: Chain(steps=[{"dare": {"p": 2}}]), "edit.p=2: must be in [0, 1)"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), MISTAKES, ids=lambda v: v if type(v) is str else "")
+def test_further_mistakes_name_the_field_and_the_range(make, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_a_need_outside_the_vocabulary_is_an_error() -> None:
+    class Odd:
+        def __call__(self, delta, *, hessian):
+            return delta
+
+    with pytest.raises(ValueError, match="needs 'hessian', which is not one of rng, grad"):
+        needs_of(Odd())

@@ -85,7 +85,7 @@ def mean_magnitude(delta: Tensor, axis: str) -> Tensor:
         return magnitude.mean(0, dtype=torch.float64).float().unsqueeze(0)
     rows = magnitude.flatten(1)
     eighth = len(rows) // 8
-    a, b, c, d, e, f, g, h = rows[: 8 * eighth].reshape(8, eighth, -1).unbind()
+    a, b, c, d, e, f, g, h = rows[: 8 * eighth].reshape(8, eighth, rows.shape[1]).unbind()
     eights = ((a + b) + (c + d)) + ((e + f) + (g + h))
     total = eights.sum(dtype=torch.float64) + rows[8 * eighth :].sum(dtype=torch.float64)
     mean: Tensor = (total / delta.numel()).float()
