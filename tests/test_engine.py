@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import nn
+
+from deltalab import apply
+from deltalab.artifacts import Store
+from deltalab.edits.bitdelta import BitDelta
+from deltalab.edits.dare import Dare
+from deltalab.edits.expo import Expo
+from deltalab.engine import Engine
+from deltalab.extras import Extras
+from deltalab.objectives import CrossEntropy, change, measure
+from deltalab.prediction import Predict
+from deltalab.riemann import Riemann
+from deltalab.weights import ModelPair, loaded
+
+EDITS = [
+    *(Dare(0.5, k) for k in (-1.0, 0.0, 0.5)),
+    *(Expo(a) for a in (-0.5, 0.0, 0.5)),
+    *(BitDelta(c, "mean", 0.5, "tensor") for c in (0.5, 1.0, 2.0)),
+]
+OFF = Predict(False)
+
+
+def opened():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(9, 24), nn.Tanh(), nn.Linear(24, 8))
+    post = {n: v.detach().clone() for n, v in module.state_dict().items()}
+    pre = {n: v - 0.1 * torch.randn_like(v) for n, v in post.items()}
+    x, y = torch.randn(60, 9), torch.randint(8, (60,))
+    return ModelPair(pre, post, module), CrossEntropy(((x[:40], y[:40]), (x[40:], y[40:])), most=7)
+
+
+def sweep(store, settings, predict=OFF):
+    pair, loss = opened()
+    engine, before = Engine(pair, loss, store), measure(pair.module, loss)
+    found = []
+    for edit in EDITS:
+
+        def edited(edit):
+            return dict(
+                apply.edited(pair.pre, pair.post, edit, "all", Extras.of(edit, pair, seed=0))
+            )
+
+        def shift_of(edit):
+            return {n: w - pair.post[n] for n, w in edited(edit).items()}
+
+        with loaded(pair.module, edited(edit), restore=pair.post):
+            true, _ = change(before, measure(pair.module, loss))
+        selection = {"select": "all", "seed": 0}
+        found.append(
+            (engine.changes(edit, shift_of(edit), selection, settings, predict, shift_of), true)
+        )
+    return found
+
+
+def test_every_account_of_a_change_and_what_it_cost(tmp_path):
+    store = Store(tmp_path, {"pair": "x"})
+    settings = Riemann("adaptive", also={"left": 5})
+    found = sweep(store, settings, Predict(True, probes=2))
+    for changes, true in found:
+        assert list(changes.terms) == ["adaptive", "left"]
+        assert changes.terms["adaptive"].value == pytest.approx(true, rel=0.03, abs=2e-4)
+    for changes, true in found[2:6]:  # small enough for two orders
+        assert changes.prediction["second_order"] == pytest.approx(true, rel=0.1, abs=1e-6)
+        assert abs(changes.prediction["first_order"] - true) > 0.1 * abs(true) or true == 0
+    made = [changes.gradient_evaluations for changes, _ in found]
+    parts = [sum(t.gradient_evaluations for t in c.terms.values()) for c, _ in found]
+    assert [m - p for m, p in zip(made, parts, strict=True)] == [1] + [0] * 8
+    again = sweep(store, settings, Predict(True, probes=2))
+    assert sum(c.terms["adaptive"].gradient_evaluations for c, _ in again) == 0
+    assert sum(c.prediction["hessian_products"] for c, _ in again) == 0
+    for (one, _), (two, _) in zip(found, again, strict=True):
+        assert one.terms["adaptive"].value == two.terms["adaptive"].value
+        assert one.terms["left"].value == two.terms["left"].value
+
+
+def test_fixed_rules_without_prediction_need_no_gradient_at_post():
+    found = sweep(Store(None, {}), Riemann("gauss", 2))
+    assert [c.gradient_evaluations for c, _ in found] == [2, 2, 2, 2, 0, 2, 2, 2, 2]
+    assert all(c.prediction is None for c, _ in found)
+    off = sweep(Store(None, {}), Riemann(None))
+    assert all((c.terms, c.gradient_evaluations) == ({}, 0) for c, _ in off)
