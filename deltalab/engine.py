@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltalab.artifacts import Store
-from deltalab.lines import Lines, approximate, line_of
+from deltalab.lines import Lines, approximate, line_of, own_line
 from deltalab.objectives import Loss
 from deltalab.passes import gradient
 from deltalab.prediction import Predict, Predictor
@@ -88,8 +89,19 @@ class Engine:
         """
         module, post = self.pair.module, self.pair.post
         first = self.gradient if settings.starts_at_post or predict.enabled else None
+        line = line_of(edit) if _exact(post, shift) else own_line(edit)
+        anchored = settings.adaptive and line.anchor is not None
         terms = approximate(
-            settings, self.lines, module, post, shift, self.loss, edit, selection, first, shift_of
+            settings,
+            self.lines,
+            module,
+            post,
+            shift,
+            self.loss,
+            line,
+            selection,
+            first,
+            shift_of(line.anchor) if anchored else None,
         )
         prediction = None
         if predict.enabled:
@@ -102,7 +114,7 @@ class Engine:
                 self._delta,
                 self.loss,
                 edit,
-                line_of(edit),
+                line,
                 selection,
                 first,
             )
@@ -113,3 +125,8 @@ class Engine:
     @property
     def _delta(self) -> LazyWeights:
         return delta(self.pair.pre, self.pair.post)
+
+
+def _exact(post: Weights, shift: Weights) -> bool:
+    """Whether edited weights are stored finely enough to lie on a line with others."""
+    return all(post[name].dtype in (torch.float32, torch.float64) for name in shift)

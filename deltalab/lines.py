@@ -83,7 +83,11 @@ def line_of(edit: Any) -> Line:
 
 
 def own_line(edit: Any) -> Line:
-    """Return the line from W_post to an edit, which is at 1."""
+    """Return the line from W_post to an edit, which is at 1.
+
+    Also for an edit of a family, where weights are stored in 16 bits: rounding then moves every
+    point off the common line by as much as a small delta.
+    """
     return Line(repr(edit), 1.0, 0.0, 1.0, most=8)
 
 
@@ -153,10 +157,10 @@ def approximate(
     post: Weights,
     shift: Weights,
     loss: Loss,
-    edit: Any,
+    line: Line,
     selection: Mapping[str, Any],
     first: Weights | None = None,
-    shift_of: Callable[[Any], Weights] | None = None,
+    anchor: Weights | None = None,
 ) -> dict[str, Term]:
     """Return every term that the settings ask for, by rule, the main one first.
 
@@ -167,17 +171,13 @@ def approximate(
         post: the post-trained weights.
         shift: W_edit - W_post, in memory.
         loss: the opened objective.
-        edit: the edit.
-        selection: what else determines the shift, ready for JSON: select, seed, dtype.
+        line: the line that the edit lies on.
+        selection: what else determines the shift, ready for JSON: select, seed.
         first: the gradient at W_post, where it is known.
-        shift_of: the shift of another edit of this pair, asked for where a line has an anchor.
+        anchor: the shift of the line's anchor, where it has one.
     """
     found = {}
     if settings.adaptive:
-        line = line_of(edit)
-        if line.anchor is not None and shift_of is None:
-            line = own_line(edit)
-        anchor = None if line.anchor is None or shift_of is None else shift_of(line.anchor)
         with checkpointing(module) if settings.checkpoint else nullcontext():
             found["adaptive"] = lines.term(
                 module, post, shift, loss, line, selection, first, anchor
@@ -209,14 +209,17 @@ def along(
         first: the gradient at W_post, where it is known; serves coordinate 0 of a line through it.
         anchor: the shift at coordinate 0, where that is not W_post.
     """
+    nothing = Term("adaptive", 0, 0.0, (), (), {}, 0, error=0.0, converged=True)
     if line.at == 0:
-        return Term("adaptive", 0, 0.0, (), (), {}, 0, error=0.0, converged=True)
+        return nothing
     start, step = post, shift
     if anchor is not None:
         start = LazyWeights(shift, lambda n: post[n].float() + anchor[n].to(post[n].device).float())
         step = {n: shift[n] - anchor[n] for n in shift}
         first = None
     touched = targets(module, step)
+    if not touched:
+        return nothing
     made = 0
 
     def evaluate(s: float) -> float:

@@ -1,5 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 
 from deltalab import apply
@@ -20,19 +24,20 @@ EDITS = [
     *(BitDelta(c, "mean", 0.5, "tensor") for c in (0.5, 1.0, 2.0)),
 ]
 OFF = Predict(False)
+CONF = Path(__file__).parents[1] / "conf"
 
 
-def opened():
+def opened(dtype=torch.float32):
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(9, 24), nn.Tanh(), nn.Linear(24, 8))
+    module = nn.Sequential(nn.Linear(9, 24), nn.Tanh(), nn.Linear(24, 8)).to(dtype)
     post = {n: v.detach().clone() for n, v in module.state_dict().items()}
     pre = {n: v - 0.1 * torch.randn_like(v) for n, v in post.items()}
-    x, y = torch.randn(60, 9), torch.randint(8, (60,))
+    x, y = torch.randn(60, 9).to(dtype), torch.randint(8, (60,))
     return ModelPair(pre, post, module), CrossEntropy(((x[:40], y[:40]), (x[40:], y[40:])), most=7)
 
 
-def sweep(store, settings, predict=OFF):
-    pair, loss = opened()
+def sweep(store, settings, predict=OFF, dtype=torch.float32):
+    pair, loss = opened(dtype)
     engine, before = Engine(pair, loss, store), measure(pair.module, loss)
     found = []
     for edit in EDITS:
@@ -43,7 +48,7 @@ def sweep(store, settings, predict=OFF):
             )
 
         def shift_of(edit):
-            return {n: w - pair.post[n] for n, w in edited(edit).items()}
+            return {n: w.float() - pair.post[n].float() for n, w in edited(edit).items()}
 
         with loaded(pair.module, edited(edit), restore=pair.post):
             true, _ = change(before, measure(pair.module, loss))
@@ -81,3 +86,17 @@ def test_fixed_rules_without_prediction_need_no_gradient_at_post():
     assert all(c.prediction is None for c, _ in found)
     off = sweep(Store(None, {}), Riemann(None))
     assert all((c.terms, c.gradient_evaluations) == ({}, 0) for c, _ in off)
+
+
+def test_rounded_weights_share_no_line():
+    found = sweep(Store(None, {}), Riemann("adaptive"), dtype=torch.bfloat16)
+    made = [changes.gradient_evaluations for changes, _ in found]
+    assert min(made[:4]) >= 2
+    assert made[4] == 0
+
+
+@pytest.mark.parametrize("file", [*CONF.glob("riemann/*.yaml"), *CONF.glob("prediction/*.yaml")])
+def test_settings_that_ship_are_valid(file):
+    settings = instantiate(OmegaConf.load(file), _convert_="all")
+    off = file.stem == "off"
+    assert off == (settings in (Riemann(None), OFF))
