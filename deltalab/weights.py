@@ -6,20 +6,26 @@ a sharded 70B checkpoint on disk run the same code, one tensor at a time.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from deltalab import headers, pickles
+
 Weights = Mapping[str, Tensor]
 
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 PARTS = ("attention", "mlp", "norm", "embedding", "head", "other")
 """The parts of a model that a term is split into, in the order in which they are reported."""
 
@@ -83,32 +89,45 @@ class LazyWeights(Mapping[str, Tensor]):
         return name in self._names  # the inherited test would compute the tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """One file: what its header says of each tensor, and how to get the tensor itself."""
+
+    dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    load: Callable[[str], Tensor]
+
+
 class Checkpoint(Mapping[str, Tensor]):
     """A safetensors file or a directory of shards, read tensor by tensor.
 
     Only headers are read on opening. Tensors come memory-mapped from the file, in the dtype stored.
+    PyTorch's own files are read too, for their tensors alone (`deltalab.pickles`). All that the
+    files claim about themselves is checked first (`deltalab.headers`); nothing in them is run.
 
     Args:
-        path: a `.safetensors` file, an index (`*.safetensors.index.json`), or a directory holding
-            either `model.safetensors`, an index, or exactly one `.safetensors` file.
+        path: a `.safetensors`, `.bin`, `.pt` or `.pth` file, an index (`*.index.json`), or a
+            directory holding one checkpoint.
 
     Raises:
         FileNotFoundError: nothing readable at `path`, or a shard named by the index is missing.
-        ValueError: a file is not valid safetensors, or index and shards disagree.
+        ValueError: a file is damaged, index and shards disagree, a file lies outside the directory,
+            or a pickle names more than tensors.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self.shards = _shards(self.path)
-        self._handles = {file: _open(file) for file in dict.fromkeys(self.shards.values())}
-        names = {file: set(handle.keys()) for file, handle in self._handles.items()}
-        for name, file in self.shards.items():
-            if name not in names[file]:
-                raise ValueError(f"{file}: tensor {name!r} is in the index but not in this shard")
+        main = _main_file(self.path)
+        index = headers.index(main) if main.name.endswith(".index.json") else None
+        files = dict.fromkeys(index.values() if index else [main])
+        self._shards = {file: _shard(file) for file in files}
+        found = {file: shard.shapes for file, shard in self._shards.items()}
+        if index is not None:
+            _check_index(main, index, found)
+        self.shards = index or dict.fromkeys(found[main], main)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._handles[self.shards[name]].get_tensor(name)
-        return tensor
+        return self._shards[self.shards[name]].load(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shards)
@@ -121,40 +140,75 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header, without reading the tensor."""
-        return tuple(self._handles[self.shards[name]].get_slice(name).get_shape())
+        return self._shards[self.shards[name]].shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Return the name that the file has for a tensor's dtype, such as `BF16`."""
+        return self._shards[self.shards[name]].dtypes[name]
 
 
-def _open(file: Path) -> Any:
-    """Open a safetensors file; the handle's own type has no annotations."""
+def _shard(file: Path) -> _Shard:
+    if file.suffix in pickles.ENDINGS:
+        held = pickles.read(file)
+        dtypes = {n: _DTYPE_NAMES.get(t.dtype, str(t.dtype)) for n, t in held.items()}
+        return _Shard(dtypes, {n: tuple(t.shape) for n, t in held.items()}, held.__getitem__)
+    entries = headers.read(file)
     try:
-        return safe_open(file, framework="pt", device="cpu")
-    except SafetensorError as error:
+        handle = safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a valid safetensors file ({error})") from None
+    dtypes = {n: e.dtype for n, e in entries.items()}
+    return _Shard(dtypes, {n: e.shape for n, e in entries.items()}, handle.get_tensor)
 
 
-def _shards(path: Path) -> dict[str, Path]:
-    """Map every tensor name to the file that holds it."""
+def _check_index(
+    main: Path, index: Mapping[str, Path], found: Mapping[Path, Mapping[str, object]]
+) -> None:
+    """Raise `ValueError` naming the first tensor on which an index and its shards disagree."""
+    for name, file in index.items():
+        if name not in found[file]:
+            raise ValueError(f"{file}: tensor {name!r} is in {main.name} but not in this shard")
+    for file, names in found.items():
+        for name in names:
+            if index.get(name) != file:
+                where = index[name].name if name in index else "no shard"
+                raise ValueError(
+                    f"{file}: tensor {name!r} is in this shard; {main.name} names {where} for it"
+                )
+
+
+def _main_file(path: Path) -> Path:
+    """Return the index or the one file that holds a checkpoint."""
     if path.is_dir():
-        indices = sorted(path.glob("*.safetensors.index.json"))
-        files = sorted(path.glob("*.safetensors"))
-        if indices:
-            path = indices[0]
-        elif path / "model.safetensors" in files:
-            path = path / "model.safetensors"
-        elif len(files) == 1:
-            path = files[0]
-        else:
-            found = "several .safetensors files and no index" if files else "no .safetensors file"
-            raise FileNotFoundError(f"{path}: {found} in this directory")
+        kept = _candidates(path)
+        if len(kept) != 1:
+            names = ", ".join(file.name for file in kept)
+            raise FileNotFoundError(
+                f"{path}: several checkpoints in this directory ({names}); name one file"
+                if kept
+                else f"{path}: no .safetensors file in this directory"
+            )
+        headers.inside(path, kept[0])
+        path = kept[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.name.endswith(".index.json"):
-        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        missing = sorted({f for f in weight_map.values() if not (path.parent / f).is_file()})
-        if missing:
-            raise FileNotFoundError(f"{path.parent / missing[0]}: named by {path.name}, missing")
-        return {name: path.parent / file for name, file in weight_map.items()}
-    return dict.fromkeys(_open(path).keys(), path)
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path}: a GGUF file cannot be read; convert it to safetensors first")
+    return path
+
+
+def _candidates(directory: Path) -> list[Path]:
+    """Return the files that may be meant by a directory: one, if it is clear which."""
+    for ending in ("safetensors", "bin"):
+        stem = {"safetensors": "model", "bin": "pytorch_model"}[ending]
+        usual = [directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"]
+        if kept := [file for file in usual if file.is_file()]:
+            return kept
+        if kept := sorted(directory.glob(f"*.{ending}.index.json")):
+            return kept
+        if kept := sorted(directory.glob(f"*.{ending}")):
+            return kept
+    return sorted(f for end in (*pickles.ENDINGS, ".gguf") for f in directory.glob(f"*{end}"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +234,10 @@ class ModelPair:
 
 
 def check_same_layout(pre: Weights, post: Weights) -> None:
-    """Raise `ValueError` naming the first tensor that one side lacks or whose shapes differ."""
+    """Raise `ValueError` naming the first tensor that one side lacks or that does not fit.
+
+    Shapes must be equal, and both sides floating-point or neither.
+    """
     for name in post:
         if name not in pre:
             raise ValueError(f"tensor {name!r} is in the post-trained model only")
@@ -188,14 +245,43 @@ def check_same_layout(pre: Weights, post: Weights) -> None:
             raise ValueError(
                 f"tensor {name!r}: shape {a} in the pre-trained model, {b} in the post-trained"
             )
+        if floating(pre, name) != floating(post, name):
+            one, other = ("", " not") if floating(pre, name) else (" not", "")
+            raise ValueError(
+                f"tensor {name!r}:{one} floating-point in the pre-trained model,{other} in the"
+                " post-trained model"
+            )
     for name in pre:
         if name not in post:
             raise ValueError(f"tensor {name!r} is in the pre-trained model only")
 
 
+def mixed_dtypes(pre: Checkpoint, post: Checkpoint) -> str | None:
+    """Return the line to warn with where two checkpoints store a tensor at unlike precision."""
+    names = [n for n in post if n in pre and pre.dtype(n) != post.dtype(n)]
+    if not names:
+        return None
+    return (
+        f"tensor {names[0]!r} is {pre.dtype(names[0])} in the pre-trained model and"
+        f" {post.dtype(names[0])} in the post-trained, as are {len(names)} of {len(post)} tensors:"
+        " their delta holds the rounding between the two"
+    )
+
+
 def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
     """Return a tensor's shape, from the file header where the weights are a `Checkpoint`."""
     return weights.shape(name) if isinstance(weights, Checkpoint) else tuple(weights[name].shape)
+
+
+def floating(weights: Weights, name: str) -> bool:
+    """Return whether a tensor is of a real floating-point dtype, from the header if there is one.
+
+    >>> floating({"w": torch.ones(1), "n": torch.ones(1).int()}, "n")
+    False
+    """
+    if isinstance(weights, Checkpoint):
+        return weights.dtype(name).startswith(("F", "BF"))
+    return weights[name].is_floating_point()
 
 
 def delta(pre: Weights, post: Weights) -> LazyWeights:
@@ -205,7 +291,7 @@ def delta(pre: Weights, post: Weights) -> LazyWeights:
     >>> delta(pre, post)["w"]
     tensor([0.5000])
     """
-    names = [n for n in post if post[n].is_floating_point()]
+    names = [n for n in post if floating(post, n)]
     return LazyWeights(names, lambda n: post[n].float() - pre[n].float())
 
 
@@ -251,7 +337,9 @@ def fingerprint(path: Path) -> str:
         16 hexadecimal digits, the same wherever the checkpoint lies.
     """
     digest = hashlib.sha256()
-    for file in sorted(set(_shards(path).values())):
+    main = _main_file(path)
+    shards = headers.index(main).values() if main.name.endswith(".index.json") else [main]
+    for file in sorted(set(shards)):
         size = file.stat().st_size
         digest.update(str(size).encode())
         with open(file, "rb") as handle:

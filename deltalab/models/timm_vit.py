@@ -1,5 +1,6 @@
 """Pairs of timm image models, from safetensors files, shard directories or the hub."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,7 +17,10 @@ from deltalab.weights import (
     Weights,
     check_same_layout,
     fingerprint,
+    mixed_dtypes,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,13 @@ class TimmPair:
     def __post_init__(self) -> None:
         if isinstance(self.args, Mapping):  # frozen: a spec is a key of the caches
             object.__setattr__(self, "args", tuple(sorted(self.args.items())))
-        if not hasattr(torch, self.dtype) or not isinstance(
-            getattr(torch, self.dtype), torch.dtype
-        ):
-            raise ValueError(f"model.dtype={self.dtype}: must be float32, bfloat16 or float16")
+        if self.dtype not in (names := ("float32", "bfloat16", "float16", "float64")):
+            raise ValueError(f"model.dtype={self.dtype}: must be one of {', '.join(names)}")
+        for key, _ in self.args or ():
+            if key.startswith(("pretrained", "checkpoint", "cache")):
+                raise ValueError(
+                    f"model.args.{key}: weights come from model.pre and model.post alone"
+                )
 
     @property
     def fingerprints(self) -> tuple[str, str]:
@@ -66,6 +73,8 @@ def _open(spec: TimmPair) -> ModelPair:
     pre = Checkpoint(locate(spec.pre, "model.pre"))
     post = Checkpoint(locate(spec.post, "model.post"))
     check_same_layout(pre, post)
+    if line := mixed_dtypes(pre, post):
+        log.warning(line)
     if not timm.is_model(spec.name):
         near = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
         raise ValueError(f"model.name={spec.name}: not a timm architecture; near: {near}")
@@ -73,7 +82,10 @@ def _open(spec: TimmPair) -> ModelPair:
     classifier = timm.models.get_pretrained_cfg_value(spec.name, "classifier")
     if "num_classes" not in args and f"{classifier}.weight" in post:
         args["num_classes"] = post.shape(f"{classifier}.weight")[0]
-    module = timm.create_model(spec.name, pretrained=False, **args)
+    try:
+        module = timm.create_model(spec.name, pretrained=False, **args)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"model.args={args}: {spec.name} refuses them ({error})") from None
     data = timm.data.resolve_model_data_config(module)
     if "img_size" in args:  # timm's data configuration keeps the architecture's default size
         channels = data["input_size"][0]
