@@ -5,6 +5,8 @@ Every source takes the model's own transform and gives `(x, y)` batches: x float
 """
 
 import json
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -17,6 +19,7 @@ from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
 Transform = Callable[..., Tensor]
+log = logging.getLogger(__name__)
 
 
 class Images(Protocol):
@@ -28,7 +31,11 @@ class Images(Protocol):
 
 
 class Batches:
-    """Batches that can be walked through any number of times; images are decoded as needed."""
+    """Batches that can be walked through any number of times; images are decoded as needed.
+
+    Raises:
+        ValueError: no images; on reading, images of different shapes.
+    """
 
     def __init__(self, length: int, load: Callable[[int], tuple[Any, int]], batch_size: int):
         if length == 0:
@@ -38,7 +45,14 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self.length, self._size):
             pairs = [self._load(i) for i in range(start, min(start + self._size, self.length))]
-            yield torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+            images = [x for x, _ in pairs]
+            for number, x in enumerate(images):
+                if x.shape != images[0].shape:
+                    raise ValueError(
+                        f"image {start + number} has shape {tuple(x.shape)} and image {start}"
+                        f" {tuple(images[0].shape)}: the model's transform must make them equal"
+                    )
+            yield torch.stack(images), torch.tensor([y for _, y in pairs])
 
     def __len__(self) -> int:
         return -(-self.length // self._size)
@@ -63,6 +77,7 @@ class Packaged:
             raise ValueError(f"data.task={self.task}: must be one of {', '.join(tasks)}")
         if self.split not in (splits := ("test", "objective")):
             raise ValueError(f"data.split={self.split}: must be one of {', '.join(splits)}")
+        _check_limit(self.limit)
 
     def open(self, transform: Transform | None, batch_size: int) -> Batches:
         """Return the batches; the model's transform is applied to a whole uint8 array at once."""
@@ -95,6 +110,9 @@ class Folder:
     class_map: str | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
+
     def open(self, transform: Transform | None, batch_size: int) -> Batches:
         """Return the batches; files are decoded when their batch is asked for."""
         root = Path(self.dir).expanduser() / (self.split or "")
@@ -113,15 +131,13 @@ class Folder:
         ]
         if not paths:
             raise ValueError(f"data.dir={root}: no images in class sub-directories")
+        if len({label for _, label in paths}) == 1:
+            log.warning("data.dir=%s: all images are of one class, %s", root, names[0])
         paths = _spread(paths, self.limit)
 
         def load(i: int) -> tuple[Any, int]:
             path, label = paths[i]
-            try:
-                with Image.open(path) as image:
-                    return _prepare(image, transform), label
-            except OSError as error:
-                raise ValueError(f"{path}: not a readable image ({error})") from None
+            return _prepare(_decoded(path, Image.open), transform), label
 
         return Batches(len(paths), load, batch_size)
 
@@ -150,6 +166,9 @@ class HubImages:
     class_map: str | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
+
     def open(self, transform: Transform | None, batch_size: int) -> Batches:
         """Return the batches; rows are decoded when their batch is asked for."""
         import datasets
@@ -170,8 +189,11 @@ class HubImages:
         order = _spread(list(range(len(rows))), self.limit)
 
         def load(i: int) -> tuple[Any, int]:
-            row = rows[order[i]]
-            label = int(row[self.label])
+            where = f"row {order[i]} of {self.path}"
+            row = _decoded(where, lambda _: rows[order[i]], keep=True)
+            label = row[self.label]
+            if type(label) is not int or label < 0 or (names and label >= len(names)):
+                raise ValueError(f"{where}: data.label={self.label} is {label}, no class number")
             return _prepare(row[self.image], transform), index[names[label]] if names else label
 
         return Batches(len(order), load, batch_size)
@@ -184,10 +206,26 @@ def _class_index(names: Sequence[str], class_map: str | None) -> dict[str, int]:
     path = Path(class_map).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"data.class_map={class_map}: no such file")
-    mapping: dict[str, int] = json.loads(path.read_text())
+    try:
+        mapping = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"data.class_map={class_map}: not valid JSON ({error})") from None
+    if not isinstance(mapping, dict):
+        raise ValueError(f"data.class_map={class_map}: must map class names to output numbers")
     if missing := [name for name in names if name not in mapping]:
         raise ValueError(f"data.class_map={class_map}: class {missing[0]!r} is not in it")
-    return {name: int(mapping[name]) for name in names}
+    for name in names:
+        if type(mapping[name]) is not int or mapping[name] < 0:
+            raise ValueError(
+                f"data.class_map={class_map}: class {name!r} is {mapping[name]!r}, must be the"
+                " number of an output, from 0"
+            )
+    return {name: mapping[name] for name in names}
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"data.limit={limit}: must be at least 1, or null for all images")
 
 
 def _spread(items: list[Any], limit: int | None) -> list[Any]:
@@ -197,8 +235,33 @@ def _spread(items: list[Any], limit: int | None) -> list[Any]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
+def _decoded(where: Any, read: Callable[[Any], Any], keep: bool = False) -> Any:
+    """Return an image in RGB, or as read with `keep`; what a decoder raises names the image.
+
+    Raises:
+        ValueError: it cannot be decoded, or claims more pixels than any picture has.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():  # Pillow warns at a size that it refuses when doubled
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            found = read(where)
+            if keep:
+                return found
+            with found:
+                return found.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes of them
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{where}: not a readable image ({reason})") from None
+
+
 def _prepare(image: Any, transform: Transform | None) -> Tensor:
+    if getattr(image, "mode", None) != "RGB":
+        image = image.convert("RGB")
     if transform is None:
-        array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+        array = np.asarray(image, dtype=np.float32) / 255
         return torch.from_numpy(array).permute(2, 0, 1)
-    return transform(image.convert("RGB"))
+    return transform(image)
