@@ -7,13 +7,15 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console
+from deltalab import console, settings
 
 
 def conf_dir() -> Path:
@@ -38,8 +40,7 @@ def point(cfg: DictConfig) -> None:
             overrides = " ".join(hydra.overrides.task)
             console.point_done(f"failed: {overrides}: {console.one_line(error)}")
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
-            console.fail(console.one_line(error))
-            sys.exit(2)
+            fail(error)
         raise
     console.point_done(console.describe(record, skipped))
 
@@ -47,6 +48,8 @@ def point(cfg: DictConfig) -> None:
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:
     from deltalab.run import Choices, run
 
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    settings.check_top(values, top_level())
     chosen = hydra.runtime.choices
     choices = Choices(
         model=chosen["model"],
@@ -54,15 +57,77 @@ def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], b
         objective=chosen["objective"],
         experiment=chosen.get("experiment"),
     )
-    settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    return run(settings, choices, group=Path(hydra.sweep.dir if sweeping else hydra.run.dir).name)
+    return run(values, choices, group=Path(hydra.sweep.dir if sweeping else hydra.run.dir).name)
 
 
 def mistakes() -> tuple[type[Exception], ...]:
     """Return the exceptions that tell of a user's mistake: one line, no traceback, exit code 2."""
     from hydra.errors import HydraException
 
-    return (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
+    return (ValueError, OSError, HydraException, OmegaConfBaseException)
+
+
+def top_level() -> list[str]:
+    """Return all names that a config may have at its top: settings and groups."""
+    primary = OmegaConf.load(conf_dir() / "config.yaml")
+    groups = (p.name for p in conf_dir().iterdir() if p.is_dir())
+    return [str(name) for name in [*primary, *groups] if name not in ("defaults", "hydra")]
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Check every config that Hydra composes before Hydra calls anything that it names.
+
+    Callbacks, plugins and log handlers are called before a job starts, so that no check within the
+    job comes in time; Hydra has a list of what is forbidden, and here is what is allowed.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    original = ConfigLoaderImpl.load_configuration
+
+    def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = original(self, *args, **kwargs)
+        settings.check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
+        check_optional(cfg.hydra.runtime.choices, self)
+        return cfg
+
+    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = original  # type: ignore[method-assign]
+
+
+def check_optional(choices: Any, loader: Any) -> None:
+    """Raise `ValueError` for an option that does not exist: Hydra ignores it in optional groups."""
+    for group in ("experiment", "grid"):
+        chosen, options = choices.get(group), loader.get_group_options(group)
+        meant = chosen is not None and not (group == "grid" and chosen == choices.get("edit"))
+        if meant and chosen not in options:
+            hint = settings.near(chosen, options)
+            raise ValueError(f"{group}={chosen}: must be one of {', '.join(options)}{hint}")
+
+
+def fail(error: BaseException, code: int = 2) -> NoReturn:
+    """Print an error in one line, with the nearest name for one that does not exist, and exit."""
+    message = console.one_line(error)
+    known = known_names(sys.argv[1:]) if "Could not override" in message else []
+    console.fail(message + settings.suggestion(message, known))
+    sys.exit(code)
+
+
+def known_names(arguments: list[str]) -> list[str]:
+    """Return all settings of the config with the groups that the arguments choose, as `edit.p`."""
+    from hydra import compose, initialize_config_dir
+
+    groups = [a for a in arguments if "." not in a.split("=")[0] and a.split("=")[0] in top_level()]
+    for chosen in (groups, []):
+        try:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                return settings.names(OmegaConf.to_container(compose("config", chosen)))
+        except Exception:  # the arguments are what is wrong
+            continue
+    return []
 
 
 def main() -> None:
@@ -72,13 +137,12 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)
     try:
-        run()
+        with guarded():
+            run()
     except console.SweepFailed as error:
-        console.fail(console.one_line(error))
-        sys.exit(2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)
+        fail(error, 2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)
     except mistakes() as error:
-        console.fail(console.one_line(error))
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
         console.fail("interrupted; finished points are recorded, the same command continues")
         sys.exit(130)

@@ -75,9 +75,13 @@ def one_line(error: BaseException) -> str:
     "Could not find 'edit/x'. Available: dare, ties"
     >>> one_line(ValueError("Missing mandatory value: name\n    full_key: model.name"))
     'Missing mandatory value: name (model.name)'
+    >>> one_line(OSError(28, "No space left on device", "results/a.json"))
+    'results/a.json: no space left on device'
     """
     text = ""
     previous = ""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
     message = str(error).split("Config search path:")[0]
     for line in filter(str.strip, message.splitlines()):
         if line.strip().startswith("object_type="):

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 SCHEMA = 1
 Record = dict[str, Any]
+log = logging.getLogger(__name__)
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSW(OR)?D|CREDENTIALS?)S?$", re.IGNORECASE)
 
 
 def key_of(determinants: Mapping[str, Any]) -> str:
@@ -38,30 +42,78 @@ def read(results: str | Path, key: str) -> Record | None:
     """Return a finished record, or None where it is absent, unreadable or an error record."""
     try:
         record: Record = json.loads(path_of(results, key).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if record.get("status") == "ok" and record.get("schema") == SCHEMA else None
+    if not isinstance(record, dict) or record.get("status") != "ok":
+        return None
+    if record.get("schema") != SCHEMA:
+        log.warning(
+            "%s has schema %s, this version of deltalab writes %s: the point is run again",
+            path_of(results, key), record.get("schema"), SCHEMA,
+        )  # fmt: skip
+        return None
+    return record
+
+
+def check_writable(results: str | Path) -> None:
+    """Raise `ValueError` where no record can be written, before anything is computed."""
+    directory = path_of(results, "").parent
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"results={results}: no record can be written there ({error.strerror})"
+        ) from None
+
+
+def redacted(value: Any) -> Any:
+    """Return a copy of nested data in which no text holds a secret of the environment.
+
+    What environment variables named `...KEY`, `...TOKEN`, `...SECRET` and the like hold is replaced
+    by `***`, however it came into the data.
+    """
+    secrets = [v for k, v in os.environ.items() if _SECRET.search(k) and len(v) >= 8]
+    return _redacted(value, secrets)
+
+
+def _redacted(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _redacted(v, secrets) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(v, secrets) for v in value]
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, "***")
+    return value
 
 
 def write(results: str | Path, record: Record) -> Path:
     """Write a record to a temporary name and rename it, so that a reader never sees half of one.
 
-    Numbers that JSON cannot hold (NaN, infinities) become null.
+    Numbers that JSON cannot hold (NaN, infinities) become null, secrets of the environment `***`.
+
+    Raises:
+        OSError: naming the file, where it cannot be written; an earlier record is left as it was.
     """
     path = path_of(results, record["key"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(record), indent=1, allow_nan=False)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    text = json.dumps(_finite(redacted(record)), indent=1, allow_nan=False)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
         with os.fdopen(handle, "w") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)  # there only where writing failed
     return path
 
 

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -22,7 +22,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deltalab import apply, records, riemann, select
+from deltalab import apply, finite, records, riemann, select
+from deltalab import settings as checks
 from deltalab.edits import needs_of
 from deltalab.evaluators.accuracy import Scores
 from deltalab.extras import Extras
@@ -31,7 +32,7 @@ from deltalab.quadrature import Rule
 from deltalab.weights import LazyWeights, ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
-NOT_DETERMINING = ("results", "force", "tracker", "sweeps", "experiment")
+NOT_DETERMINING = ("results", "force", "tracker", "sweeps", "experiment", "most_points")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Point:
     seed: int
     objective_name: str
     key: str
+    nonfinite: str = "error"
 
 
 def run(
@@ -81,12 +83,14 @@ def run(
     results = settings["results"]
     if not settings["force"] and (done := records.read(results, point.key)) is not None:
         return done, True
-    record = header(point, settings, choices)
+    records.check_writable(results)
+    record = records.redacted(header(point, settings, choices))
     try:
         record |= {"status": "ok", "error": None, **evaluate(point)}
     except Exception as error:
         failure = {"type": type(error).__name__, "message": str(error)}
-        records.write(results, record | {"status": "error", "error": failure})
+        with suppress(OSError):  # what went wrong first is what the user must hear
+            records.write(results, record | {"status": "error", "error": failure})
         raise
     records.write(results, record)
     if tracker is not None:
@@ -96,6 +100,8 @@ def run(
 
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
+    checks.check_top(settings)
+    finite.check(settings.get("nonfinite", "error"))
     edit_settings = dict(settings["edit"])
     chosen = edit_settings.pop("select")
     chosen = settings["select"] or chosen
@@ -116,6 +122,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         seed=settings["seed"],
         objective_name=choices.objective,
         key=records.key_of(determinants | {"inputs": model.fingerprints}),
+        nonfinite=settings.get("nonfinite", "error"),
     )
 
 
@@ -123,11 +130,12 @@ def evaluate(point: Point) -> records.Record:
     """Open the pair, edit, approximate and measure: the fields of the record that were computed."""
     clock = Clock()
     with clock("open"):
-        known = reference(point.model, point.objective, point.evaluator)
+        known = reference(point.model, point.objective, point.evaluator, point.nonfinite)
         pair, loss = known.pair, known.loss
     with clock("edit"):
         extras = Extras.of(point.edit, pair, seed=point.seed, gradient=lambda: known.gradient)
         edited = dict(apply.edited(pair.pre, pair.post, point.edit, point.select, extras))
+        finite.check_edited(edited)
         shift = {name: edited[name].float() - pair.post[name].float() for name in edited}
         touched = audit(pair, point.edit, extras, edited)
     with clock("term"):
@@ -184,14 +192,22 @@ class Reference:
 
 
 @lru_cache(maxsize=1)
-def reference(model: Any, objective: Any, evaluator: Any) -> Reference:
+def reference(model: Any, objective: Any, evaluator: Any, nonfinite: str = "error") -> Reference:
     """Open a pair with its objective and evaluator, and measure both of its ends, once."""
-    pair = model.open()
+    pair = finite.checked(model.open(), nonfinite)
     loss = objective.open(pair)
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)
     with loaded(pair.module, pair.pre, restore=pair.post):
         pre, pre_scores = measure(pair.module, loss), score(pair.module)
+    if classify(*change(pre, post)) == "decreased":
+        log.warning(
+            "the pre-trained model has a lower loss than the post-trained one, %.4f < %.4f %s:"
+            " are model.pre and model.post swapped?",
+            pre.mean,
+            post.mean,
+            loss.unit,
+        )
     return Reference(pair, loss, score, pre, post, pre_scores, post_scores)
 
 
@@ -265,9 +281,7 @@ def build(node: Any, setting: str) -> Any:
     """Instantiate a config node of this package; a mistake in it becomes a `ValueError`."""
     if not node or "_target_" not in node:
         return None
-    for target in targets(node):
-        if not target.startswith("deltalab."):
-            raise ValueError(f"{setting}._target_={target}: only targets of deltalab are allowed")
+    checks.check_node(node, setting)
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -275,18 +289,6 @@ def build(node: Any, setting: str) -> Any:
         if isinstance(cause, TypeError):
             raise ValueError(f"{setting}: {cause}") from None
         raise (cause if isinstance(cause, ValueError | OSError) else error) from None
-
-
-def targets(node: Any) -> Iterator[str]:
-    """Yield every `_target_` in a nested config."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield str(node["_target_"])
-        for value in node.values():
-            yield from targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from targets(value)
 
 
 class Clock:

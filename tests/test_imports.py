@@ -6,15 +6,28 @@ from pathlib import Path
 import deltalab
 
 LAYERS = (
-    ("quadrature", "threshold", "rng", "weights", "outcomes", "passes", "factor"),
-    ("artifacts", "console", "data", "reading", "edits", "objectives", "records", "select"),
+    ("headers", "pickles", "settings"),
+    ("finite", "quadrature", "threshold", "rng", "weights", "outcomes", "passes", "factor"),
+    (
+        "answers",
+        "artifacts",
+        "console",
+        "data",
+        "reading",
+        "edits",
+        "objectives",
+        "records",
+        "select",
+    ),
     ("models",),
     (
         "apply",
+        "engine",
         "evaluators",
         "extras",
         "lines",
         "passes",
+        "planning",
         "prediction",
         "riemann",
         "tracking",

@@ -5,6 +5,8 @@ Hydra imports every plugin at each start, so that nothing heavy is imported here
 
 import logging
 from dataclasses import dataclass, field
+from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -13,9 +15,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
+MOST = 10_000  # points of a sweep, unless most_points says otherwise
 VALIDATED = 500  # points of a sweep that are composed before the first one starts
 
 
@@ -42,10 +45,16 @@ class PointsSweeper(BasicSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         given = parser.parse_overrides(arguments)
         points: Dict[tuple, None] = {}
-        for axes in self.config.get("sweeps") or [{}]:
+        grids = self.config.get("sweeps")
+        if grids is not None and not OmegaConf.is_list(grids):
+            raise ValueError(f"sweeps={grids}: must be a list of grids, as [{{edit: dare}}]")
+        for axes in grids or [{}]:
+            if not isinstance(axes, (dict, DictConfig)):
+                raise ValueError(f"sweeps=[{axes}]: every grid must map settings to values")
             params = {**self.params, **axes}
             grid = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
             self._guard(grid + given)
+            self._check_size(grid + given, len(points))
             for point in self.split_arguments(grid + given, None)[0]:
                 points.setdefault(tuple(point))
         models = {}
@@ -67,6 +76,21 @@ class PointsSweeper(BasicSweeper):
                     " defaults, or sweep one edit at a time"
                 )
 
+    def _check_size(self, overrides: List[Any], before: int) -> None:
+        """Refuse a sweep of more points than anyone means, before they are listed."""
+        most = self.config.get("most_points") or MOST
+        axes = {o.get_key_element(): o for o in overrides}
+        sizes = {key: _size(o, most) for key, o in axes.items() if o.is_discrete_sweep()}
+        for key, size in sizes.items():
+            if size == 0:
+                raise ValueError(f"{axes[key].input_line}: an axis of a sweep without a value")
+        if before + prod(sizes.values()) > most:
+            axes_text = " x ".join(f"{key}: {size}" for key, size in sizes.items())
+            raise ValueError(
+                f"more than most_points={most} points in this sweep ({axes_text} values);"
+                " most_points=N allows N"
+            )
+
     def sweep(self, arguments: List[str]) -> Any:
         from deltalab import console
 
@@ -83,6 +107,11 @@ class PointsSweeper(BasicSweeper):
         if failures:
             raise console.SweepFailed(failures, len(points))
         return results
+
+
+def _size(override: Any, most: int) -> int:
+    """Return the number of values of one axis, counting to `most` + 1 at the furthest."""
+    return sum(1 for _ in islice(override.sweep_iterator(), most + 1))
 
 
 def _settings_of(group: str, point: Any) -> tuple:

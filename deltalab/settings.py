@@ -1,0 +1,197 @@
+"""Settings, before anything is built from them: names, types, and what a config may ask for.
+
+A config file may come from elsewhere. It can choose among the dataclasses of this package and
+nothing else: what Hydra would call by name is checked here first.
+"""
+
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+_SIMPLE = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_TOP = {"seed": int, "force": bool, "results": str, "nonfinite": str, "most_points": int}
+_REQUIRED = (*_TOP, "select", "tracker", "evaluator", "objective", "riemann", "edit", "model")
+_PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.", "deltalab.")
+_LOGGING = ("logging.", "rich.logging.", "colorlog.")
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return a suggestion to append to a message, empty where nothing is near.
+
+    >>> near("edit.pp", ["edit.p", "edit.k"]), near("zzz", ["edit.p"])
+    ('; did you mean edit.p?', '')
+    """
+    found = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def check_top(settings: Mapping[str, Any], known: Iterable[str] = ()) -> None:
+    """Check the settings that belong to no group.
+
+    Args:
+        settings: the composed config as plain containers.
+        known: all top-level names there are; empty to allow any.
+
+    Raises:
+        ValueError: an unknown name, or a value of the wrong type.
+    """
+    known = list(known)
+    for name in settings:
+        if known and name not in known:
+            raise ValueError(f"{name}={settings[name]}: no such setting{near(name, known)}")
+    if missing := [name for name in known if name in _REQUIRED and name not in settings]:
+        raise ValueError(f"{missing[0]}: missing, this setting cannot be removed")
+    for name, kind in _TOP.items():
+        if name in settings:
+            _check_type(name, settings[name], kind)
+    if settings.get("results") == "":
+        raise ValueError("results=: name a directory")
+
+
+def check_node(node: Any, setting: str) -> None:
+    """Check a config node, and all within it, against the dataclasses that it names.
+
+    Args:
+        node: plain containers; every mapping with a `_target_` names a dataclass.
+        setting: the node's name, for messages.
+
+    Raises:
+        ValueError: a target that is no dataclass of this package, Hydra's special keys, an unknown
+            key, or a number or text of the wrong type.
+    """
+    for where, found in _targets(node, setting):
+        kind = _dataclass_of(str(found["_target_"]), f"{where}._target_")
+        hints, names = get_type_hints(kind), [f.name for f in fields(kind) if f.init]
+        for key, value in found.items():
+            if key == "_target_":
+                continue
+            if key not in names:
+                hint = near(f"{where}.{key}", (f"{where}.{n}" for n in names))
+                hint = hint or f"; it has {', '.join(names) or 'none'}"
+                raise ValueError(f"{where}.{key}={value}: no such setting{hint}")
+            _check_type(f"{where}.{key}", value, hints[key])
+        required = [f.name for f in fields(kind) if f.init and _required(f)]
+        if missing := [name for name in required if name not in found]:
+            raise ValueError(f"{where}.{missing[0]}: missing, a value must be given")
+
+
+def _required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _targets(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every mapping with a `_target_` in nested containers, and where it is."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield where, node
+        for key, value in node.items():
+            yield from _targets(value, f"{where}.{key}")
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{where}[{index}]")
+
+
+def _dataclass_of(target: str, setting: str) -> type:
+    """Return the dataclass that a target names, which must stand in a module of this package.
+
+    Importing by module alone keeps a path such as `deltalab.run.subprocess.run` from leading out.
+    """
+    module, _, name = target.rpartition(".")
+    refused = ValueError(f"{setting}={target}: only targets of deltalab are allowed")
+    if not re.fullmatch(r"deltalab(\.[a-z]\w*)+", module) or module.startswith("deltalab.plugins"):
+        raise refused
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name != module and not module.startswith(f"{error.name}."):
+            raise ValueError(f"{setting}={target}: needs the package {error.name}") from None
+        raise refused from None
+    if not isinstance(found, type) or not is_dataclass(found) or found.__module__ != module:
+        raise refused
+    return found
+
+
+def _check_type(setting: str, value: Any, hint: Any) -> None:
+    """Raise `ValueError` where a hint of simple types does not allow the value."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not all(kind in _SIMPLE or kind is NoneType for kind in kinds):
+        return  # containers and components check themselves
+    allowed = (*kinds, int) if float in kinds else kinds
+    if type(value) not in allowed:
+        wanted = " or ".join("null" if kind is NoneType else _SIMPLE[kind] for kind in kinds)
+        raise ValueError(f"{setting}={_short(value)}: must be {wanted}")
+
+
+def check_hydra(hydra: Mapping[str, Any]) -> None:
+    """Check what Hydra itself would call by name: callbacks, plugins, log handlers.
+
+    Args:
+        hydra: the config's `hydra` section.
+
+    Raises:
+        ValueError: a name that is none of Hydra's, of this package, or of the logging library.
+    """
+    for where, node in _targets(hydra, "hydra"):
+        target = str(node["_target_"])
+        allowed = ("deltalab.",) if where.startswith("hydra.callbacks") else _PLUGINS
+        if not target.startswith(allowed):
+            raise ValueError(f"{where}._target_={target}: only targets of deltalab are allowed")
+        if where.startswith("hydra.callbacks"):
+            _dataclass_of(target, f"{where}._target_")
+    for section in ("job_logging", "hydra_logging"):
+        for where, key, value in _leaves(hydra.get(section) or {}, f"hydra.{section}"):
+            if key == "()" or (key == "class" and not str(value).startswith(_LOGGING)):
+                raise ValueError(f"{where}={_short(value)}: only handlers of logging are allowed")
+
+
+def _leaves(node: Any, where: str) -> Iterator[tuple[str, str, Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{where}.{key}", str(key), value
+            yield from _leaves(value, f"{where}.{key}")
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _leaves(value, where)
+
+
+def suggestion(message: str, known: Iterable[str]) -> str:
+    """Return what to append to Hydra's complaint about a name: the nearest one there is.
+
+    Args:
+        message: the complaint in one line.
+        known: all settings of the composed config, as `edit.p`.
+
+    >>> suggestion("Could not override 'edit.pp'. Key 'pp' is not in struct", ["edit.p"])
+    '; did you mean edit.p?'
+    >>> suggestion("Could not find 'edit/dre'. Available options in 'edit': dare, ties", [])
+    '; did you mean edit=dare?'
+    """
+    if option := re.search(r"Could not find '([^']*)/([^'/]*)'.*? in '[^']*': (.*)", message):
+        group, word, options = option.groups()
+        return near(f"{group}={word}", (f"{group}={o.strip()}" for o in options.split(",")))
+    if key := re.search(r"Could not override '([^']*)'", message):
+        return near(key[1], known)
+    return ""
+
+
+def names(node: Any, prefix: str = "") -> list[str]:
+    """Return all settings of a config by dotted name.
+
+    >>> names({"edit": {"p": 0.5}, "seed": 0})
+    ['edit', 'edit.p', 'seed']
+    """
+    if not isinstance(node, Mapping):
+        return []
+    found = []
+    for key, value in node.items():
+        found += [f"{prefix}{key}", *names(value, f"{prefix}{key}.")]
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
