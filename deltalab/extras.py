@@ -21,6 +21,7 @@ class Extras:
         seed: seed of the random numbers.
         gradient: computes the loss gradient at W_post; called once an edit needs it.
         acts: computes the mean input activations by weight name; likewise.
+        scales: learns scales for an edit and the deltas of its tensors; likewise, and kept.
         peers: deltas of further post-trained models.
         memo: factorisations and thresholds, shared by all points of a sweep over one pair.
     """
@@ -29,8 +30,10 @@ class Extras:
     seed: int = 0
     gradient: Callable[[], Weights] | None = None
     acts: Callable[[], Weights] | None = None
+    scales: Callable[[Weights], Weights] | None = None
     peers: tuple[Weights, ...] = ()
     memo: "Memo" = field(default_factory=lambda: Memo())
+    _once: dict[str, Weights] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -41,6 +44,7 @@ class Extras:
         seed: int,
         gradient: Callable[[], Weights] | None = None,
         acts: Callable[[], Weights] | None = None,
+        scales: Callable[[Weights], Weights] | None = None,
         peers: tuple[Weights, ...] = (),
     ) -> "Extras":
         """Return the provider for an edit of an open pair, with the pair's shared memo.
@@ -49,13 +53,13 @@ class Extras:
             ValueError: the edit needs what is not there.
         """
         memo = _memos.setdefault(pair, Memo())
-        return cls(needs(edit), seed, gradient, acts, peers, memo)
+        return cls(needs(edit), seed, gradient, acts, scales, peers, memo)
 
     def __post_init__(self) -> None:
-        for need in ("gradient", "acts"):
-            short = "grad" if need == "gradient" else need
-            if short in self.needs and getattr(self, need) is None:
-                raise ValueError(f"this edit needs {short!r}, which is not available here")
+        have = {"grad": self.gradient, "acts": self.acts, "scale": self.scales}
+        for need, source in have.items():
+            if need in self.needs and source is None:
+                raise ValueError(f"this edit needs {need!r}, which is not available here")
 
     def for_tensor(self, name: str, deltas: Weights) -> dict[str, Any]:
         """Return the needed keyword arguments for one tensor.
@@ -76,12 +80,21 @@ class Extras:
             case "acts":
                 assert self.acts is not None
                 return self.acts().get(name)
+            case "scale":
+                return self._learned(deltas).get(name)
             case "peers":
                 return [peer[name] for peer in self.peers]
             case "svd":
                 return lambda: self.memo.svd(name, deltas)
             case _:
                 return lambda keep: self.memo.threshold(keep, name, deltas)
+
+    def _learned(self, deltas: Weights) -> Weights:
+        """Learn the scales when the first tensor asks, for all tensors together."""
+        assert self.scales is not None
+        if "learned" not in self._once:
+            self._once["learned"] = self.scales(deltas)
+        return self._once["learned"]
 
 
 class Memo:

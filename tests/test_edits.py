@@ -55,6 +55,7 @@ def needs(edit, delta: Tensor, name: str = "layer.weight", seed: int = 0) -> dic
         "grad": tensor(tuple(delta.shape), seed=99).to(delta.device),
         "acts": torch.ones(delta[0].numel()) if delta.ndim > 1 and len(delta) else None,
         "peers": [],
+        "scale": delta.abs().mean() if delta.numel() else torch.tensor(0.0),
         "svd": lambda: svd(delta.flatten(1)),
         "quantile": lambda keep: ModelThreshold().of(keep, {name: delta})[name],
     }

@@ -11,7 +11,7 @@ from deltalab.edits import one_of, whole
 from deltalab.threshold import ascending
 
 Array = np.ndarray[Any, Any]
-_SLICE = 1 << 16
+_SLICE = 1 << 15
 
 
 @dataclass(frozen=True)

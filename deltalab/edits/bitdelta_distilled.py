@@ -1,0 +1,43 @@
+"""BitDelta with distilled scales, its second step (arXiv 2402.10193)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltalab.edits import whole, within
+
+
+@dataclass(frozen=True)
+class BitDeltaDistilled:
+    """Keep the signs and one learned scale a matrix.
+
+    D_hat = alpha sign(D), sign(0) = +1, with the scales of all matrices learned together so that
+    the model's outputs match those of W_post on the objective's inputs; no labels are used. They
+    start from mean |D|, BitDelta's own, and end there where learning gained nothing. Tensors of
+    fewer than two dimensions are returned as they are.
+
+    Args:
+        steps: gradient steps, one batch each; 0 is BitDelta.
+        lr: first step size relative to each scale, above 0; it falls to 0 along a cosine.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    >>> edit = BitDeltaDistilled(steps=10, lr=0.01)
+    >>> edit(torch.tensor([[1.0, -3.0]]), scale=torch.tensor(1.5))
+    tensor([[ 1.5000, -1.5000]])
+    """
+
+    steps: int
+    lr: float
+
+    def __post_init__(self) -> None:
+        whole("steps", self.steps, 0)
+        within("lr", self.lr, "(0, inf)")
+
+    def __call__(self, delta: Tensor, *, scale: Tensor) -> Tensor:
+        """Return the signs times the learned scale."""
+        if delta.ndim < 2:
+            return delta.clone()
+        return torch.where(delta < 0, -scale.to(delta.device), scale.to(delta.device))
