@@ -92,6 +92,7 @@ def one_line(error: BaseException) -> str:
         joint = ", " if previous.startswith("\t") and line.startswith("\t") else ". "
         text += ("" if not text else " " if text.endswith((":", ".")) else joint) + line.strip()
         previous = line
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # no terminal codes
     return text or type(error).__name__
 
 

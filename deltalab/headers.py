@@ -72,7 +72,7 @@ def read(file: Path) -> dict[str, Entry]:
     for name, entry in ordered.items():
         if entry.begin != position:
             kind = "overlaps the one before" if entry.begin < position else "leaves a gap before"
-            raise _invalid(file, f"tensor {name!r} {kind} it, at byte {entry.begin - start}")
+            raise _invalid(file, f"tensor {_short(name)} {kind} it, at byte {entry.begin - start}")
         position = entry.end
     if position != size:
         raise _invalid(
@@ -85,25 +85,26 @@ def read(file: Path) -> dict[str, Entry]:
 
 def _entry(file: Path, name: str, item: Any, start: int) -> Entry:
     if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= set(item):
-        raise _invalid(file, f"tensor {name!r} lacks its dtype, shape or data_offsets")
+        raise _invalid(file, f"tensor {_short(name)} lacks its dtype, shape or data_offsets")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise _invalid(
-            file, f"tensor {name!r} has dtype {_short(dtype)}, must be one of {', '.join(BITS)}"
+            file,
+            f"tensor {_short(name)} has dtype {_short(dtype)}, must be one of {', '.join(BITS)}",
         )
     if not _sizes(shape) or len(shape) > 64 or prod(n or 1 for n in shape) >= 1 << 60:
         raise _invalid(
-            file, f"tensor {name!r} has shape {_short(shape)}, must be a list of sizes from 0"
+            file, f"tensor {_short(name)} has shape {_short(shape)}, must be a list of sizes from 0"
         )
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _invalid(
-            file, f"tensor {name!r} has data_offsets {_short(offsets)}, must be [begin, end]"
+            file, f"tensor {_short(name)} has data_offsets {_short(offsets)}, must be [begin, end]"
         )
     bits, given = prod(shape) * BITS[dtype], offsets[1] - offsets[0]
     if bits != 8 * given:
         raise _invalid(
             file,
-            f"tensor {name!r} of dtype {dtype} and shape {_short(shape)} has {given} bytes,"
+            f"tensor {_short(name)} of dtype {dtype} and shape {_short(shape)} has {given} bytes,"
             f" must have {-(-bits // 8)}",
         )
     return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
@@ -154,7 +155,9 @@ def index(path: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise ValueError(f"{path}: tensor {name!r} lies in {_short(file)}, must be a file name")
+            raise ValueError(
+                f"{path}: tensor {_short(name)} lies in {_short(file)}, must be a file name"
+            )
         if file not in files:
             files[file] = beside(path, file, name)
     _check_numbering(path, files)
@@ -173,14 +176,15 @@ def beside(path: Path, file: str, name: str) -> Path:
     parts = re.split(r"[/\\]", file)
     if "" in parts or ".." in parts or "\0" in file or ":" in file:
         raise ValueError(
-            f"{path}: tensor {name!r} lies in {_short(file)}, which leads out of its directory"
+            f"{path}: tensor {_short(name)} lies in {_short(file)}, which leads out of the"
+            " directory"
         )
     try:
         there = (path.parent / file).is_file()
     except OSError:  # a name that is too long
         there = False
     if not there:
-        raise FileNotFoundError(f"{path.parent / file}: named by {path.name}, missing")
+        raise FileNotFoundError(plain(f"{path.parent / _cut(file)}: named by {path.name}, missing"))
     inside(path.parent, path.parent / file)
     return path.parent / file
 
@@ -190,7 +194,9 @@ def inside(directory: Path, file: Path) -> None:
     home, real = directory.resolve(), file.resolve()
     blobs = [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
     if not any(real.is_relative_to(root) for root in (home, *blobs)):
-        raise ValueError(f"{file}: a link out of its directory, to {real}; name that file itself")
+        raise ValueError(
+            plain(f"{file}: a link out of its directory, to {real}; name that file itself")
+        )
 
 
 def _check_numbering(path: Path, files: Mapping[str, Path]) -> None:
@@ -225,7 +231,7 @@ def _object(file: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         if file.name.endswith(".json"):
-            raise ValueError(f"{file}: not a valid index ({reason})") from None
+            raise ValueError(plain(f"{file}: not a valid index ({reason})")) from None
         raise _invalid(file, f"its header is no JSON object, {reason}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: a JSON object is expected, not {_short(value)}")
@@ -233,10 +239,22 @@ def _object(file: Path, text: bytes) -> dict[str, Any]:
 
 
 def _invalid(file: Path, reason: str) -> ValueError:
-    return ValueError(f"{file}: not a valid safetensors file ({reason})")
+    return ValueError(plain(f"{file}: not a valid safetensors file ({reason})"))
+
+
+def plain(text: str) -> str:
+    r"""Return a text in one line without control characters: parts of it come from the file.
+
+    >>> plain("a\nb\x1b[2J")
+    'a\\nb\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _short(value: Any) -> str:
     """Return a value as text of bounded length: it comes from the file."""
-    text = str(value) if isinstance(value, list) else repr(value)
+    return _cut(str(value) if isinstance(value, list) else repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."

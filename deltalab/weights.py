@@ -156,7 +156,8 @@ def _shard(file: Path) -> _Shard:
     try:
         handle = safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a valid safetensors file ({error})") from None
+        reason = headers.plain(str(error))[:200]
+        raise ValueError(f"{file}: not a valid safetensors file ({reason})") from None
     dtypes = {n: e.dtype for n, e in entries.items()}
     return _Shard(dtypes, {n: e.shape for n, e in entries.items()}, handle.get_tensor)
 
