@@ -5,16 +5,11 @@ the workers of a launcher, share the open pair and everything that only depends 
 """
 
 import logging
-import math
-import resource
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from importlib.metadata import version
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,17 +17,24 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deltalab import apply, finite, records, riemann, select
+from deltalab import apply, finite, records, select
 from deltalab import settings as checks
+from deltalab.artifacts import Store
+from deltalab.audit import audit
 from deltalab.edits import needs_of
+from deltalab.engine import Engine
 from deltalab.evaluators.accuracy import Scores
 from deltalab.extras import Extras
 from deltalab.objectives import Loss, Measured, change, classify, measure
-from deltalab.quadrature import Rule
-from deltalab.weights import LazyWeights, ModelPair, Weights, loaded
+from deltalab.prediction import Predict
+from deltalab.provenance import commit, device_name, peak_memory, versions
+from deltalab.riemann import Riemann
+from deltalab.weights import ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
-NOT_DETERMINING = ("results", "force", "tracker", "sweeps", "experiment", "most_points")
+NOT_DETERMINING = (
+    "results", "artifacts", "force", "tracker", "sweeps", "experiment", "most_points"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Point:
     edit: Any
     objective: Any
     evaluator: Any
-    rules: tuple[Rule, ...]
-    select: str
+    riemann: Riemann
+    prediction: Predict
+    select: Any
     seed: int
+    nonfinite: str
+    artifacts: str
     objective_name: str
     key: str
-    nonfinite: str = "error"
 
 
 def run(
@@ -101,14 +105,13 @@ def run(
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     checks.check_top(settings)
-    finite.check(settings.get("nonfinite", "error"))
+    finite.check(settings["nonfinite"])
     edit_settings = dict(settings["edit"])
     chosen = edit_settings.pop("select")
     chosen = settings["select"] or chosen
     select.check(chosen)
     edit = build(edit_settings, "edit")
     needs_of(edit)
-    rules = build(settings["riemann"], "riemann").rules
     model = build(settings["model"], "model")
     determinants = {k: v for k, v in settings.items() if k not in NOT_DETERMINING}
     determinants |= {"select": chosen, "choices": [choices.model, choices.edit, choices.experiment]}
@@ -117,12 +120,14 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         edit=edit,
         objective=build(settings["objective"], "objective"),
         evaluator=build(settings["evaluator"], "evaluator"),
-        rules=rules,
+        riemann=build(settings["riemann"], "riemann"),
+        prediction=build(settings["prediction"], "prediction"),
         select=chosen,
         seed=settings["seed"],
+        nonfinite=settings["nonfinite"],
+        artifacts=settings["artifacts"],
         objective_name=choices.objective,
         key=records.key_of(determinants | {"inputs": model.fingerprints}),
-        nonfinite=settings.get("nonfinite", "error"),
     )
 
 
@@ -130,28 +135,35 @@ def evaluate(point: Point) -> records.Record:
     """Open the pair, edit, approximate and measure: the fields of the record that were computed."""
     clock = Clock()
     with clock("open"):
-        known = reference(point.model, point.objective, point.evaluator, point.nonfinite)
+        known = reference(
+            point.model, point.objective, point.evaluator, point.nonfinite, point.artifacts
+        )
         pair, loss = known.pair, known.loss
     with clock("edit"):
-        extras = Extras.of(point.edit, pair, seed=point.seed, gradient=lambda: known.gradient)
+        extras = provide(known, point.edit, point.seed)
         edited = dict(apply.edited(pair.pre, pair.post, point.edit, point.select, extras))
         finite.check_edited(edited)
-        shift = {name: edited[name].float() - pair.post[name].float() for name in edited}
         touched = audit(pair, point.edit, extras, edited)
     with clock("term"):
-        first = known.gradient if any(0.0 in rule.nodes for rule in point.rules) else None
-        terms = riemann.terms(pair.module, pair.post, shift, loss, point.rules, first=first)
+        found = known.engine.changes(
+            point.edit,
+            shift_from(pair.post, edited),
+            {"select": point.select, "seed": point.seed},
+            point.riemann,
+            point.prediction,
+            partial(shift_of, known, point),
+        )
     with clock("loss"), loaded(pair.module, edited, restore=pair.post):
         measured = measure(pair.module, loss)
     with clock("evaluate"), loaded(pair.module, edited, restore=pair.post):
         scores = known.score(pair.module)
     value, error = change(known.post, measured)
-    main = next(iter(terms.values()), None)
+    terms = {name: term.as_record() for name, term in found.terms.items()}
     return {
         "touched": touched,
-        "term": main and main.as_record(),
-        "terms": {name: term.as_record() for name, term in terms.items()},
-        "prediction": None,
+        "term": next(iter(terms.values()), None),
+        "terms": terms,
+        "prediction": found.prediction,
         "loss": {
             "objective": point.objective_name,
             "unit": loss.unit,
@@ -167,7 +179,7 @@ def evaluate(point: Point) -> records.Record:
             "post": dict(known.post_scores.metrics),
         },
         "class": classify(value, error),
-        "gradient_evaluations": sum(t.gradient_evaluations for t in terms.values()),
+        "gradient_evaluations": found.gradient_evaluations,
         "seconds": clock.seconds(),
         "peak_memory_bytes": peak_memory(),
     }
@@ -179,20 +191,18 @@ class Reference:
 
     pair: ModelPair
     loss: Loss
+    engine: Engine
     score: Callable[[nn.Module], Scores]
     pre: Measured
     post: Measured
     pre_scores: Scores
     post_scores: Scores
 
-    @cached_property
-    def gradient(self) -> dict[str, Tensor]:
-        """The gradient of the objective at W_post."""
-        return riemann.gradient(self.pair.module, self.loss)
-
 
 @lru_cache(maxsize=1)
-def reference(model: Any, objective: Any, evaluator: Any, nonfinite: str = "error") -> Reference:
+def reference(
+    model: Any, objective: Any, evaluator: Any, nonfinite: str, artifacts: str
+) -> Reference:
     """Open a pair with its objective and evaluator, and measure both of its ends, once."""
     pair = finite.checked(model.open(), nonfinite)
     loss = objective.open(pair)
@@ -208,7 +218,26 @@ def reference(model: Any, objective: Any, evaluator: Any, nonfinite: str = "erro
             post.mean,
             loss.unit,
         )
-    return Reference(pair, loss, score, pre, post, pre_scores, post_scores)
+    inputs = {"model": repr(model), "objective": repr(objective), "nonfinite": nonfinite}
+    store = Store(artifacts, inputs | {"fingerprints": model.fingerprints})
+    engine = Engine(pair, loss, store)
+    return Reference(pair, loss, engine, score, pre, post, pre_scores, post_scores)
+
+
+def provide(known: Reference, edit: Any, seed: int) -> Extras:
+    """Return what an edit may ask for, from what the pair's points share."""
+    return Extras.of(edit, known.pair, seed=seed, gradient=lambda: known.engine.gradient)
+
+
+def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:
+    """Return W_edit - W_post in float32, of the weights as they are evaluated."""
+    return {name: edited[name].float() - post[name].float() for name in edited}
+
+
+def shift_of(known: Reference, point: Point, edit: Any) -> dict[str, Tensor]:
+    """Return the shift that another edit would make in place of the point's own."""
+    pair, extras = known.pair, provide(known, edit, point.seed)
+    return shift_from(pair.post, apply.edited(pair.pre, pair.post, edit, point.select, extras))
 
 
 def paired(post: Scores, edited: Scores) -> dict[str, float]:
@@ -219,41 +248,6 @@ def paired(post: Scores, edited: Scores) -> dict[str, float]:
         value, error = change(Measured(post.losses[task], ones), Measured(losses, ones))
         metrics |= {f"{task}/loss_change": value, f"{task}/loss_change_error": error}
     return metrics
-
-
-def audit(pair: ModelPair, edit: Any, extras: Extras, edited: Weights) -> dict[str, Any]:
-    """Say what an edit did: what it touched, how far it moved, how much of that storage lost.
-
-    `relative_shift` is |shift| / |delta| and `lost_in_storage` |shift - (F(D) - D)| / |F(D) - D|,
-    Frobenius norms over the touched tensors; `sparsity` is the share of touched entries that have
-    the pre-trained value.
-    """
-    deltas = LazyWeights(edited, lambda name: apply.difference(pair.pre[name], pair.post[name]))
-    zeros = entries = 0
-    shift2 = delta2 = ideal2 = lost2 = 0.0
-    for name in edited:
-        before = deltas[name]
-        ideal = edit(before, **extras.for_tensor(name, deltas)) - before
-        shift = edited[name].float() - pair.post[name].float()
-        zeros += int((edited[name] == pair.pre[name]).sum())
-        entries += shift.numel()
-        shift2 += squared(shift)
-        delta2 += squared(before)
-        ideal2 += squared(ideal)
-        lost2 += squared(shift - ideal)
-    return {
-        "tensors": len(edited),
-        "parameters": entries,
-        "of_parameters": sum(t.numel() for t in pair.module.parameters()),
-        "relative_shift": math.sqrt(shift2 / delta2) if delta2 else 0.0,
-        "sparsity": zeros / entries if entries else 0.0,
-        "lost_in_storage": math.sqrt(lost2 / ideal2) if ideal2 else 0.0,
-    }
-
-
-def squared(tensor: Tensor) -> float:
-    """Return the sum of squares, accumulated in float64."""
-    return float(tensor.double().square().sum())
 
 
 def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> records.Record:
@@ -309,43 +303,3 @@ class Clock:
         """Return the seconds of every stage, and in total."""
         total = time.perf_counter() - self._start
         return {k: round(v, 4) for k, v in {"total": total, **self._stages}.items()}
-
-
-def peak_memory() -> int:
-    """Return the peak memory of the process so far, in bytes; of the GPU where one is used."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Return the versions that a result may depend on."""
-    packages = ("deltalab", "torch", "timm", "hydra-core", "omegaconf", "safetensors", "numpy")
-    return {name: version(name) for name in packages}
-
-
-@lru_cache(maxsize=1)
-def commit() -> str | None:
-    """Return the commit of this checkout, `+` appended where files differ, or None outside one."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-@lru_cache(maxsize=4)
-def device_name(device: str) -> str:
-    """Return what the point ran on, for instance `cpu, 2 threads` or the name of the GPU."""
-    if device != "cpu" and torch.cuda.is_available():
-        return str(torch.cuda.get_device_name(None if device == "auto" else device))
-    return f"cpu, {torch.get_num_threads()} threads"

@@ -1,9 +1,9 @@
 """The command line as a user meets it: exit codes, one-line errors, sweeps, resuming."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -192,15 +192,14 @@ def test_one_pair_is_opened_once_in_a_sweep(deltalab, monkeypatch):
 
 def test_help_and_completion_are_fast(tmp_path):
     command = [sys.executable, "-m", "deltalab", "--help"]
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-        seconds.append(time.perf_counter() - start)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    assert seconds < 2  # of the processor: half of that here; importing torch alone takes more
     assert "deltalab -m experiment=demo" in shown.stdout
     for edit in ("dare", "bitdelta", "expo"):
         assert edit in shown.stdout
-    assert min(seconds) < 3  # under a second on an idle machine; importing torch alone takes more
     code = "import sys, deltalab.cli; assert not {'torch', 'timm', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import deltalab
 
 LAYERS = (
-    ("headers", "pickles", "settings"),
+    ("headers", "pickles", "provenance", "settings"),
     ("finite", "quadrature", "threshold", "rng", "weights", "outcomes", "passes", "factor"),
     (
         "answers",
@@ -19,9 +19,10 @@ LAYERS = (
         "records",
         "select",
     ),
-    ("models",),
+    ("fused", "models", "shards"),
     (
         "apply",
+        "distill",
         "engine",
         "evaluators",
         "extras",
@@ -34,9 +35,10 @@ LAYERS = (
         "tables",
         "summary",
     ),
-    ("figures",),
+    ("audit", "figures", "stream"),
     ("report", "run"),
     ("cli",),
+    ("save",),
     ("__main__",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
