@@ -81,7 +81,8 @@ def render(runs: Sequence[Run]) -> str:
     """Return the whole document; the first run is the one whose weights are shipped."""
     first = runs[0]
     settings = ", ".join(f"{key} {value}" for key, value in first["settings"].items())
-    seconds = " and ".join(f"{r['seconds']['training']} s ({r['seconds']['all']} s)" for r in runs)
+    timed = [r["seconds"] for r in runs if r["seconds"]]
+    seconds = " and ".join(f"{t['training']} s ({t['all']} s)" for t in timed) or "not timed"
     text = [
         "# The embedded ViT pairs",
         f"`python -m experiments.zoo.vit`, {settings}; {first['parameters']:,} parameters. "

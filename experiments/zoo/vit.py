@@ -31,8 +31,8 @@ from experiments.zoo.train import Phase, as_shipped, load_shipped, make_model, s
 ROOT = Path(__file__).resolve().parents[2]
 PRE = Phase(steps=900, rate=1e-3, decay=0.05, shift=4, turn=30, zoom=0.3, erase=14)
 POST = {
-    "mnist": Phase(steps=1200, rate=4e-4, warmup=200, pull=2, shift=2, turn=10, zoom=0.1),
-    "fashion": Phase(steps=2600, rate=5e-4, warmup=200, batch=64, shift=1, turn=3, zoom=0.03),
+    "mnist": Phase(steps=1500, rate=4e-4, warmup=200, pull=5, shift=2, turn=10, zoom=0.1),
+    "fashion": Phase(steps=2000, rate=5e-4, warmup=200, pull=3, shift=1, turn=3, zoom=0.03),
 }
 EARLY_STEP = 50
 CURVE_EVERY = 50
