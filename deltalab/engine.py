@@ -1,6 +1,6 @@
 """One pair under one objective: all that its points share, and every account of a loss change."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltalab.artifacts import Store
-from deltalab.lines import Lines, approximate, line_of, own_line
+from deltalab.lines import Lines, approximate, line_of
 from deltalab.objectives import Loss
 from deltalab.passes import gradient
 from deltalab.prediction import Predict, Predictor
@@ -72,7 +72,6 @@ class Engine:
         selection: Mapping[str, Any],
         settings: Riemann,
         predict: Predict,
-        shift_of: Callable[[Any], Weights],
     ) -> Changes:
         """Return the terms and predictions of one edit.
 
@@ -82,15 +81,13 @@ class Engine:
             selection: what determines the shift beside pair and edit, ready for JSON: select, seed.
             settings: the rules.
             predict: what to predict.
-            shift_of: the shift of another edit under the same selection.
 
         Raises:
             ValueError: as for `riemann.terms`.
         """
         module, post = self.pair.module, self.pair.post
         first = self.gradient if settings.starts_at_post or predict.enabled else None
-        line = line_of(edit) if _exact(post, shift) else own_line(edit)
-        anchored = settings.adaptive and line.anchor is not None
+        line = line_of(edit) if _exact(post, shift) else None
         terms = approximate(
             settings,
             self.lines,
@@ -101,7 +98,6 @@ class Engine:
             line,
             selection,
             first,
-            shift_of(line.anchor) if anchored else None,
         )
         prediction = None
         if predict.enabled:
@@ -128,5 +124,8 @@ class Engine:
 
 
 def _exact(post: Weights, shift: Weights) -> bool:
-    """Whether edited weights are stored finely enough to lie on a line with others."""
+    """Whether edited weights are stored finely enough to lie on a line with others.
+
+    In 16 bits, rounding moves every point off the line by as much as a small delta.
+    """
     return all(post[name].dtype in (torch.float32, torch.float64) for name in shift)

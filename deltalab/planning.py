@@ -139,11 +139,7 @@ def most_evaluations(edits: Sequence[Any], settings: Riemann) -> int:
     budget: dict[str, int] = {}
     for edit in edits if settings.adaptive else ():
         line = line_of(edit)
-        budget[line.family] = line.most
-        if line.anchor is not None:
-            budget[line.family] += 1  # its start is not W_post
-            own = line_of(line.anchor)
-            budget[own.family] = own.most
+        budget[line.family if line else repr(edit)] = line.most if line else 2 + 5
     return shared + fixed + sum(budget.values())
 
 

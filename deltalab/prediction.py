@@ -110,7 +110,7 @@ class Predictor:
         delta: Weights,
         loss: Loss,
         edit: Any,
-        line: Line,
+        line: Line | None,
         selection: Mapping[str, Any],
         gradient: Weights,
     ) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Predictor:
             delta: W_post - W_pre of the whole pair.
             loss: the opened objective.
             edit: the edit.
-            line: the line it lies on (`lines.line_of`), along which the curvature is shared.
+            line: the line it shares with others (`lines.line_of`), if it does.
             selection: what else determines the shift, ready for JSON: select, seed, dtype.
             gradient: the gradient at W_post.
         """
@@ -145,27 +145,21 @@ class Predictor:
         post: Weights,
         shift: Weights,
         loss: Loss,
-        line: Line,
+        line: Line | None,
         selection: Mapping[str, Any],
     ) -> tuple[float, int]:
-        """Return E'HE, which along a line is a parabola, and how many products it took.
-
-        On a line through W_post it is s^2 times one number; on any other three points give it.
-        """
-        if line.at == 0 and line.anchor is None:
+        """Return E'HE, along a line s^2 times one number, and how many products it took."""
+        if line is None:
+            return quadratic(module, post, shift, loss), 1
+        if line.at == 0:
             return 0.0, 0
         key = {"line": line.family, **selection}
-        known = {float(s): value for s, value in self._load("curvature", key).items()}
-        others = sorted(s for s in known if s != line.at)
-        if line.at in known:
-            return known[line.at], 0
-        if line.anchor is None and others:
-            return known[others[0]] * (line.at / others[0]) ** 2, 0
-        if len(others) >= 3:
-            return _parabola(others[:3], [known[s] for s in others[:3]], line.at), 0
-        known[line.at] = quadratic(module, post, shift, loss)
-        self._keep("curvature", key, {repr(s): value for s, value in known.items()})
-        return known[line.at], 1
+        known = self._load("curvature", key)
+        made = "unit" not in known
+        if made:
+            known["unit"] = quadratic(module, post, shift, loss) / line.at**2
+            self._keep("curvature", key, known)
+        return known["unit"] * line.at**2, int(made)
 
     def _closed(
         self,
@@ -251,13 +245,3 @@ def diagonal_probe(
     touched = targets(module, vector)
     with probing(module, touched, post):
         return curvature(module, touched, vector, loss)
-
-
-def _parabola(places: list[float], values: list[float], at: float) -> float:
-    """Return the parabola through three points at another place."""
-    assert len(places) == 3
-    total = 0.0
-    for i, (place, value) in enumerate(zip(places, values, strict=True)):
-        others = [x for j, x in enumerate(places) if j != i]
-        total += value * math.prod((at - x) / (place - x) for x in others)
-    return total

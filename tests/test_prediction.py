@@ -96,7 +96,7 @@ def predict(edit, predictor, seed=0):
 EDITS = [
     *(Dare(0.5, k) for k in (-1.0, 0.0, 0.5, 0.8, 1.0)),
     *(Expo(a) for a in (-1.0, -0.3, 0.0, 0.4)),
-    *(BitDelta(c, "mean", 0.5, "tensor") for c in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)),
+    *(BitDelta(c, "mean", 0.5, "tensor") for c in (0.5, 1.0)),
     DropOnly(0.3),
 ]
 
@@ -112,9 +112,8 @@ def test_second_order_is_exact_on_a_quadratic_and_first_order_short_by_the_curva
         assert found["first_order"] == pytest.approx(true - short, rel=1e-9, abs=1e-11)
         assert "closed_form" not in found
         products.append(found["hessian_products"])
-    # One product a line through W_post; an affine one is a parabola in its multiple: three, and one
-    # for the anchor, which has a line of its own; none where nothing is shifted.
-    assert products == [1, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1]
+    # One product a line, one an edit without, none where nothing is shifted.
+    assert products == [1, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 1]
 
 
 def test_products_are_kept_on_disk_for_the_pair_and_no_other(tmp_path):
