@@ -173,7 +173,7 @@ def test_nodes_gather_where_the_slope_is_rough():
     assert gaps.max() >= 4 * gaps.min()
     assert abs(chosen.nodes[int(gaps.argmin())] - 0.8) < 0.15
     flat = choose(lambda s: 2.0 + s, 0.0, 1.0, 14)
-    assert flat.nodes == (0.0, 0.25, 1.0)
+    assert flat.nodes == (0.0, 0.25, 0.5625, 1.0)
     assert flat.error(1.0) == pytest.approx(0, abs=1e-15)
     assert chosen.error(0.2) < chosen.error(1.0)
 
