@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +32,9 @@ def point(cfg: DictConfig) -> None:
     hydra = HydraConfig.get()
     sweeping = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     try:
+        if cfg.plan:
+            print(plan([(cfg, hydra.runtime.choices)]))
+            return
         record, skipped = _run(cfg, hydra, sweeping)
     except Exception as error:
         logging.getLogger("deltalab").info("failed", exc_info=True)
@@ -46,18 +49,34 @@ def point(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:
-    from deltalab.run import Choices, run
+    from deltalab.run import run
+
+    values, choices = _plain(cfg, hydra.runtime.choices)
+    return run(values, choices, group=Path(hydra.sweep.dir if sweeping else hydra.run.dir).name)
+
+
+def plan(configs: Sequence[tuple[DictConfig, Any]]) -> str:
+    """Return what points would cost, given their configs and the options chosen in them."""
+    from deltalab.preview import preview
+    from deltalab.run import prepare
+
+    points = [prepare(*_plain(cfg, chosen)) for cfg, chosen in configs]
+    return preview(points, configs[0][0].results)
+
+
+def _plain(cfg: DictConfig, chosen: Any) -> tuple[dict[str, Any], Any]:
+    """Return a point's settings as plain containers, checked by name, and its choices."""
+    from deltalab.run import Choices
 
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     settings.check_top(values, top_level())
-    chosen = hydra.runtime.choices
     choices = Choices(
         model=chosen["model"],
         edit=chosen["edit"],
         objective=chosen["objective"],
         experiment=chosen.get("experiment"),
     )
-    return run(values, choices, group=Path(hydra.sweep.dir if sweeping else hydra.run.dir).name)
+    return values, choices
 
 
 def mistakes() -> tuple[type[Exception], ...]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from deltalab.weights import ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
-    "results", "artifacts", "force", "tracker", "sweeps", "experiment", "most_points"
+    "results", "artifacts", "force", "plan", "tracker", "sweeps", "experiment", "most_points"
 )  # fmt: skip
 
 
@@ -140,7 +140,9 @@ def evaluate(point: Point) -> records.Record:
         )
         pair, loss = known.pair, known.loss
     with clock("edit"):
-        extras = provide(known, point.edit, point.seed)
+        extras = Extras.of(
+            point.edit, pair, seed=point.seed, gradient=lambda: known.engine.gradient
+        )
         edited = dict(apply.edited(pair.pre, pair.post, point.edit, point.select, extras))
         finite.check_edited(edited)
         touched = audit(pair, point.edit, extras, edited)
@@ -151,7 +153,6 @@ def evaluate(point: Point) -> records.Record:
             {"select": point.select, "seed": point.seed},
             point.riemann,
             point.prediction,
-            partial(shift_of, known, point),
         )
     with clock("loss"), loaded(pair.module, edited, restore=pair.post):
         measured = measure(pair.module, loss)
@@ -224,20 +225,9 @@ def reference(
     return Reference(pair, loss, engine, score, pre, post, pre_scores, post_scores)
 
 
-def provide(known: Reference, edit: Any, seed: int) -> Extras:
-    """Return what an edit may ask for, from what the pair's points share."""
-    return Extras.of(edit, known.pair, seed=seed, gradient=lambda: known.engine.gradient)
-
-
 def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:
     """Return W_edit - W_post in float32, of the weights as they are evaluated."""
     return {name: edited[name].float() - post[name].float() for name in edited}
-
-
-def shift_of(known: Reference, point: Point, edit: Any) -> dict[str, Tensor]:
-    """Return the shift that another edit would make in place of the point's own."""
-    pair, extras = known.pair, provide(known, edit, point.seed)
-    return shift_from(pair.post, apply.edited(pair.pre, pair.post, edit, point.select, extras))
 
 
 def paired(post: Scores, edited: Scores) -> dict[str, float]:
@@ -277,12 +267,15 @@ def build(node: Any, setting: str) -> Any:
         return None
     checks.check_node(node, setting)
     try:
-        return instantiate(node, _convert_="all")
+        built = instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, TypeError):
             raise ValueError(f"{setting}: {cause}") from None
         raise (cause if isinstance(cause, ValueError | OSError) else error) from None
+    if hasattr(built, "data") and not hasattr(built.data, "open"):
+        raise ValueError(f"{setting}.data={built.data}: must be a source of data")
+    return built
 
 
 class Clock:

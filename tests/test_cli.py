@@ -145,6 +145,25 @@ def test_a_sweep_uses_the_grid_of_its_edit_and_axes_replace_it(deltalab, tmp_pat
     assert sorted(r["edit"]["alpha"] for r in records_in(tmp_path)) == [-1, 0, 0.3]
 
 
+def test_plan_prints_the_cost_and_runs_nothing(deltalab, tmp_path):
+    code, out, err = deltalab("-m", "edit=dare", "riemann=adaptive", "plan=true")
+    assert code == 0, err
+    assert "45, of which 0 are finished" in out
+    assert "1,201,172" in out
+    assert "gradient evaluations" in out
+    assert "GiB" in out
+    assert not (tmp_path / "records").exists()
+
+
+def test_plan_refuses_what_does_not_fit(deltalab, monkeypatch):
+    from deltalab import planning
+
+    monkeypatch.setattr(planning, "available", lambda device: 1 << 20)
+    code, _, err = deltalab("edit=dare", "plan=true")
+    assert code == 2
+    assert "needs 0.0 GiB" in err
+
+
 def test_a_failing_point_is_recorded_and_does_not_stop_the_others(deltalab, tmp_path):
     code, out, err = deltalab(
         "-m", "edit=twin", "grid=none", "edit.rate=null", "edit.rank=2,0,4", *FAST

@@ -37,6 +37,7 @@ LAYERS = (
     ),
     ("audit", "figures", "stream"),
     ("report", "run"),
+    ("preview",),
     ("cli",),
     ("save",),
     ("__main__",),

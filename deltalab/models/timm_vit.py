@@ -44,6 +44,8 @@ class TimmPair:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.args, Mapping | tuple | None):
+            raise ValueError(f"model.args={self.args}: must be a mapping, as {{img_size: 32}}")
         if isinstance(self.args, Mapping):  # frozen: a spec is a key of the caches
             object.__setattr__(self, "args", tuple(sorted(self.args.items())))
         if self.dtype not in (names := ("float32", "bfloat16", "float16", "float64")):
@@ -65,6 +67,12 @@ class TimmPair:
         """Return the pair; consecutive calls with an equal spec share it."""
         return _open(self)
 
+    def skeleton(self) -> torch.nn.Module:
+        """Return the architecture on the meta device: names and shapes, no memory."""
+        with torch.device("meta"):
+            module = _architecture(self, Checkpoint(locate(self.post, "model.post")))
+        return module.to(dtype=getattr(torch, self.dtype))
+
 
 @lru_cache(maxsize=1)
 def _open(spec: TimmPair) -> ModelPair:
@@ -75,6 +83,21 @@ def _open(spec: TimmPair) -> ModelPair:
     check_same_layout(pre, post)
     if line := mixed_dtypes(pre, post):
         log.warning(line)
+    module = _architecture(spec, post)
+    args = dict(spec.args or ())
+    data = timm.data.resolve_model_data_config(module)
+    if "img_size" in args:  # timm's data configuration keeps the architecture's default size
+        channels = data["input_size"][0]
+        size = args["img_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        data["input_size"] = (args.get("in_chans", channels), height, width)
+    return live_pair(module, pre, post, spec.device, spec.dtype, timm.data.create_transform(**data))
+
+
+def _architecture(spec: TimmPair, post: Checkpoint) -> torch.nn.Module:
+    """Create the module, with as many outputs as the checkpoint's classifier has."""
+    import timm
+
     if not timm.is_model(spec.name):
         near = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
         raise ValueError(f"model.name={spec.name}: not a timm architecture; near: {near}")
@@ -83,16 +106,10 @@ def _open(spec: TimmPair) -> ModelPair:
     if "num_classes" not in args and f"{classifier}.weight" in post:
         args["num_classes"] = post.shape(f"{classifier}.weight")[0]
     try:
-        module = timm.create_model(spec.name, pretrained=False, **args)
+        module: torch.nn.Module = timm.create_model(spec.name, pretrained=False, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"model.args={args}: {spec.name} refuses them ({error})") from None
-    data = timm.data.resolve_model_data_config(module)
-    if "img_size" in args:  # timm's data configuration keeps the architecture's default size
-        channels = data["input_size"][0]
-        size = args["img_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        data["input_size"] = (args.get("in_chans", channels), height, width)
-    return live_pair(module, pre, post, spec.device, spec.dtype, timm.data.create_transform(**data))
+    return module
 
 
 def live_pair(
@@ -116,12 +133,18 @@ def live_pair(
         raise ValueError(text.replace("post-trained model", "checkpoint")) from None
     kind = getattr(torch, dtype)
     pre, post = cast(pre, kind), cast(post, kind)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    module = module.to(device=where, dtype=kind).eval()
+    module = module.to(device=device_of(device), dtype=kind).eval()
     with torch.no_grad():
         for name, tensor in module.state_dict(keep_vars=True).items():
             tensor.copy_(post[name])
     return ModelPair(pre=pre, post=post, module=module, transform=transform)
+
+
+def device_of(device: str) -> str:
+    """Return the device that a setting means: `auto` is a GPU where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> LazyWeights:

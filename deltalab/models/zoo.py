@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from deltalab.models.timm_vit import live_pair
 from deltalab.weights import Checkpoint, ModelPair, fingerprint
@@ -46,21 +47,36 @@ class EmbeddedVit:
         """Return the pair; consecutive calls with an equal spec share it."""
         return _open(self)
 
+    def skeleton(self) -> nn.Module:
+        """Return the architecture on the meta device: names and shapes, no memory."""
+        with torch.device("meta"):
+            return _architecture(_recipe())
+
+
+def _recipe() -> dict[str, Any]:
+    recipe: dict[str, Any] = json.loads((DIRECTORY / "vit.json").read_text())
+    return recipe
+
+
+def _architecture(recipe: dict[str, Any]) -> nn.Module:
+    import timm
+
+    module: nn.Module = timm.create_model(
+        recipe["architecture"], pretrained=False, **recipe["args"]
+    )
+    return module
+
 
 @lru_cache(maxsize=1)
 def _open(spec: EmbeddedVit) -> ModelPair:
-    import timm
-
-    recipe: dict[str, Any] = json.loads((DIRECTORY / "vit.json").read_text())
-    module = timm.create_model(recipe["architecture"], pretrained=False, **recipe["args"])
-
+    recipe = _recipe()
     mean, std = float(recipe["mean"]), float(recipe["std"])
 
     def normalise(images: Tensor) -> Tensor:
         return (images.float() / 255 - mean) / std
 
     return live_pair(
-        module,
+        _architecture(recipe),
         Checkpoint(DIRECTORY / "pre.safetensors"),
         Checkpoint(DIRECTORY / f"{spec.post}.safetensors"),
         spec.device,

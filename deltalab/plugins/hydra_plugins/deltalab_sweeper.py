@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 log = logging.getLogger(__name__)
 MOST = 10_000  # points of a sweep, unless most_points says otherwise
@@ -96,6 +96,8 @@ class PointsSweeper(BasicSweeper):
 
         HydraConfig.instance().set_config(self.config)
         points = self.points(list(arguments))
+        if self.config.plan:
+            return self._plan(points)
         directory = Path(self.config.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, directory / "multirun.yaml")
@@ -107,6 +109,19 @@ class PointsSweeper(BasicSweeper):
         if failures:
             raise console.SweepFailed(failures, len(points))
         return results
+
+    def _plan(self, points: List[List[str]]) -> None:
+        """Print what the sweep would cost."""
+        from deltalab import cli
+
+        configs = []
+        for point in points:
+            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, point)
+            chosen = cfg.hydra.runtime.choices
+            with open_dict(cfg):
+                del cfg["hydra"]
+            configs.append((cfg, chosen))
+        print(cli.plan(configs))
 
 
 def _size(override: Any, most: int) -> int:
