@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltalab import console, settings
+from deltalab.records import redacted
 
 
 def conf_dir() -> Path:
@@ -37,7 +38,7 @@ def point(cfg: DictConfig) -> None:
             return
         record, skipped = _run(cfg, hydra, sweeping)
     except Exception as error:
-        logging.getLogger("deltalab").info("failed", exc_info=True)
+        logging.getLogger("deltalab").info("%s", redacted(traceback.format_exc()))
         traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
         if sweeping:  # the sweeper counts failures when all points have run
             overrides = " ".join(hydra.overrides.task)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deltalab.outcomes import label
+from deltalab.records import redacted
 
 _bars: list[Progress] = []  # the bar of the sweep that this process runs, if it runs one
 
@@ -44,6 +45,7 @@ def sweep(total: int) -> Iterator[None]:
 
 def point_done(line: str) -> None:
     """Print the line of a finished point above the bar and move the bar on."""
+    line = redacted(line)
     if not _bars or not _bars[-1].console.is_terminal:
         print(line, flush=True)
         return
@@ -81,7 +83,7 @@ def one_line(error: BaseException) -> str:
     text = ""
     previous = ""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+        return str(redacted(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"))
     message = str(error).split("Config search path:")[0]
     for line in filter(str.strip, message.splitlines()):
         if line.strip().startswith("object_type="):
@@ -93,7 +95,7 @@ def one_line(error: BaseException) -> str:
         text += ("" if not text else " " if text.endswith((":", ".")) else joint) + line.strip()
         previous = line
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # no terminal codes
-    return text or type(error).__name__
+    return str(redacted(text)) or type(error).__name__
 
 
 def fail(message: str) -> None:

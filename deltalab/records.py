@@ -80,7 +80,7 @@ def redacted(value: Any) -> Any:
 
 def _redacted(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, Mapping):
-        return {k: _redacted(v, secrets) for k, v in value.items()}
+        return {_redacted(k, secrets): _redacted(v, secrets) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_redacted(v, secrets) for v in value]
     if isinstance(value, str):

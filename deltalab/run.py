@@ -98,7 +98,7 @@ def run(
         raise
     records.write(results, record)
     if tracker is not None:
-        tracker.log(record, group=group)
+        tracker.log(records.redacted(record), group=group)
     return record, False
 
 

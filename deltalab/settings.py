@@ -6,13 +6,16 @@ nothing else: what Hydra would call by name is checked here first.
 
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _SIMPLE = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_LISTS = dict.fromkeys((list, tuple, Sequence), "a list")
+_MAPPINGS = dict.fromkeys((dict, Mapping), "a mapping")
+_WANTED: dict[Any, str] = {**_SIMPLE, NoneType: "null", **_LISTS, **_MAPPINGS}
 _TOP = {"seed": int, "force": bool, "results": str, "nonfinite": str, "most_points": int}
 _REQUIRED = (*_TOP, "select", "tracker", "evaluator", "objective", "riemann", "edit", "model")
 _PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.", "deltalab.")
@@ -77,6 +80,9 @@ def check_node(node: Any, setting: str) -> None:
         required = [f.name for f in fields(kind) if f.init and _required(f)]
         if missing := [name for name in required if name not in found]:
             raise ValueError(f"{where}.{missing[0]}: missing, a value must be given")
+    for where, key, value in _leaves(node, setting):
+        if key.startswith("_") and key.endswith("_") and key != "_target_":
+            raise ValueError(f"{where}={_short(value)}: no such setting")
 
 
 def _required(field: Field[Any]) -> bool:
@@ -116,14 +122,26 @@ def _dataclass_of(target: str, setting: str) -> type:
 
 
 def _check_type(setting: str, value: Any, hint: Any) -> None:
-    """Raise `ValueError` where a hint of simple types does not allow the value."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if not all(kind in _SIMPLE or kind is NoneType for kind in kinds):
-        return  # containers and components check themselves
-    allowed = (*kinds, int) if float in kinds else kinds
-    if type(value) not in allowed:
-        wanted = " or ".join("null" if kind is NoneType else _SIMPLE[kind] for kind in kinds)
-        raise ValueError(f"{setting}={_short(value)}: must be {wanted}")
+    """Raise `ValueError` where the value's type is not one that the hint names.
+
+    Of containers the kind alone is checked; what is in them, the dataclass itself must check.
+    """
+    union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [get_origin(kind) or kind for kind in union]
+    if Any in kinds or any(_allows(kind, value) for kind in kinds):
+        return
+    wanted = " or ".join(dict.fromkeys(_WANTED.get(kind, "a component") for kind in kinds))
+    raise ValueError(f"{setting}={_short(value)}: must be {wanted}")
+
+
+def _allows(kind: Any, value: Any) -> bool:
+    if kind in _SIMPLE or kind is NoneType:
+        return type(value) is kind or (kind is float and type(value) is int)
+    if kind in (list, tuple, Sequence):  # a mapping too, which a dataclass turns into pairs
+        return isinstance(value, list | tuple) or (kind is tuple and isinstance(value, Mapping))
+    if kind in (dict, Mapping):
+        return isinstance(value, Mapping)
+    return isinstance(value, Mapping) and "_target_" in value
 
 
 def check_hydra(hydra: Mapping[str, Any]) -> None:

@@ -1,0 +1,317 @@
+"""Wrong inputs and hostile surroundings: what is refused, in which words, and what is warned of."""
+
+import contextlib
+import json
+import logging
+import resource
+from dataclasses import replace
+from inspect import signature
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from deltalab import cli, console, finite, records, run, settings
+from deltalab.weights import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
+
+NAN, INF = float("nan"), float("inf")
+
+
+def pair(pre, post, buffer=False):
+    """A pair of one linear map without a bias, or of a module whose one tensor is a buffer."""
+    module = nn.Module()
+    tensor = torch.tensor(post)
+    if buffer:
+        module.register_buffer("weight", tensor)
+    else:
+        module.weight = nn.Parameter(tensor)
+    return ModelPair({"weight": torch.tensor(pre)}, {"weight": tensor.clone()}, module)
+
+
+@pytest.mark.parametrize(
+    ("pre", "post", "parts"),
+    [
+        ([NAN, 1.0], [1.0, 1.0], ["1 in the pre-trained"]),
+        ([1.0, 1.0], [NAN, INF], ["2 in the post-trained"]),
+        ([INF, 1.0], [INF, 1.0], ["1 in the pre-trained", "1 in the post-trained"]),
+        ([3e38, 1.0], [-3e38, 1.0], ["1 in the delta"]),
+    ],
+)
+def test_numbers_that_are_none_are_refused_or_set_to_zero(pre, post, parts, caplog):
+    with pytest.raises(ValueError, match="'weight'.*nonfinite=zero") as caught:
+        finite.checked(pair(pre, post))
+    for part in parts:
+        assert part in str(caught.value)
+    cleaned = finite.checked(pair(pre, post), "zero")
+    for weights in (cleaned.pre, cleaned.post, cleaned.module.state_dict()):
+        assert torch.isfinite(weights["weight"]).all()
+    kept = torch.isfinite(torch.tensor(post) - torch.tensor(pre))
+    assert torch.equal(cleaned.post["weight"][kept], torch.tensor(post)[kept])
+    assert not cleaned.post["weight"][~kept].any()
+    assert torch.equal(cleaned.pre["weight"][~kept], cleaned.post["weight"][~kept])
+    assert "weight" in caplog.text
+
+
+def test_masks_of_infinities_in_buffers_are_left_alone():
+    shared = pair([-INF, 1.0], [-INF, 2.0], buffer=True)
+    assert finite.checked(shared) is shared
+    with pytest.raises(ValueError, match="1 in the post-trained"):
+        finite.checked(pair([0.0, 1.0], [-INF, 2.0], buffer=True))
+
+
+def test_scalars_and_empty_tensors_are_fine(tmp_path):
+    tensors = {"scalar": torch.tensor(2.0), "empty": torch.ones(0, 3), "n": torch.tensor(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    opened = Checkpoint(tmp_path)
+    assert opened.shape("scalar") == ()
+    assert opened.shape("empty") == (0, 3)
+    check_same_layout(opened, tensors)
+    for value in ([], 1.0):
+        assert finite.checked(pair(value, value)) is not None
+
+
+def test_identical_models_are_warned_of(caplog):
+    finite.checked(pair([1.0], [1.0]))
+    assert "identical: every delta is zero" in caplog.text
+    caplog.clear()
+    finite.checked(pair([1.0], [1.5]))
+    assert not caplog.text
+
+
+def test_an_edit_that_overflows_its_dtype_is_counted():
+    edited = {"a": torch.ones(3).half(), "b": (torch.tensor([6e4, 6e4, 1.0]) * 2).half()}
+    with pytest.raises(ValueError, match=r"'b': the edit exceeds float16 in 2 of 3 .*65504"):
+        finite.check_edited(edited)
+    largest = torch.finfo(torch.bfloat16).max
+    finite.check_edited({"a": torch.tensor([largest, -largest], dtype=torch.bfloat16)})
+
+
+def test_models_that_seem_swapped_are_warned_of(caplog):
+    spec = run.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
+    data = {"_target_": "deltalab.data.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
+    objective = run.build({"_target_": "deltalab.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
+    options = dict.fromkeys(signature(run.reference).parameters)
+    options |= {"objective": objective, "nonfinite": "error"}
+    run.reference(**options | {"model": spec})
+    assert "swapped" not in caplog.text
+
+    class Swapped:
+        fingerprints = ()
+
+        def open(self):
+            from deltalab.models.timm_vit import live_pair
+
+            known = spec.open()
+            return live_pair(
+                known.module, dict(known.post), dict(known.pre), "cpu", "float32", known.transform
+            )
+
+    try:
+        run.reference(**options | {"model": Swapped()})
+    finally:
+        run.reference.cache_clear()
+        type(spec).open.__globals__["_open"].cache_clear()
+    assert "are model.pre and model.post swapped?" in caplog.text
+
+
+def test_unlike_kinds_and_precisions(tmp_path):
+    one = {"w": torch.ones(2), "v": torch.ones(2)}
+    with pytest.raises(ValueError, match="'w': floating-point in the pre-trained model, not"):
+        check_same_layout(one, {**one, "w": torch.ones(2).int()})
+    save_file(one, tmp_path / "a.safetensors")
+    save_file({**one, "v": torch.ones(2).bfloat16()}, tmp_path / "b.safetensors")
+    a, b = Checkpoint(tmp_path / "a.safetensors"), Checkpoint(tmp_path / "b.safetensors")
+    assert mixed_dtypes(a, a) is None
+    assert "'v' is F32 in the pre-trained model and BF16" in mixed_dtypes(a, b)
+    assert "1 of 2 tensors" in mixed_dtypes(a, b)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",
+     "deltalab.cli.os.system", "deltalab.run.build", "deltalab.weights.torch.hub.load",
+     "deltalab.edits.within", "deltalab.edits", "deltalab", ".os.system", "deltalab..os.system"],
+)  # fmt: skip
+def test_only_dataclasses_of_this_package_are_built(target, tmp_path):
+    canary = tmp_path / "canary"
+    command = f"touch {canary}"
+    evil = {"_target_": target, "_args_": [command], "command": command}
+    keep = "deltalab.edits.keep.Keep"
+    for node in (evil, {"_target_": keep, "x": evil}, {"_target_": keep, "x": [{"y": evil}]}):
+        with pytest.raises(ValueError, match="only targets of deltalab|no such setting"):
+            run.build(node, "edit")
+    chain = "deltalab.edits.chain.Chain"
+    with pytest.raises(ValueError, match="only targets of deltalab"):
+        run.build({"_target_": chain, "steps": ["dare", evil]}, "edit")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "hydra",
+    [
+        {"callbacks": {"x": {"_target_": "os.system"}}},
+        {"callbacks": {"x": {"_target_": "deltalab.run.subprocess.run"}}},
+        {"launcher": {"_target_": "subprocess.run"}},
+        {"sweeper": {"_target_": "os.system"}},
+        {"job_logging": {"handlers": {"x": {"class": "subprocess.Popen"}}}},
+        {"job_logging": {"formatters": {"x": {"()": "os.system"}}}},
+        {"hydra_logging": {"filters": {"x": {"()": "os.system"}}}},
+    ],
+    ids=str,
+)
+def test_hydra_calls_nothing_else_by_name(hydra):
+    with pytest.raises(ValueError, match="only (targets of deltalab|handlers of logging)"):
+        settings.check_hydra(hydra)
+
+
+def test_what_the_configs_of_this_package_use_is_allowed():
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+        cfg = compose("config", return_hydra_config=True)
+    settings.check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seeed": 1}, "seeed=1: no such setting; did you mean seed?"),
+        ({"seed": True}, "seed=True: must be a whole number"),
+        ({"seed": 1.0}, "seed=1.0: must be a whole number"),
+        ({"force": "maybe"}, "force=maybe: must be true or false"),
+        ({"results": ["a"]}, "results=['a']: must be a text"),
+        ({"results": ""}, "results=: name a directory"),
+    ],
+)
+def test_settings_at_the_top(values, message):
+    with pytest.raises(ValueError, match=".") as caught:
+        settings.check_top(values, ["seed", "force", "results", *values] if "seeed" not in values else ["seed"])  # fmt: skip  # noqa: E501
+    assert str(caught.value).startswith((message, "seed: missing", "force: missing"))
+
+
+# Output
+
+
+def test_a_file_in_place_of_the_results_directory(tmp_path):
+    (tmp_path / "results").write_text("")
+    with pytest.raises(ValueError, match=r"results=.*results: no record can be written there"):
+        records.check_writable(tmp_path / "results")
+    with pytest.raises(OSError, match=r"k\.json") as caught:
+        records.write(tmp_path / "results", {"key": "k"})
+    assert console.one_line(caught.value).startswith(str(tmp_path / "results" / "records"))
+
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """Let no file grow beyond so many bytes: writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_earlier_record_and_no_rest(tmp_path):
+    record = {"schema": records.SCHEMA, "key": "k", "status": "ok", "x": 1}
+    path = records.write(tmp_path, record)
+    with full_disk(64), pytest.raises(OSError, match=r"records/k\.json"):
+        records.write(tmp_path, {**record, "x": "long" * 100})
+    assert records.read(tmp_path, "k") == record
+    assert [p.name for p in path.parent.iterdir()] == ["k.json"]
+
+
+def test_a_record_of_another_version_is_told_and_run_again(tmp_path, caplog):
+    records.write(tmp_path, {"schema": 99, "key": "k", "status": "ok"})
+    assert records.read(tmp_path, "k") is None
+    assert f"has schema 99, this version of deltalab writes {records.SCHEMA}" in caplog.text
+
+
+def test_no_secret_of_the_environment_is_in_a_record(tmp_path, monkeypatch):
+    secrets = {
+        "WANDB_API_KEY": "w" * 40,
+        "HF_TOKEN": "hf_" + "t" * 30,
+        "OPENAI_API_KEY": "sk-" + "o" * 40,
+        "AWS_SECRET_ACCESS_KEY": "s" * 20,
+        "MY_PASSWORD": "correct horse",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    leaks = {f"a{i}": f"before {value} after" for i, value in enumerate(secrets.values())}
+    record = {"key": "k", "config": {"nested": [leaks]}, "error": {"message": str(leaks)}}
+    text = records.write(tmp_path, record).read_text()
+    for value in secrets.values():
+        assert value not in text
+    assert "before *** after" in text
+    assert records.redacted({"p": 0.5, "n": None}) == {"p": 0.5, "n": None}
+
+
+def test_no_secret_reaches_record_log_or_tracker(tmp_path, monkeypatch, capfd):
+    import sys
+
+    secret = "sk-" + "abc123" * 8
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+    seen = []
+    from deltalab.tracking import NoTracker
+
+    monkeypatch.setattr(NoTracker, "log", lambda self, record, group: seen.append(record))
+    arguments = ["edit=expo", "data.test.limit=16", "data.objective.limit=16", "riemann=off",
+                 "data.name=${oc.env:OPENAI_API_KEY}", "prediction=off", f"results={tmp_path}"]  # fmt: skip  # noqa: E501
+    if not (cli.conf_dir() / "prediction").is_dir():
+        arguments.remove("prediction=off")
+    monkeypatch.setattr(sys, "argv", ["deltalab", *arguments])
+    cli.main()
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(p.parent.name == "records" for p in written)
+    for path in written:
+        assert secret not in path.read_text(errors="replace"), path
+    assert seen
+    assert secret not in json.dumps(seen[0], default=str)
+    assert secret not in "".join(capfd.readouterr())
+
+
+def test_a_mistake_of_the_system_is_one_line():
+    error = OSError(28, "No space left on device", "/x/records/k.json")
+    assert console.one_line(error) == "/x/records/k.json: no space left on device"
+    assert "\x1b" not in console.one_line(ValueError("a\x1b[2Jb"))
+    assert isinstance(error, cli.mistakes())
+
+
+# Numbers under stress
+
+
+def test_sums_in_float64_where_float32_would_lose_them():
+    """A large and many small numbers: float32 in turn would keep the large one alone."""
+    from deltalab import audit
+    from deltalab.objectives import Measured, change
+
+    values = torch.full((100_001,), 1.0)
+    values[0] = 2.0**26
+    assert audit.squared(values) == 2.0**52 + 100_000
+    one = torch.ones(100_001, dtype=torch.float64)
+    post, edited = Measured(values.double(), one), Measured(values.double() + 1e-9, one)
+    assert change(post, edited)[0] == pytest.approx(1e-9, rel=0.1)
+    assert post.mean == pytest.approx((2.0**26 + 100_000) / 100_001, rel=1e-15)
+
+
+def test_means_of_magnitudes_against_float64():
+    from deltalab.edits.bitdelta import mean_magnitude
+
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(256, 128, generator=generator) * 10.0 ** torch.linspace(-20, 10, 128)
+    exact = delta.double().abs()
+    assert mean_magnitude(delta, "tensor").item() == pytest.approx(exact.mean().item(), rel=1e-6)
+    for axis, dim in (("row", 1), ("column", 0)):
+        error = (mean_magnitude(delta, axis).double() / exact.mean(dim, keepdim=True) - 1).abs()
+        assert error.max() < 1e-6
+
+
+def test_logging_is_not_silenced_by_these_checks(caplog):
+    with caplog.at_level(logging.WARNING):
+        finite.checked(replace(pair([1.0], [1.0])))
+    assert caplog.records[0].levelname == "WARNING"
