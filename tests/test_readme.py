@@ -29,5 +29,5 @@ def test_every_picture_and_link_exists():
 
 def test_every_make_target_of_the_readme_exists():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make (\w+)", README):
+    for target in re.findall(r"(?:^|`)make (\w+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
