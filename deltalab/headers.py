@@ -75,10 +75,9 @@ def read(file: Path) -> dict[str, Entry]:
             raise _invalid(file, f"tensor {_short(name)} {kind} it, at byte {entry.begin - start}")
         position = entry.end
     if position != size:
+        why = "an incomplete download?" if position > size else "the rest belongs to no tensor"
         raise _invalid(
-            file,
-            f"{size - start} bytes of data where the header says {position - start};"
-            " an incomplete download?",
+            file, f"{size - start} bytes of data where the header says {position - start}; {why}"
         )
     return ordered
 
@@ -94,7 +93,9 @@ def _entry(file: Path, name: str, item: Any, start: int) -> Entry:
         )
     if not _sizes(shape) or len(shape) > 64 or prod(n or 1 for n in shape) >= 1 << 60:
         raise _invalid(
-            file, f"tensor {_short(name)} has shape {_short(shape)}, must be a list of sizes from 0"
+            file,
+            f"tensor {_short(name)} has shape {_short(shape)}, must be a list of sizes from 0,"
+            " of fewer than 2^60 entries",
         )
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _invalid(
@@ -232,7 +233,7 @@ def _object(file: Path, text: bytes) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         if file.name.endswith(".json"):
             raise ValueError(plain(f"{file}: not a valid index ({reason})")) from None
-        raise _invalid(file, f"its header is no JSON object, {reason}") from None
+        raise _invalid(file, f"its header is damaged: {reason}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: a JSON object is expected, not {_short(value)}")
     return value

@@ -108,7 +108,7 @@ def _check_tensor(file: Path, name: Any, tensor: Any, size: int) -> None:
     if not isinstance(tensor, Tensor):
         raise _invalid(
             file,
-            f"{name[:80]!r} is a {type(tensor).__name__}, not a tensor; save the state dict alone",
+            f"{name[:80]!r} is of type {type(tensor).__name__}, no tensor; save the weights alone",
         )
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise _invalid(file, f"tensor {name[:80]!r} is not an ordinary one")

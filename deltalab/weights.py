@@ -192,7 +192,8 @@ def _main_file(path: Path) -> Path:
         headers.inside(path, kept[0])
         path = kept[0]
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+        reason = "not a regular file" if path.exists() else "no such file or directory"
+        raise FileNotFoundError(f"{path}: {reason}")
     if path.suffix == ".gguf":
         raise ValueError(f"{path}: a GGUF file cannot be read; convert it to safetensors first")
     return path

@@ -80,6 +80,79 @@ def test_folder_mistakes_name_the_directory(folder, tmp_path):
         collect(Folder(str(folder), "val").open(None, 10))
 
 
+@pytest.mark.parametrize("limit", [0, -5])
+def test_limits_below_one_are_refused(limit):
+    for source in (Packaged, Folder, HubImages):
+        names = ("mnist", "test") if source is Packaged else ("a", "b")
+        with pytest.raises(ValueError, match=f"data.limit={limit}: must be at least 1"):
+            source(*names, limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "must map class names"),
+        ('{"cat": -1, "dog": 0}', "class 'cat' is -1, must be the number"),
+        ('{"cat": "1", "dog": 0}', "class 'cat' is '1', must be the number"),
+        ('{"cat": 0.5, "dog": 0}', "class 'cat' is 0.5"),
+    ],
+)
+def test_class_maps_are_checked(folder, tmp_path, text, message):
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        Folder(str(folder), "val", class_map=str(tmp_path / "map.json")).open(None, 6)
+    assert "map.json" in str(caught.value)
+
+
+def test_broken_images_are_named_whatever_the_decoder_raises(folder):
+    path = folder / "val" / "cat" / "9.png"
+    good = (folder / "val" / "cat" / "0.png").read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        data = bytearray(good)
+        for _ in range(3):
+            data[generator.integers(8, len(data))] = generator.integers(256)
+        path.write_bytes(data[: generator.integers(8, len(data) + 1)])
+        try:
+            x, _ = collect(Folder(str(folder), "val").open(None, 1))
+            assert x.isfinite().all()
+        except ValueError as error:
+            refused += 1
+            assert "9.png: not a readable image" in str(error) or "shape" in str(error)  # noqa: PT017
+    assert refused > 150
+
+
+def test_a_picture_that_claims_billions_of_pixels_is_refused(folder):
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    size = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(99)))
+    (folder / "val" / "cat" / "9.png").write_bytes(bomb + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match=r"9\.png: not a readable image .*pixels"):
+        collect(Folder(str(folder), "val").open(None, 1))
+
+
+def test_images_of_unequal_shapes_are_named(folder):
+    Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save(folder / "val" / "cat" / "9.png")
+    with pytest.raises(ValueError, match=r"image 3 has shape \(3, 9, 9\) and image 0 \(3, 4, 5\)"):
+        collect(Folder(str(folder), "val").open(None, 6))
+
+
+def test_one_class_is_warned_of(folder, caplog):
+    for path in (folder / "val" / "dog").iterdir():
+        path.unlink()
+    Folder(str(folder), "val").open(None, 6)
+    assert "all images are of one class" in caplog.text
+
+
 def test_imagefolder_agrees_with_folder(folder, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

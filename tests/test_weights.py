@@ -1,4 +1,5 @@
 import json
+import struct
 
 import pytest
 import torch
@@ -84,6 +85,143 @@ def test_checkpoint_mistakes_name_the_file(tmp_path, tensors):
     save_file({"other": torch.ones(1)}, shards / "model-2.safetensors")
     with pytest.raises(ValueError, match="layer2.weight"):
         Checkpoint(shards)
+
+
+def header(entries, data=0, length=None):
+    """Return a file of a made-up header and so many bytes of data."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(data)
+
+
+def entry(begin=0, end=4, dtype="F32", shape=(1,)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (bytes(64), "no header in its 64 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "it is a web page"),
+        (b"GGUF" + bytes(40), "a GGUF file; convert it"),
+        (b"PK\x03\x04" + bytes(40), "a PyTorch archive"),
+        (header({"a": entry()}, 4, length=1 << 40), "header claims 1099511627776 bytes"),
+        (header({"a": entry()}, 3), "3 bytes of data where the header says 4; an incomplete"),
+        (header({"a": entry()}, 6), "6 bytes of data where the header says 4; the rest"),
+        (header({"a": entry(), "b": entry(2, 6)}, 6), "tensor 'b' overlaps the one before it"),
+        (header({"a": entry(), "b": entry(8, 12)}, 12), "tensor 'b' leaves a gap before it"),
+        (header({"a": entry(dtype="F31")}, 4), "tensor 'a' has dtype 'F31', must be one of F64"),
+        (header({"a": entry(shape=(3,))}, 4), "'a' of dtype F32 and shape .3. has 4 bytes, must"),
+        (header({"a": entry(shape=(-1,))}, 4), "tensor 'a' has shape .-1., must be"),
+        (header({"a": entry(shape=(True,))}, 4), "tensor 'a' has shape .True., must be"),
+        (header({"a": entry(0, 0, shape=(0, 1 << 62, 4))}), "fewer than 2.60 entries"),
+        (header({"a": entry(4, 0)}, 4), "tensor 'a' has data_offsets .4, 0., must be"),
+        (header({"a": {"dtype": "F32"}}, 4), "tensor 'a' lacks its dtype, shape or"),
+        (header({"__metadata__": {"x": 1}, "a": entry()}, 4), "__metadata__ must map"),
+        (header(b'{"a":{},"a":{}}'), "'a' stands in it twice"),
+        (header(b'{"a":'), "its header is damaged"),
+        (header(b'{"a":' * 50_000), "nested too deeply"),
+        (header(b'{"\xff":{}}'), "its header is damaged"),
+    ],
+)
+def test_every_claim_of_a_header_is_checked(tmp_path, content, message):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        Checkpoint(path)
+    assert str(path) in str(caught.value)
+
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "not a valid index"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": {"a": 3}}', "tensor 'a' lies in 3, must be a file name"),
+        ('{"weight_map": {"a": "../out.safetensors"}}', "'../out.safetensors', which leads out"),
+        ('{"weight_map": {"a": "x/../../out.safetensors"}}', "leads out of the directory"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "'/etc/passwd', which leads out"),
+        ('{"weight_map": {"a": "link.safetensors"}}', "a link out of its directory"),
+        ('{"weight_map": {"a": "a\\u0000b"}}', "leads out of the directory"),
+        (f'{{"weight_map": {{"a": "{ONE}"}}}}', f"names no tensor of {TWO}, 1 shards of 2 only"),
+        (f'{{"weight_map": {{"a": "{ONE}", "b": "{TWO}"}}}}', "'c' is in this shard; .* no shard"),
+        (f'{{"weight_map": {{"a": "{ONE}", "a": "{TWO}"}}}}', "'a' stands in it twice"),
+        (f'{{"weight_map": {{"a": "{TWO}", "b": "{ONE}"}}}}', "'a' is in .* not in this shard"),
+    ],
+)
+def test_an_index_names_all_of_its_directory_and_nothing_else(tmp_path, index, message):
+    home = tmp_path / "home"
+    home.mkdir()
+    one = {"a": torch.ones(1)}
+    save_file(one, tmp_path / "out.safetensors")
+    (home / "link.safetensors").symlink_to(tmp_path / "out.safetensors")
+    save_file(one, home / ONE)
+    save_file({"b": torch.ones(1), "c": torch.ones(1)}, home / TWO)
+    (home / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message) as caught:
+        Checkpoint(home)
+    assert str(home) in str(caught.value)
+
+
+def test_a_directory_means_one_checkpoint(tmp_path, tensors):
+    sharded(tmp_path, tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="several checkpoints .* name one file"):
+        Checkpoint(tmp_path)
+    assert set(Checkpoint(tmp_path / "model.safetensors")) == set(tensors)
+    other = tmp_path / "gguf"
+    other.mkdir()
+    (other / "model-q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="GGUF file cannot be read; convert it"):
+        Checkpoint(other)
+    with pytest.raises(FileNotFoundError, match="not a regular file"):
+        Checkpoint("/dev/zero")
+
+
+def test_links_into_the_cache_of_the_hub_are_followed(tmp_path, tensors):
+    blobs, snapshot = tmp_path / "models--o--n" / "blobs", tmp_path / "models--o--n" / "snapshots"
+    blobs.mkdir(parents=True)
+    (snapshot / "rev").mkdir(parents=True)
+    save_file(tensors, blobs / "abc")
+    (snapshot / "rev" / "model.safetensors").symlink_to("../../blobs/abc")
+    assert set(Checkpoint(snapshot / "rev")) == set(tensors)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "model.safetensors").symlink_to(blobs / "abc")
+    with pytest.raises(ValueError, match="a link out of its directory"):
+        Checkpoint(linked)
+    assert set(Checkpoint(linked / "model.safetensors")) == set(tensors)  # named, so meant
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda t: {"state_dict": t, "epoch": 1}])
+def test_pytorch_files_give_the_same_tensors(tmp_path, tensors, wrap):
+    torch.save(wrap(tensors), tmp_path / "pytorch_model.bin")
+    opened = Checkpoint(tmp_path)
+    assert opened.dtype("layer0.weight") == "F32"
+    for name, tensor in tensors.items():
+        assert torch.equal(opened[name], tensor)
+        assert opened.shape(name) == tuple(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3}, "'epoch' is of type int, no tensor"),
+        ([1], "a list instead of tensors by name"),
+        ({"w": torch.zeros(1).expand(10**9)}, "'w' of shape .* exceeds it"),
+        ({"w": torch.ones(2).to_sparse()}, "it would call torch._utils._rebuild_sparse_tensor"),
+        (nn.Linear(1, 1), "it would call torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_pytorch_files_hold_tensors_and_nothing_else(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(tmp_path / "a.pt")
 
 
 def test_pair_names_the_first_tensor_that_differs():
