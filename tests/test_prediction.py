@@ -135,7 +135,7 @@ def test_products_are_kept_on_disk_for_the_pair_and_no_other(tmp_path):
 )
 def test_the_closed_form_is_the_mean_over_draws(edit):
     _, loss, post, delta = opened()
-    predictor = Predictor(Predict(True, probes=400), Store(None, {}))
+    predictor = Predictor(Predict(True, probes=120), Store(None, {}))
     found, *_ = predict(edit, predictor)
     mean, variance = moments(edit)
     d = flat(delta)
@@ -144,7 +144,7 @@ def test_the_closed_form_is_the_mean_over_draws(edit):
         + (mean**2 * d @ loss.hessian @ d + variance * loss.hessian.diagonal() @ d**2) / 2
     )
     assert abs(found["closed_form"] - exact.item()) < 4 * found["closed_form_error"]
-    assert found["closed_form"] == pytest.approx(exact.item(), rel=0.1)
+    assert found["closed_form_error"] < 0.1 * abs(exact.item())
     draws = torch.tensor(
         [true_change(loss, post, shift_of(edit, delta, seed)) for seed in range(1000)]
     )

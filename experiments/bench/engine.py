@@ -6,7 +6,8 @@ Claim: with at most two gradient evaluations a point, the adaptive term is the m
     python -m experiments.bench.engine mnist            # about 20 minutes on one core
     python -m experiments.bench.engine fashion
 
-Writes `results/engine/<pair>.json`, one row a point, and prints the targets' table, which
+Writes `results/engine/<pair>.json`, one row a point, continuing what is there (a line that was cut
+short is evaluated again), and prints the targets' table, which
 `python -m experiments.bench.engine --report` prints again from the rows.
 """
 
@@ -144,11 +145,16 @@ def run(name: str) -> None:
     )
     whole = delta(bench.pair.pre, bench.pair.post)
     whole_delta = {n: whole[n] for n in whole}
-    rows: list[dict[str, Any]] = []
+    file = RESULTS / f"{name}.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    same = before.get("post") == bench.post.mean  # else the pair has changed since
+    rows: list[dict[str, Any]] = before["rows"] if same else []
     settings = Riemann("adaptive")
     about = {"pair": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
     about |= {"post": bench.post.mean, "gradient_seconds": gradient_seconds, "rows": rows}
     for family, edit, select in grid():
+        if any(row["edit"] == repr(edit) for row in rows):
+            continue
         selection = {"select": select, "seed": 0}
         edited = bench.edited(edit, select)
         shift = bench.shift(edited)
@@ -197,7 +203,7 @@ def run(name: str) -> None:
             row["changes"] = [value, *others]
         rows.append(row)
         print(json.dumps({k: _short(v) for k, v in row.items()}), flush=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+        file.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _norm(weights: Weights) -> float:
