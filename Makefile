@@ -6,7 +6,7 @@ RESULTS ?= results
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format report results clean
+.PHONY: help demo test check bench fuzz format report results clean
 
 help: ## show this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,13 @@ format: $(VENV)/.dev ## format the code
 
 report: $(VENV)/.user ## tables and figures from the records in RESULTS
 	@$(BIN)/deltalab-report results=$(RESULTS)
+
+bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, against their floors
+	@$(BIN)/python -m experiments.bench.edits
+	@$(BIN)/python -m experiments.bench.order
+	@$(BIN)/python -m experiments.bench.lowrank
+	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.streamed $$d; rm -rf $$d
+	@$(BIN)/python -m experiments.bench.engine
 
 results: demo ## the demo again from scratch, its table into the README
 	@$(BIN)/python -m experiments.readme

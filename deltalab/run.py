@@ -17,7 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deltalab import apply, finite, records, select
+from deltalab import apply, distill, finite, records, select
 from deltalab import settings as checks
 from deltalab.artifacts import Store
 from deltalab.audit import audit
@@ -140,9 +140,7 @@ def evaluate(point: Point) -> records.Record:
         )
         pair, loss = known.pair, known.loss
     with clock("edit"):
-        extras = Extras.of(
-            point.edit, pair, seed=point.seed, gradient=lambda: known.engine.gradient
-        )
+        extras = provide(known, point.edit, point.seed)
         edited = dict(apply.edited(pair.pre, pair.post, point.edit, point.select, extras))
         finite.check_edited(edited)
         touched = audit(pair, point.edit, extras, edited)
@@ -223,6 +221,21 @@ def reference(
     store = Store(artifacts, inputs | {"fingerprints": model.fingerprints})
     engine = Engine(pair, loss, store)
     return Reference(pair, loss, engine, score, pre, post, pre_scores, post_scores)
+
+
+def provide(known: Reference, edit: Any, seed: int) -> Extras:
+    """Return the provider of what an edit may ask for, computed when it asks."""
+    module, pre, loss = known.pair.module, known.pair.pre, known.loss
+    return Extras.of(
+        edit,
+        known.pair,
+        seed=seed,
+        gradient=lambda: known.engine.gradient,
+        acts=lambda: distill.mean_inputs(module, loss),
+        scales=lambda deltas: distill.scales(
+            module, pre, deltas, loss, steps=edit.steps, lr=edit.lr
+        ),
+    )
 
 
 def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:
