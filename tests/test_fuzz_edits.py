@@ -67,7 +67,7 @@ def needs(edit, delta, seed=0):
         "peers": [],
         "svd": lambda: svd(delta.flatten(1)),
         "quantile": lambda keep: ModelThreshold().of(keep, {"w": delta})["w"],
-        "scale": delta.abs().mean() if delta.numel() else torch.tensor(0.0),
+        "scale": delta.contiguous().abs().mean() if delta.numel() else torch.tensor(0.0),
     }
     return {need: given_[need] for need in needs_of(edit)}
 
