@@ -154,6 +154,7 @@ def main() -> None:
     """Entry point of the `deltalab` command. Exit code 0 on success, 2 for a user's mistake."""
     import hydra
 
+    logging.raiseExceptions = False  # a log that cannot be written must not hide what went wrong
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)
     try:

@@ -82,8 +82,9 @@ def one_line(error: BaseException) -> str:
     """
     text = ""
     previous = ""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return str(redacted(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"))
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror[0].lower() + error.strerror[1:]
+        return str(redacted(f"{error.filename}: {reason}" if error.filename else reason))
     message = str(error).split("Config search path:")[0]
     for line in filter(str.strip, message.splitlines()):
         if line.strip().startswith("object_type="):

@@ -85,7 +85,13 @@ class Packaged:
         with as_file(resource) as path, np.load(path, allow_pickle=False) as arrays:
             x = torch.from_numpy(arrays[f"x_{self.split}"][: self.limit]).unsqueeze(1)
             y = torch.from_numpy(arrays[f"y_{self.split}"][: self.limit]).long()
-        images = transform(x) if transform is not None else x.float() / 255
+        try:
+            images = transform(x) if transform is not None else x.float() / 255
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"data.task={self.task}: these images are for the embedded models, this model's"
+                f" transform refuses them ({error})"
+            ) from None
         return Batches(len(y), lambda i: (images[i], int(y[i])), batch_size)
 
 

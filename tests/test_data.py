@@ -44,6 +44,14 @@ def test_packaged_mistakes():
         Packaged("mnist", "train")
 
 
+def test_packaged_images_are_for_the_embedded_models():
+    def transform(images):
+        raise TypeError("a float tensor is wanted")
+
+    with pytest.raises(ValueError, match="data.task=mnist: .* embedded models.*float tensor"):
+        Packaged("mnist", "test").open(transform, 8)
+
+
 def test_folder_reads_every_image_in_order_at_every_pass(folder):
     batches = Folder(str(folder), "val").open(None, 4)
     assert len(batches) == 2

@@ -53,6 +53,16 @@ def test_numbers_that_are_none_are_refused_or_set_to_zero(pre, post, parts, capl
     assert "weight" in caplog.text
 
 
+def test_devices_that_are_not_there():
+    from deltalab.models.timm_vit import device_of
+
+    assert device_of("cpu") == "cpu"
+    with pytest.raises(ValueError, match="model.device=gpu: must be auto, cpu, cuda"):
+        device_of("gpu")
+    with pytest.raises(ValueError, match=r"model.device=cuda:99: \d+ GPUs are here"):
+        device_of("cuda:99")
+
+
 def test_masks_of_infinities_in_buffers_are_left_alone():
     shared = pair([-INF, 1.0], [-INF, 2.0], buffer=True)
     assert finite.checked(shared) is shared
@@ -278,6 +288,7 @@ def test_no_secret_reaches_record_log_or_tracker(tmp_path, monkeypatch, capfd):
 def test_a_mistake_of_the_system_is_one_line():
     error = OSError(28, "No space left on device", "/x/records/k.json")
     assert console.one_line(error) == "/x/records/k.json: no space left on device"
+    assert console.one_line(OSError(28, "No space left on device")) == "no space left on device"
     assert "\x1b" not in console.one_line(ValueError("a\x1b[2Jb"))
     assert isinstance(error, cli.mistakes())
 

@@ -142,9 +142,17 @@ def live_pair(
 
 def device_of(device: str) -> str:
     """Return the device that a setting means: `auto` is a GPU where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind, number = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        kind, number = "", 0
+    if kind not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"model.device={device}: must be auto, cpu, cuda, cuda:1, ...")
+    if kind == "cuda" and number >= torch.cuda.device_count():
+        raise ValueError(f"model.device={device}: {torch.cuda.device_count()} GPUs are here")
+    return device
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> LazyWeights:
