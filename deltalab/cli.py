@@ -108,6 +108,7 @@ def guarded() -> Iterator[None]:
     def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
         cfg = original(self, *args, **kwargs)
         settings.check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
+        settings.check_results(cfg.get("results"))
         check_optional(cfg.hydra.runtime.choices, self)
         return cfg
 

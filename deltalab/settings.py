@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -53,6 +54,15 @@ def check_top(settings: Mapping[str, Any], known: Iterable[str] = ()) -> None:
             _check_type(name, settings[name], kind)
     if settings.get("results") == "":
         raise ValueError("results=: name a directory")
+
+
+def check_results(results: Any) -> None:
+    """Raise `ValueError` where a file stands in the way of the results directory."""
+    if isinstance(results, str) and results:
+        place = Path(results)
+        there = next((p for p in (place, *place.absolute().parents) if p.exists()), place)
+        if there.exists() and not there.is_dir():
+            raise ValueError(f"results={results}: {there} is a file, name a directory")
 
 
 def check_node(node: Any, setting: str) -> None:

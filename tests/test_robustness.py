@@ -211,6 +211,10 @@ def test_a_file_in_place_of_the_results_directory(tmp_path):
     (tmp_path / "results").write_text("")
     with pytest.raises(ValueError, match=r"results=.*results: no record can be written there"):
         records.check_writable(tmp_path / "results")
+    for below in ("results", "results/a/b"):
+        with pytest.raises(ValueError, match="results is a file, name a directory"):
+            settings.check_results(str(tmp_path / below))
+    settings.check_results(str(tmp_path / "new" / "one"))
     with pytest.raises(OSError, match=r"k\.json") as caught:
         records.write(tmp_path / "results", {"key": "k"})
     assert console.one_line(caught.value).startswith(str(tmp_path / "results" / "records"))
