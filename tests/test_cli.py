@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from deltalab import cli
 from deltalab.weights import Checkpoint
 
-FAST = ["data.test.limit=64", "data.objective.limit=64", "riemann.points=2"]
+FAST = ["data.test.limit=64", "data.objective.limit=64", "riemann.rule=gauss", "riemann.points=2"]
 
 
 @pytest.fixture
@@ -69,6 +69,21 @@ def cli_zoo():
         (["model=timm_vit", "data.dir=."], ["mandatory", "model.name"]),
         (["evaluator._target_=os.getcwd"], ["evaluator._target_=os.getcwd"]),
         (["-m", "edit=dare,expo"], ["edit=dare,expo", "grid=none"]),
+        (["edit=dre"], ["edit/dre", "did you mean edit=dare?"]),
+        (["edit=dare", "edit.pp=1"], ["'edit.pp'", "did you mean edit.p?"]),
+        (["edit=dare", "+edit.pp=1"], ["edit.pp=1: no such setting", "did you mean edit.p?"]),
+        (["+seeed=1"], ["seeed=1: no such setting", "did you mean seed?"]),
+        (["experiment=dmo"], ["experiment=dmo: must be one of", "did you mean demo?"]),
+        (["seed=abc"], ["seed=abc: must be a whole number"]),
+        (["~seed"], ["seed: missing"]),
+        (["edit=dare", "edit.p=[]"], ["edit.p=[]: must be a number"]),
+        (["data.test.limit=-5"], ["limit=-5: must be at least 1"]),
+        (["nonfinite=maybe"], ["nonfinite=maybe: must be one of error, zero"]),
+        (["evaluator._target_=deltalab.run.subprocess.run"], ["only targets of deltalab"]),
+        (["+hydra.callbacks.x._target_=os.system"], ["hydra.callbacks.x._target_=os.system"]),
+        (["-m", "edit=dare", "seed=range(0,1000000000)"], ["more than most_points=10000"]),
+        (["-m", "edit=dare", "seed=range(5,1)"], ["an axis of a sweep without a value"]),
+        (["-m", "sweeps=3"], ["sweeps=3: must be a list of grids"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
@@ -146,7 +161,7 @@ def test_a_sweep_uses_the_grid_of_its_edit_and_axes_replace_it(deltalab, tmp_pat
 
 
 def test_plan_prints_the_cost_and_runs_nothing(deltalab, tmp_path):
-    code, out, err = deltalab("-m", "edit=dare", "riemann=adaptive", "plan=true")
+    code, out, err = deltalab("-m", "edit=dare", "plan=true")
     assert code == 0, err
     assert "45, of which 0 are finished" in out
     assert "1,201,172" in out
