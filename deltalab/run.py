@@ -204,7 +204,9 @@ def reference(
 ) -> Reference:
     """Open a pair with its objective and evaluator, and measure both of its ends, once."""
     pair = finite.checked(model.open(), nonfinite)
-    loss = objective.open(pair)
+    inputs = {"model": repr(model), "objective": repr(objective), "nonfinite": nonfinite}
+    store = Store(artifacts, inputs | {"fingerprints": model.fingerprints})
+    loss = objective.open(pair, store)
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)
     with loaded(pair.module, pair.pre, restore=pair.post):
@@ -217,8 +219,6 @@ def reference(
             post.mean,
             loss.unit,
         )
-    inputs = {"model": repr(model), "objective": repr(objective), "nonfinite": nonfinite}
-    store = Store(artifacts, inputs | {"fingerprints": model.fingerprints})
     engine = Engine(pair, loss, store)
     return Reference(pair, loss, engine, score, pre, post, pre_scores, post_scores)
 
