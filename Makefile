@@ -6,7 +6,7 @@ RESULTS ?= results
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench fuzz format report results clean
+.PHONY: help demo test check fuzz audit bench format report results clean
 
 help: ## show this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,13 @@ format: $(VENV)/.dev ## format the code
 
 report: $(VENV)/.user ## tables and figures from the records in RESULTS
 	@$(BIN)/deltalab-report results=$(RESULTS)
+
+fuzz: $(VENV)/.dev ## property tests with 24,600 cases, some minutes
+	@HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/test_fuzz_checkpoints.py tests/test_fuzz_settings.py tests/test_fuzz_edits.py
+
+audit: $(VENV)/.user ## known vulnerabilities of the pinned packages, where the index is reachable
+	@$(UV) pip-audit
+	@$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
 
 bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, against their floors
 	@$(BIN)/python -m experiments.bench.edits

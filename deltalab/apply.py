@@ -76,6 +76,8 @@ def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tens
 
 def _in_slices(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
     """Edit slice by slice, the same bits in bounded memory; or all at once, if the edit must."""
+    if post.ndim == 0 or not post.numel():
+        return _edited(pre, post, edit, needs)
     out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
     a, b, into = pre.reshape(-1), post.reshape(-1), out.view(-1)
     if (unit := getattr(edit, "unit", "tensor")) == "tensor":
@@ -83,7 +85,7 @@ def _in_slices(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> T
         for part in _slices(post, 1):
             into[part] = stored(a[part], b[part], difference(a[part], b[part]), hat[part])
         return out
-    width = 1 if unit == "entry" else post[0].numel() if post.ndim > 1 and len(post) else None
+    width = 1 if unit == "entry" else post[0].numel() if post.ndim > 1 else None
     for part in _slices(post, width):
         shape = (-1,) if unit == "entry" or post.ndim < 2 else (-1, width or 1)
         given = {k: _sliced(k, v, part, shape) for k, v in needs.items()}

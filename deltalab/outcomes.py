@@ -156,7 +156,8 @@ def rules(points: Sequence[Outcome]) -> dict[str, str]:
     for name in order:
         counts = found[name]
         number = counts.pop() if len(counts) == 1 else None
-        titles[name] = name if number is None else f"{name}-{number}"
+        words = name.replace("_", " ")
+        titles[name] = words if number is None else f"{words}-{number}"
     return titles
 
 

@@ -74,6 +74,9 @@ def parse(record: Any) -> Outcome:
     )
 
 
+PREDICTIONS = ("first_order", "second_order", "closed_form")
+
+
 def _terms(record: Mapping[str, Any]) -> tuple[dict[str, Term], str | None]:
     main = _mapping(record, "term")
     named = _mapping(record, "terms") or ({str(main.get("rule")): main} if main else {})
@@ -84,6 +87,9 @@ def _terms(record: Mapping[str, Any]) -> tuple[dict[str, Term], str | None]:
             points, parts = number(term.get("points")), _numbers(_mapping(term, "by_part"))
             count = None if points is None else int(points)
             terms[name] = Term(name, count, number(term.get("value")), parts)
+    for name, value in _numbers(_mapping(record, "prediction")).items():
+        if name in PREDICTIONS:  # one more account of the change, beside the rules'
+            terms[name] = Term(name, None, value)
     return terms, str(main["rule"]) if main.get("rule") in terms else None
 
 

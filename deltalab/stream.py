@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from deltalab import apply
+from deltalab import apply, finite
 from deltalab.edits import needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
@@ -239,7 +239,9 @@ def _edited_slices(
         ahead = reader.submit(load, pieces[index + 1]) if index + 1 < len(pieces) else None
         shape = _shape(new.shape, len(a), width)
         needs = {k: v.at(piece[0]) if k == "rng" else v for k, v in given.items()}
-        yield apply.edited_tensor(a.reshape(shape), b.reshape(shape), edit, kernel, **needs)
+        made = apply.edited_tensor(a.reshape(shape), b.reshape(shape), edit, kernel, **needs)
+        finite.check_edited({name: made})
+        yield made
     for start in range(stop, prod(new.shape), SLICE):
         yield read(new, start, min(start + SLICE, prod(new.shape)))
 

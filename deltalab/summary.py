@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from deltalab.outcomes import CLASSES, Outcome, Term, rules, spearman, split_classes
+from deltalab.outcomes import CLASSES, Outcome, Term, classify, rules, spearman, split_classes
 from deltalab.tables import NONE, Column, fixed, markdown, percent
 
 
@@ -35,9 +35,10 @@ def agreement(points: Sequence[Outcome]) -> list[Column]:
             fixed(furthest, ".2g"),
             f"{signs} of {len(moved)}",
             fixed(ranks, ".3f"),
+            _classes_right(points, rule),
         ])  # fmt: skip
     heads = ["rule", "points", "median relative error", "largest relative error"]
-    heads += ["largest absolute error", "same sign", "Spearman correlation"]
+    heads += ["largest absolute error", "same sign", "Spearman correlation", "class right"]
     cells = list(zip(*body, strict=True)) or [()] * len(heads)
     return [Column(h, c, right=h != "rule") for h, c in zip(heads, cells, strict=True)]
 
@@ -47,6 +48,16 @@ def _compared(points: Sequence[Outcome], rule: str) -> Iterator[tuple[Outcome, f
         value = point.terms.get(rule, Term(rule, None, None)).value
         if value is not None and point.change is not None and math.isfinite(value + point.change):
             yield point, value, point.change
+
+
+def _classes_right(points: Sequence[Outcome], rule: str) -> str:
+    """Count the points that an estimate puts into the measured class, by the measured error."""
+    pairs = [
+        (classify(value, point.error), point.classed)
+        for point, value, _ in _compared(points, rule)
+        if point.error is not None and point.classed
+    ]
+    return f"{sum(guess == truth for guess, truth in pairs)} of {len(pairs)}" if pairs else NONE
 
 
 def _wrong_signs(points: Sequence[Outcome]) -> Iterator[str]:

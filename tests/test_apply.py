@@ -351,6 +351,16 @@ def test_an_error_on_the_way_leaves_nothing(pair, tmp_path, monkeypatch) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["post", "pre"]
 
 
+def test_an_overflow_is_named_and_leaves_nothing(tmp_path) -> None:
+    for directory, value in (("pre", 0.0), ("post", 6e4)):
+        write(tmp_path / directory, value, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"the edit exceeds float16 in \d+ of"):
+        stream.stream(
+            tmp_path / "pre", tmp_path / "post", tmp_path / "out", Expo(1.0), select="all", seed=0
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_file_is_named(pair, tmp_path) -> None:
     file = pair[1] / "model-00002-of-00002.safetensors"
     os.truncate(file, file.stat().st_size - 10)

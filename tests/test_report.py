@@ -446,3 +446,21 @@ def test_parts_are_stacked_to_the_term() -> None:
 
 if __name__ == "__main__":
     sys.exit(main([f"results={save(Path(sys.argv[1]), demo_records())}"]))
+
+
+def test_predictions_stand_beside_the_rules(tmp_path):
+    made = [
+        record("dare", 0.03, prediction={"first_order": -0.01, "second_order": 0.031}),
+        record("expo", -0.02, prediction={"first_order": -0.05, "second_order": -0.021}),
+        record("ties", 0.2, prediction={"first_order": 0.1, "second_order": 0.2}),
+    ]
+    points = [reading.parse(r) for r in made]
+    table = {column.title: list(column.cells) for column in summary.agreement(points)}
+    row = table["rule"].index("second order")
+    assert table["same sign"][row] == "3 of 3"
+    assert table["Spearman correlation"][row] == "1.000"
+    assert table["class right"][row] == "3 of 3"
+    first = table["rule"].index("first order")
+    assert table["same sign"][first] == "2 of 3"
+    assert table["class right"][first] == "2 of 3"
+    assert "Wrong sign by first order: dare" in summary.summary(points)

@@ -1,0 +1,1 @@
+"""Benchmarks: both sides of every claim in one process or script."""
