@@ -168,10 +168,10 @@ def _show(points: Sequence[Outcome], title: str) -> None:
         console.print(terminal(done, title, width))
     if rules(done):
         for rule in zip(*(column.cells for column in agreement(done)), strict=True):
-            title, count, median, largest, _, signs, ranks = rule
+            title, count, median, largest, _, signs, ranks, classes = rule
             console.print(
                 f"{title}: relative error {median} (median), {largest} (largest) on {count} of"
-                f" {_count(done)}; same sign {signs}; Spearman {ranks}",
+                f" {_count(done)}; same sign {signs}; Spearman {ranks}; class right {classes}",
                 highlight=False,
             )
     if failed:
