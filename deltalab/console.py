@@ -60,7 +60,9 @@ def describe(record: Mapping[str, Any], skipped: bool = False) -> str:
     columns = [f"{record['model']:<16} {name:<28}"]
     if loss := record.get("loss"):
         columns.append(f"change {loss['change']:+.4f} ±{loss['error']:.4f}")
-    columns += [f"{rule} {t['value']:+.4f}" for rule, t in (record.get("terms") or {}).items()]
+    for rule, found in (record.get("terms") or {}).items():
+        doubt = "?" if found.get("converged") is False else ""  # its error estimate is too large
+        columns.append(f"{rule} {found['value']:+.4f}{doubt}")
     metrics = record.get("metrics") or {}
     columns += [
         f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith(("/accuracy", "/exact_match"))

@@ -22,6 +22,7 @@ class Term:
     points: int | None
     value: float | None
     by_part: Mapping[str, float] = field(default_factory=dict)
+    converged: bool | None = None
 
 
 @dataclass(frozen=True)

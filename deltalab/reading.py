@@ -86,7 +86,8 @@ def _terms(record: Mapping[str, Any]) -> tuple[dict[str, Term], str | None]:
         if term:
             points, parts = number(term.get("points")), _numbers(_mapping(term, "by_part"))
             count = None if points is None else int(points)
-            terms[name] = Term(name, count, number(term.get("value")), parts)
+            settled = term.get("converged")
+            terms[name] = Term(name, count, number(term.get("value")), parts, settled)
     for name, value in _numbers(_mapping(record, "prediction")).items():
         if name in PREDICTIONS:  # one more account of the change, beside the rules'
             terms[name] = Term(name, None, value)

@@ -31,7 +31,8 @@ LEGEND = (
     " number of nodes. **Measured change** is the difference of the two losses on the same examples"
     " ± its paired standard error; **error** is each term's distance from it, relative to it."
     " **Class**: improved or decreased where the change exceeds two standard errors, else"
-    " competitive. **pre** and **post** are the unedited models."
+    " competitive. **pre** and **post** are the unedited models. A **?** marks a term whose own"
+    " error estimate is larger than was wanted."
 )
 
 
@@ -107,6 +108,7 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
     sections = [f"# {experiment}", ""]
     if done:
         sections += [*_legend(done), _table(done), "", summary(done)]
+    sections += _parts(done)
     if done and figures:
         from deltalab.figures import draw
 
@@ -116,6 +118,22 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
     page = directory / f"{stem}.md"
     page.write_text("\n".join(sections).rstrip("\n") + "\n", encoding="utf-8")
     return page
+
+
+def _parts(points: Sequence[Outcome]) -> list[str]:
+    """Split the main terms by part of the model."""
+    from deltalab.tables import Column, markdown, signed
+
+    split = [(p, p.terms[p.main].by_part) for p in points if p.main and p.terms[p.main].by_part]
+    if not split:
+        return []
+    names = dict.fromkeys(name for _, parts in split for name, value in parts.items() if value)
+    table = [
+        Column("model", [p.model for p, _ in split], right=False),
+        Column("edit", [p.label for p, _ in split], right=False),
+        *(Column(name, [signed(parts.get(name)) for _, parts in split]) for name in names),
+    ]
+    return ["## The term by part of the model", "", markdown(table), ""]
 
 
 def _table(points: Sequence[Outcome]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deltalab.outcomes import (
     Outcome,
+    Term,
     references,
     relative_error,
     rules,
@@ -90,6 +91,13 @@ def measured(change: float | None, error: float | None) -> str:
     return f"{signed(change)} ± {f'{error:.{places}f}' if error > 1e-5 else f'{error:.1e}'}"
 
 
+def term(found: Term | None) -> str:
+    """Write a term; a `?` marks one whose own error estimate is larger than was wanted."""
+    if found is None:
+        return NONE
+    return signed(found.value) + ("?" if found.converged is False else "")
+
+
 def percent(fraction: float | None) -> str:
     """Write a fraction as per cent, to two figures where it is small.
 
@@ -113,7 +121,7 @@ def columns(points: Sequence[Outcome]) -> list[Column]:
         return lambda p: f"{p.metrics[name]:.3f}" if name in p.metrics else NONE
 
     def value(rule: str) -> Callable[[Outcome], str]:
-        return lambda p: signed(p.terms[rule].value if rule in p.terms else None)
+        return lambda p: term(p.terms.get(rule))
 
     def error(rule: str) -> Callable[[Outcome], str]:
         return lambda p: percent(relative_error(p.terms.get(rule), p))

@@ -464,3 +464,16 @@ def test_predictions_stand_beside_the_rules(tmp_path):
     assert table["same sign"][first] == "2 of 3"
     assert table["class right"][first] == "2 of 3"
     assert "Wrong sign by first order: dare" in summary.summary(points)
+
+
+def test_terms_that_are_not_settled_are_marked_and_parts_have_a_table(tmp_path):
+    made = record("expo", -0.02)
+    made["terms"]["gauss"] |= {"converged": False, "by_part": {"mlp": -0.015, "head": -0.005}}
+    made["term"] = made["terms"]["gauss"]
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "a.json").write_text(json.dumps(made))
+    assert main([f"results={tmp_path}"]) == 0
+    page = (tmp_path / "demo.md").read_text()
+    assert "| -0.0200? |" in page
+    assert "## The term by part of the model" in page
+    assert "| -0.0150 | -0.0050 |" in page
