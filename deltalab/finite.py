@@ -5,6 +5,7 @@ weights can have a delta that float32 does not hold.
 """
 
 import logging
+import math
 from dataclasses import replace
 
 import torch
@@ -30,8 +31,8 @@ def check_edited(edited: Weights) -> None:
     ValueError: tensor 'w': the edit exceeds float16 in 1 of 2 entries (largest 65504)
     """
     for name, tensor in edited.items():
-        bad = 0 if _finite(tensor, tensor) else int((~tensor.isfinite()).sum())
-        if bad:
+        if not all(map(math.isfinite, _ends(tensor))):
+            bad = int((~tensor.isfinite()).sum())
             dtype, largest = str(tensor.dtype)[6:], torch.finfo(tensor.dtype).max
             raise ValueError(
                 f"tensor {name!r}: the edit exceeds {dtype} in {bad} of {tensor.numel()} entries"
@@ -72,12 +73,18 @@ def checked(pair: ModelPair, nonfinite: str = "error") -> ModelPair:
     return _zeroed(pair, bad, buffers) if bad else pair
 
 
+def _ends(tensor: Tensor) -> tuple[float, float]:
+    """Return the least and the greatest entry, NaN where there is one; zeros of an empty tensor."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    low, high = torch.aminmax(tensor)
+    return float(low), float(high)
+
+
 def _finite(pre: Tensor, post: Tensor) -> bool:
     """Whether both tensors and their delta are finite, without a temporary of their size."""
-    if not post.numel():
-        return True
-    ends = [[float(end) for end in torch.aminmax(t)] for t in (pre, post)]
-    widest = max(ends[1][1] - ends[0][0], ends[0][1] - ends[1][0])
+    old, new = _ends(pre), _ends(post)
+    widest = max(new[1] - old[0], old[1] - new[0])
     return widest <= torch.finfo(torch.float32).max  # false for NaN, and before a delta overflows
 
 
