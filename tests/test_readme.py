@@ -1,6 +1,7 @@
 """The README says what is so: its table is the committed one, its tree and commands exist."""
 
 import re
+import subprocess
 from pathlib import Path
 
 from experiments.readme import with_table
@@ -9,8 +10,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+def pages():
+    """The demo's page as it lies here, and as committed: `make demo` rewrites it with its times."""
+    yield (ROOT / "results" / "demo.md").read_text()
+    show = ["git", "show", "HEAD:results/demo.md"]
+    yield subprocess.run(show, cwd=ROOT, capture_output=True, text=True).stdout
+
+
 def test_the_demo_table_is_the_committed_one():
-    assert with_table(README, (ROOT / "results" / "demo.md").read_text()) == README
+    assert any(with_table(README, page) == README for page in pages() if page)
     assert README.count("| mnist_vit |") > 10
 
 
