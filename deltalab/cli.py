@@ -17,13 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deltalab import console, settings
 from deltalab.records import redacted
-
-
-def conf_dir() -> Path:
-    """Return the directory of the configs: inside an installed wheel, or beside the package."""
-    package = Path(__file__).parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+from deltalab.settings import conf_dir
 
 
 def point(cfg: DictConfig) -> None:

@@ -152,10 +152,11 @@ def evaluate(point: Point) -> records.Record:
             point.riemann,
             point.prediction,
         )
-    with clock("loss"), loaded(pair.module, edited, restore=pair.post):
-        measured = measure(pair.module, loss)
-    with clock("evaluate"), loaded(pair.module, edited, restore=pair.post):
-        scores = known.score(pair.module)
+    with loaded(pair.module, edited, restore=pair.post):
+        with clock("loss"):
+            measured = measure(pair.module, loss)
+        with clock("evaluate"):
+            scores = known.score(pair.module)
     value, error = change(known.post, measured)
     terms = {name: term.as_record() for name, term in found.terms.items()}
     return {

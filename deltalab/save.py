@@ -54,9 +54,9 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from deltalab import edits, select, stream
-    from deltalab.cli import conf_dir
     from deltalab.models.timm_vit import locate
     from deltalab.run import build
+    from deltalab.settings import conf_dir
 
     own: dict[str, Any] = dict(OWN)
     overrides = []

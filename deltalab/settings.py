@@ -23,6 +23,13 @@ _PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.", "deltalab.")
 _LOGGING = ("logging.", "rich.logging.", "colorlog.")
 
 
+def conf_dir() -> Path:
+    """Return the directory of the configs: inside an installed wheel, or beside the package."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """Return a suggestion to append to a message, empty where nothing is near.
 

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 
 from deltalab import cli
+from deltalab.settings import conf_dir
 from deltalab.weights import Checkpoint
 
 FAST = ["data.test.limit=64", "data.objective.limit=64", "riemann.rule=gauss", "riemann.points=2"]
@@ -239,16 +240,16 @@ def test_help_and_completion_are_fast(tmp_path):
 
 
 def conf_options(group):
-    return sorted(p.stem for p in (cli.conf_dir() / group).glob("*.yaml"))
+    return sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("edit", conf_options("edit"))
 def test_every_edit_composes(edit):
-    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose("config", [f"edit={edit}"])
 
 
 @pytest.mark.parametrize("experiment", conf_options("experiment"))
 def test_every_experiment_composes(experiment):
-    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose("config", [f"experiment={experiment}"])

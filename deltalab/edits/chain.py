@@ -4,16 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from torch import Tensor
 
-import deltalab
 from deltalab import factor
 from deltalab.edits import needs_of
 from deltalab.rng import Rng
+from deltalab.settings import conf_dir
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ def _built(step: Any) -> Any:
     if callable(step):
         return step
     name, given = next(iter(step.items())) if isinstance(step, Mapping) and step else (step, {})
-    package = Path(deltalab.__file__).parent
-    conf = next(d for d in (package / "conf", package.parent / "conf") if d.is_dir()) / "edit"
+    conf = conf_dir() / "edit"
     known = sorted(p.stem for p in conf.glob("*.yaml") if p.stem != "chain")
     if name not in known or (isinstance(step, Mapping) and len(step) != 1):
         raise ValueError(f"edit.steps={step}: must name one of {', '.join(known)}")
