@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -221,14 +222,15 @@ class ModelPair:
         pre: the pre-trained weights.
         post: the post-trained weights, same names and shapes.
         module: the one live module, holding `post`; edits are loaded into it and taken out again.
-        transform: turns a PIL image into the module's input (image models that read files).
+        transform: turns data into the module's input: of image models a function of a PIL image,
+            of language models a `deltalab.text.Encoder`.
         labels: class names in the order of the module's outputs, where known.
     """
 
     pre: Weights
     post: Weights
     module: nn.Module
-    transform: Callable[..., Tensor] | None = None
+    transform: Any = None
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ LAYERS = (
         "objectives",
         "records",
         "select",
+        "text",
     ),
     ("fused", "models", "shards"),
     (
@@ -34,6 +35,8 @@ LAYERS = (
         "tracking",
         "tables",
         "summary",
+        "annotations",
+        "judges",
     ),
     ("audit", "figures", "stream"),
     ("report", "run"),

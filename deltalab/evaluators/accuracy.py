@@ -1,7 +1,7 @@
 """Accuracy of an image classifier, as ImageNet reports it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ class Scores:
     Attributes:
         metrics: name -> value; accuracies as fractions, losses in nats.
         losses: per-example losses by task, for paired comparisons between two edits.
+        documents: per-document scores by `<task>/<metric>`, in the order of the documents.
     """
 
     metrics: Mapping[str, float]
-    losses: Mapping[str, Tensor]
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    documents: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
