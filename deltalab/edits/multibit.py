@@ -11,7 +11,8 @@ from deltalab.edits import one_of, whole
 from deltalab.threshold import ascending
 
 Array = np.ndarray[Any, Any]
-_SLICE = 1 << 15
+_SLICE = 1 << 16
+_COUNTED = 64
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Multibit:
         magnitude = delta.abs()
         values = ascending(magnitude)
         level = _looked_up(magnitude, *_levels(values, self._ends(values)))
-        return torch.where(delta < 0, -level, level)
+        return level.copysign_(delta + 0.0)  # the sum makes +0 of -0
 
     def _ends(self, values: Array) -> Array:
         """Return where the blocks end in the ascending magnitudes; those of empty ones too."""
@@ -76,14 +77,28 @@ def _levels(values: Array, ends: Array) -> tuple[Array, Array]:
 
 def _looked_up(magnitude: Tensor, limits: Array, means: Array) -> Tensor:
     """Return the mean of the block of every entry."""
-    if len(limits) > 65:
-        edges, levels = (torch.from_numpy(x).to(magnitude.device) for x in (limits[:-1], means))
-        return levels[torch.bucketize(magnitude, edges)]
-    out = torch.full_like(magnitude, float(means[0]), memory_format=torch.contiguous_format)
-    slices = torch.split(out.view(-1), _SLICE), torch.split(magnitude.reshape(-1), _SLICE)
-    for level, part in zip(
-        *slices, strict=True
-    ):  # a comparison a level, in the processor's cache: beats a search
-        for limit, mean in zip(limits[:-1].tolist(), means[1:].tolist(), strict=True):
-            level.masked_fill_(part > limit, mean)
-    return out
+    if len(limits) <= _COUNTED and magnitude.device.type == "cpu":
+        return torch.from_numpy(_counted(magnitude.numpy(), limits[:-1], means))
+    edges, levels = (torch.from_numpy(x).to(magnitude.device) for x in (limits[:-1], means))
+    return levels[torch.bucketize(magnitude, edges)]
+
+
+def _counted(magnitude: Array, edges: Array, means: Array) -> Array:
+    """Look up by counting the edges below every entry, in slices that the processor's cache holds.
+
+    With few edges this beats a search fourfold: a comparison is one vector instruction for 16
+    entries, and none of them is a branch. NumPy, because PyTorch's comparisons take eight times as
+    long on slices of this size.
+    """
+    flat = magnitude.reshape(-1)
+    out = np.empty_like(flat)
+    blocks, above = np.empty(_SLICE, np.uint8), np.empty(_SLICE, np.bool_)
+    for start in range(0, flat.size, _SLICE):
+        part = flat[start : start + _SLICE]
+        block, beyond = blocks[: part.size], above[: part.size]
+        block[:] = 0
+        for edge in edges:
+            np.greater(part, edge, out=beyond)
+            np.add(block, beyond.view(np.uint8), out=block)
+        np.take(means, block, out=out[start : start + _SLICE], mode="clip")
+    return out.reshape(magnitude.shape)
