@@ -40,7 +40,7 @@ def composed(group, option):
     node.pop("defaults", None)
     text = OmegaConf.to_yaml(node).replace("???", "given")
     cfg[group] = OmegaConf.create(text)
-    chosen = cfg["data"]["test"] if group == "data" else cfg[group]
+    chosen = cfg["data"].get("test") or cfg["data"]["objective"] if group == "data" else cfg[group]
     return json.dumps(OmegaConf.to_container(chosen, resolve=True))
 
 

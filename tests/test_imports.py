@@ -18,7 +18,10 @@ LAYERS = (
         "objectives",
         "records",
         "select",
+        "formats",
+        "rows",
         "text",
+        "tokens",
     ),
     ("fused", "models", "shards"),
     (
