@@ -1,0 +1,201 @@
+"""Where tasks read their data: a local directory in place of the hub, and the embedded files."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_USUAL = re.compile(r"(auxiliary_)?(train|test|valid|dev)")
+_FORMATS = ("json", "csv", "parquet", "arrow", "text", "pandas")
+
+
+@dataclass(frozen=True)
+class Local:
+    """A task's data, read into memory from a directory.
+
+    The directory is a clone of the data set's repository, or holds a file a split: `<split>.jsonl`,
+    `.json`, `.csv` or `.parquet`, also in parts (`<split>-00000-of-00002.parquet`), in a directory
+    named as the configuration, in `data`, or itself. A lone file of another name is every split.
+
+    Args:
+        place: the directory.
+        setting: what named it, for messages.
+    """
+
+    place: Path
+    setting: str
+
+    def __call__(self, config_source: str = "", **_: Any) -> Any:
+        """Return the splits that a task file names; lm-eval calls this with the file's path.
+
+        Raises:
+            FileNotFoundError: the split to evaluate is missing.
+        """
+        import datasets
+
+        config = raw(Path(config_source))
+        wanted = dict.fromkeys(s for key in _SPLITS if (s := config.get(key)))
+        evaluated = config.get("test_split") or config.get("validation_split")
+        found = {split: self.rows(split, config.get("dataset_name")) for split in wanted}
+        if not found.get(evaluated):
+            raise FileNotFoundError(
+                f"{self.setting}: no {evaluated}.jsonl, .json, .csv or .parquet in {self.place}"
+                f" for the task {config.get('task')}"
+            )
+        made = {split: datasets.Dataset.from_list(rows) for split, rows in found.items() if rows}
+        empty = made[evaluated].select([])
+        return datasets.DatasetDict({split: made.get(split, empty) for split in wanted})
+
+    def rows(self, split: str, name: str | None) -> list[dict[str, Any]]:
+        """Return the documents of a split, none where there is no file of it."""
+        places = [self.place / name] if name else []
+        for place in (*places, self.place / "data", self.place):
+            files = sorted(p for p in place.glob("*") if p.suffix in _ENDINGS)
+            own = [p for p in files if p.stem == split or p.stem.startswith(f"{split}-")]
+            if not own and len(files) == 1 and not _USUAL.match(files[0].stem):
+                own = files
+            if own:
+                return [_document(row) for path in own for row in read(path)]
+        return []
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file.
+
+    Raises:
+        ValueError: the file is not what its ending says.
+    """
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import read_table  # type: ignore[import-untyped]
+
+        yield from read_table(path).to_pylist()
+        return
+    with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(file)
+            return
+        texts = [file.read()] if path.suffix == ".json" else list(file)
+    for number, text in enumerate(texts, 1):
+        try:
+            found = json.loads(text) if text.strip() else []
+        except json.JSONDecodeError as error:
+            where = f", line {number}" if path.suffix == ".jsonl" else ""
+            raise ValueError(f"{path}{where}: not valid JSON ({error})") from None
+        yield from found if isinstance(found, list) else [found]
+
+
+def _document(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as the hub has it: TruthfulQA's own CSV becomes its multiple-choice form."""
+    return multiple_choice(row) if "Incorrect Answers" in row else row
+
+
+def multiple_choice(row: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row of TruthfulQA's CSV as questions with one, and with several, right choices.
+
+    The one right choice is the best answer, put first; the wrong ones are all incorrect answers.
+
+    >>> row = {"Question": "?", "Best Answer": "a", "Correct Answers": "a; b",
+    ...        "Incorrect Answers": "c; d"}
+    >>> made = multiple_choice(row)
+    >>> made["mc1_targets"]
+    {'choices': ['a', 'c', 'd'], 'labels': [1, 0, 0]}
+    >>> made["mc2_targets"]
+    {'choices': ['a', 'b', 'c', 'd'], 'labels': [1, 1, 0, 0]}
+    """
+    right, wrong = (
+        list(dict.fromkeys(a.strip() for a in row[column].split(";") if a.strip()))
+        for column in ("Correct Answers", "Incorrect Answers")
+    )
+    best = row["Best Answer"].strip()
+
+    def targets(right: list[str]) -> dict[str, Any]:
+        return {"choices": [*right, *wrong], "labels": [1] * len(right) + [0] * len(wrong)}
+
+    return {
+        "question": row["Question"],
+        "mc1_targets": targets([best]),
+        "mc2_targets": targets(right),
+    }
+
+
+def overrides(index: Mapping[str, Any], name: str, data_dir: str | None) -> dict[str, Any]:
+    """Return what makes a task or group read `data_dir`; nothing where it has its own files.
+
+    Raises:
+        FileNotFoundError: the directory, or the data set's directory in it, is missing.
+    """
+    if data_dir is None:
+        return {}
+    root = directory(data_dir, "evaluator.data_dir")
+    leaf = _first_leaf(index, name)
+    config = raw(leaf.yaml_path) if leaf is not None and leaf.yaml_path else {}
+    source = config.get("dataset_path")
+    if not source or source in _FORMATS or config.get("custom_dataset"):
+        return {}
+    names = (source.split("/")[-1], name, leaf.yaml_path.parent.name if leaf else "")
+    for plain in map(_plain, names):
+        for place in sorted(root.iterdir()):
+            if place.is_dir() and _plain(place.name) == plain:
+                return {"custom_dataset": Local(place, f"evaluator.data_dir={data_dir}")}
+    raise FileNotFoundError(
+        f"evaluator.data_dir={data_dir}: no directory {names[0]} in it for the task {name}:"
+        f" a clone of the data set {source}, or a file for each split"
+    )
+
+
+def _plain(name: str) -> str:
+    """Return a name without what its spellings differ in.
+
+    >>> _plain("truthful_qa") == _plain("TruthfulQA")
+    True
+    """
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _first_leaf(index: Mapping[str, Any], name: str) -> Any:
+    """Return the index's entry of the first task that a task, group or tag leads to."""
+    entry = index.get(name)
+    members = [] if entry is None else sorted(entry.tags) if entry.kind.name == "TAG" else []
+    if entry is not None and entry.kind.name == "GROUP":
+        listed = entry.cfg.get("task") or []
+        members = [m if isinstance(m, str) else m.get("task") or m.get("group") for m in listed]
+    return _first_leaf(index, members[0]) if members else entry
+
+
+@lru_cache(maxsize=256)
+def raw(path: Path) -> dict[str, Any]:
+    """Return a task file's settings with what it includes; functions are not imported."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config: dict[str, Any] = load_yaml(path, resolve_func=False)
+    return config
+
+
+def directory(path: str, setting: str) -> Path:
+    """Return a directory that a setting names.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = Path(path).expanduser()
+    if not found.is_dir():
+        raise FileNotFoundError(f"{setting}={path}: no such directory")
+    return found.resolve()
+
+
+def unreachable(entry: Any, error: Exception) -> str:
+    """Return why a task could not be built, and what would help."""
+    source = raw(entry.yaml_path).get("dataset_path") if entry.yaml_path else None
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if source is None or source in _FORMATS:
+        return f"cannot be loaded ({type(error).__name__}: {reason})"
+    return (
+        f"cannot be loaded ({type(error).__name__}: {reason}); its data set is {source}, and"
+        " evaluator.data_dir=DIR reads a local copy of it"
+    )
