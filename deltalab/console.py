@@ -1,8 +1,8 @@
 """What the terminal shows: one line per point, a bar over a sweep, errors in one line."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +27,32 @@ class SweepFailed(Exception):
 @contextmanager
 def sweep(total: int) -> Iterator[None]:
     """Show a progress bar on stderr while the points of a sweep run in this process."""
+    with _shown() as bar:
+        bar.add_task("points", total=total)
+        yield
+
+
+@contextmanager
+def steps(name: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on stderr for the steps of one point, below the sweep's bar if there is one.
+
+    Args:
+        name: what the bar is called.
+        total: how many steps there are.
+
+    Yields:
+        What to call at every step.
+    """
+    with nullcontext(_bars[-1]) if _bars else _shown() as bar:
+        task = bar.add_task(name, total=total)
+        try:
+            yield lambda: bar.advance(task)
+        finally:
+            bar.remove_task(task)
+
+
+@contextmanager
+def _shown() -> Iterator[Progress]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -35,10 +61,9 @@ def sweep(total: int) -> Iterator[None]:
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        bar.add_task("points", total=total)
         _bars.append(bar)
         try:
-            yield
+            yield bar
         finally:
             _bars.remove(bar)
 
