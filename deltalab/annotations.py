@@ -1,0 +1,213 @@
+"""Win rates of pairwise annotations: raw and length-controlled, with standard errors.
+
+A preference is the probability in [0, 1] that the judge prefers the model's output to the
+reference's; NaN where there is no verdict. The length-controlled win rate is that of Dubois et al.,
+"Length-Controlled AlpacaEval" (arXiv 2404.04475): a logistic model of the preference with a term
+for the length difference, which is then set to zero.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+FOLDS = 5
+STRENGTHS = tuple(10.0 ** (-4 + 8 * i / 9) for i in range(10))
+"""Inverse penalties tried: ten, from 1e-4 to 1e4, evenly spaced in their logarithm."""
+SEED = 123
+"""Of the solver, whose last digits depend on the order in which it visits the coefficients."""
+GAMED_WEIGHT = 0.1
+"""What a row of a gamed baseline counts for; there are two baselines, of weight 0.2 together."""
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard each instruction is to win on, and the gamed baselines that the model is tied to.
+
+    Attributes:
+        of: difficulty by the instruction's position in the reference file.
+        gamed: rows (tanh of the standardised length difference, difficulty, 0 or 1 for the model
+            term, preference); none where the file has difficulties alone.
+    """
+
+    of: Mapping[int, float]
+    gamed: Array
+
+
+def win_rate(preferences: Array) -> tuple[float, float]:
+    """Return the mean preference and its standard error, std / sqrt(n), over what was judged.
+
+    The error of fewer than two judgements is NaN, as is the mean of none.
+
+    >>> win_rate(np.array([1.0, 0.0, 0.5, np.nan]))[0]
+    0.5
+    """
+    judged = preferences[~np.isnan(preferences)]
+    if len(judged) == 0:
+        return math.nan, math.nan
+    return float(judged.mean()), _error(judged)
+
+
+def length_controlled(
+    preferences: Array, lengths: Array, reference: Array, difficulty: Difficulty | None = None
+) -> tuple[float, float, float]:
+    """Return the length-controlled win rate, its standard error, and its spread's.
+
+    With d the difference of lengths (reference minus model) over its standard deviation, g the
+    difficulty, the preference is modelled as sigmoid(a tanh(d) + b g + c), fitted with an L1
+    penalty chosen by five-fold cross-validation (equation 2 of the paper, whose model term is c and
+    whose penalty towards the gamed baselines is their rows). The win rate is the mean over all
+    instructions, judged or not, of sigmoid(b g + c). Without difficulties b g is left out.
+
+    Two errors: the first is that of the estimate, from its influence function (the coefficients
+    vary with the judgements, the mean with the instructions); the second is the standard deviation
+    of the predictions over sqrt(n) alone, which the leaderboard calls `lc_standard_error`, and
+    which is zero where no difficulty is given.
+
+    Args:
+        preferences: (n,), NaN where there is no verdict.
+        lengths: (n,) characters of the model's outputs.
+        reference: (n,) characters of the reference's outputs.
+        difficulty: of every instruction by position; None leaves the term out.
+
+    Raises:
+        ValueError: an instruction without a difficulty.
+    """
+    judged = ~np.isnan(preferences)
+    if judged.sum() < 2:
+        return math.nan, math.nan, math.nan
+    rows = _features(np.asarray(reference - lengths, np.float64), difficulty)
+    x, y = rows[judged], preferences[judged]
+    weights = np.ones(len(y))
+    if difficulty is not None and len(difficulty.gamed):
+        x = np.concatenate([difficulty.gamed[:, :-1], x])
+        y = np.concatenate([difficulty.gamed[:, -1], y])
+        weights = np.concatenate([np.full(len(difficulty.gamed), GAMED_WEIGHT), weights])
+    coefficients = fit(x, y, weights)
+    level = rows.copy()
+    level[:, 0] = 0.0
+    predicted = _sigmoid(level @ coefficients)
+    slope = (predicted * (1 - predicted)) @ level
+    fitted = _sigmoid(x @ coefficients)
+    curvature = (x.T * (weights * fitted * (1 - fitted))) @ x
+    influence = predicted - predicted.mean()
+    residual = preferences[judged] - _sigmoid(rows[judged] @ coefficients)
+    influence[judged] += rows[judged] @ (np.linalg.pinv(curvature) @ slope) * residual
+    return float(predicted.mean()), _error(influence), _error(predicted)
+
+
+def fit(x: Array, y: Array, weights: Array) -> Array:
+    """Return coefficients (k,) of an L1-penalised logistic model without intercept.
+
+    A target y between 0 and 1 enters as two rows, of label 1 with weight y and of label 0 with
+    weight 1 - y. The penalty is the one with the least cross-validated log loss.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    count = len(y)
+    double, label = np.concatenate([x, x]), np.repeat([1, 0], count)
+    weight = np.concatenate([y * weights, (1 - y) * weights])
+    group = np.tile(np.arange(count), 2)
+    losses = np.zeros(len(STRENGTHS))
+    for train, test in GroupKFold(min(FOLDS, count)).split(double, label, group):
+        held, draws = group[test], np.random.RandomState(SEED)  # one sequence for all strengths
+        for index, strength in enumerate(STRENGTHS):
+            beta = _penalised(double[train], label[train], weight[train], strength, draws)
+            q = np.clip(_sigmoid(double[test] @ beta), 1e-15, 1 - 1e-15)
+            loss = y[held] * np.log(q) + (1 - y[held]) * np.log(1 - q)
+            losses[index] -= np.mean(loss * weights[held])
+    best = STRENGTHS[int(losses.argmin())]
+    return _penalised(double, label, weight, best, np.random.RandomState(SEED))
+
+
+def read_difficulty(path: str | Path, setting: str) -> Difficulty:
+    """Read difficulties: AlpacaEval's `df_gamed.csv`, or any CSV with a difficulty for each index.
+
+    Needed are the columns `index` (or an unnamed first one), the position in the reference file,
+    and `instruction_difficulty`. Rows that also have `preference` and `std_delta_len` are those of
+    gamed baselines, and the model is tied to them as on the leaderboard.
+
+    Raises:
+        ValueError: a column is missing or holds no number.
+        OSError: the file cannot be read.
+    """
+    wanted = "index, instruction_difficulty"
+    try:
+        with open(Path(path).expanduser(), newline="", encoding="utf-8") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        of: dict[int, float] = {}
+        for row in rows:
+            position = row["index"] if "index" in row else row[""]
+            of.setdefault(int(float(position)), float(row["instruction_difficulty"]))
+        gamed = [
+            (
+                math.tanh(float(row["std_delta_len"])),
+                float(row["instruction_difficulty"]),
+                float(row.get("not_gamed_baseline", "False") in ("True", "1", "1.0")),
+                float(row["preference"]),
+            )
+            for row in rows
+            if row.get("preference") and row.get("std_delta_len")
+        ]
+    except (KeyError, UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise ValueError(
+            f"{setting}={path}: not a CSV with the columns {wanted} ({type(error).__name__}:"
+            f" {error})"
+        ) from None
+    if not of or not all(math.isfinite(value) for value in of.values()):
+        raise ValueError(f"{setting}={path}: holds no difficulties, or some that are not numbers")
+    return Difficulty(of, np.array(gamed, np.float64).reshape(-1, 4))
+
+
+def check_difficulty(difficulty: Difficulty, positions: Sequence[int], setting: str) -> None:
+    """Raise `ValueError` where an instruction has no difficulty."""
+    if lost := [position for position in positions if position not in difficulty.of]:
+        raise ValueError(
+            f"{setting}: no difficulty for instruction {lost[0]} of the reference file"
+            f" ({len(lost)} of {len(positions)} are without)"
+        )
+
+
+def _features(differences: Array, difficulty: Difficulty | None) -> Array:
+    """Return rows (tanh of the standardised length difference[, difficulty], 1)."""
+    deviation = differences.std(ddof=1)
+    scaled = np.tanh(differences / deviation) if deviation > 0 else np.zeros(len(differences))
+    ones = np.ones(len(differences))
+    if difficulty is None:
+        return np.stack([scaled, ones], 1)
+    hard = np.array([difficulty.of[position] for position in range(len(differences))])
+    return np.stack([scaled, hard, ones], 1)
+
+
+def _penalised(
+    x: Array,
+    label: NDArray[np.int64],
+    weight: Array,
+    strength: float,
+    draws: np.random.RandomState,
+) -> Array:
+    from sklearn.linear_model import LogisticRegression
+
+    penalty: dict[str, Any] = {"l1_ratio": 1.0}
+    if LogisticRegression().penalty != "deprecated":  # before scikit-learn 1.8
+        penalty = {"penalty": "l1"}
+    model = LogisticRegression(
+        **penalty, C=strength, solver="liblinear", fit_intercept=False, random_state=draws
+    )
+    coefficients: Array = model.fit(x, label, sample_weight=weight).coef_[0]
+    return coefficients
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)), np.float64)
+
+
+def _error(values: Array) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
