@@ -8,12 +8,14 @@ import logging
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from deltalab.weights import LazyWeights, ModelPair, Weights
 
 NONFINITE = ("error", "zero")
+_SLICE = 1 << 17
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +33,7 @@ def check_edited(edited: Weights) -> None:
     ValueError: tensor 'w': the edit exceeds float16 in 1 of 2 entries (largest 65504)
     """
     for name, tensor in edited.items():
-        if not all(map(math.isfinite, _ends(tensor))):
+        if not _all_finite(tensor):
             bad = int((~tensor.isfinite()).sum())
             dtype, largest = str(tensor.dtype)[6:], torch.finfo(tensor.dtype).max
             raise ValueError(
@@ -71,6 +73,24 @@ def checked(pair: ModelPair, nonfinite: str = "error") -> ModelPair:
     if not moved:
         log.warning("the pre- and the post-trained model are identical: every delta is zero")
     return _zeroed(pair, bad, buffers) if bad else pair
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite: the largest bit pattern without sign is below infinity's.
+
+    >>> [_all_finite(torch.tensor([-1.0, x])) for x in (3e38, torch.inf, -torch.nan)]
+    [True, False, False]
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return all(map(math.isfinite, _ends(tensor)))
+    bits = 8 * tensor.element_size()
+    kind = np.dtype(f"uint{bits}")
+    words = tensor.detach().reshape(-1).view(torch.uint8).numpy().view(kind)
+    infinity = torch.tensor(torch.inf, dtype=tensor.dtype).reshape(1).view(torch.uint8)
+    limit = infinity.numpy().view(kind)[0]
+    magnitude = kind.type((1 << (bits - 1)) - 1)
+    parts = range(0, len(words), _SLICE)
+    return all((words[i : i + _SLICE] & magnitude).max() < limit for i in parts)
 
 
 def _ends(tensor: Tensor) -> tuple[float, float]:

@@ -70,7 +70,7 @@ def edited(
     grad = needs["grad"].detach().reshape(flat[1].shape) if "grad" in needs else None
     try:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
-            return _compiled(body)(*flat, edit, keys, grad).reshape(shape)
+            return _compiled(body, torch.get_num_threads())(*flat, edit, keys, grad).reshape(shape)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         warnings.warn(f"edits run uncompiled, because compiling failed: {reason}", stacklevel=2)
@@ -78,8 +78,10 @@ def edited(
         return None
 
 
-@lru_cache(maxsize=2)
-def _compiled(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
+@lru_cache(maxsize=4)
+def _compiled(body: Callable[..., Tensor], threads: int) -> Callable[..., Tensor]:
+    """Return the compiled body; the number of threads is a constant of the code."""
+
     def traced(
         pre: Tensor, post: Tensor, edit: Any, keys: Tensor | None, grad: Tensor | None
     ) -> Tensor:
@@ -90,4 +92,4 @@ def _compiled(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
             needs["grad"] = grad
         return body(pre, post, edit, needs)
 
-    return torch.compile(traced, dynamic=True, fullgraph=True)
+    return torch.compile(traced, dynamic=True, fullgraph=True, options={"cpp.threads": threads})

@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -198,52 +199,75 @@ def _equal(a: Entry, b: Entry) -> bool:
 
 
 def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> None:
-    """Write all files: headers and untouched tensors as bytes, edited tensors slice by slice."""
+    """Write all files: headers and untouched tensors as bytes, edited tensors piece by piece.
+
+    Pieces are independent: each worker reads one, edits it with one thread and writes it to its
+    place. Threads within an edit would wait for one another wherever a worker reads or writes.
+    """
     names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
     deltas = LazyWeights(names, partial(_delta, plan))
     files = dict.fromkeys(entry.file for entry in plan.post.values())
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for file in files:
             with open(out / file.name, "wb", buffering=0) as target, open(file, "rb") as source:
                 ours = {n: e for n, e in plan.post.items() if e.file == file}
                 _copy(source, target, 0, min((e.begin for e in ours.values()), default=None))
-                for name, entry in ours.items():
-                    if name not in plan.pre:
-                        _copy(source, target, entry.begin, entry.begin + entry.size)
-                        continue
-                    given = extras.for_tensor(plan.alias[name], deltas)
-                    work = _edited_slices(plan, name, edit, given, kernel, reader)
-                    _pass_on(work, target, writer)
+                work: deque[Future[None]] = deque()
+                try:
+                    for name, entry in ours.items():
+                        kept = plan.rows[name] * _item(entry) if name in plan.pre else 0
+                        _copy(source, target, entry.begin + kept, entry.begin + entry.size)
+                        if name not in plan.pre:
+                            continue
+                        given = extras.for_tensor(plan.alias[name], deltas)
+                        for piece, width in _pieces(plan, name, edit):
+                            task = partial(_edit_piece, plan, name, edit, given, kernel, target)
+                            if width:
+                                work.append(pool.submit(task, piece, width))
+                            else:  # a whole tensor: one at a time, with all threads
+                                task(piece, width)
+                            while len(work) > 2 * workers:
+                                work.popleft().result()
+                    while work:
+                        work.popleft().result()
+                finally:
+                    for future in work:
+                        future.cancel()
+                    wait(work)  # none may write to a closed file
 
 
-def _edited_slices(
+def _pieces(plan: Plan, name: str, edit: Any) -> Iterator[tuple[tuple[int, int], int]]:
+    """Yield the entries of every piece of a tensor and how many of them stay together."""
+    stop, width = plan.rows[name], _width(edit, plan.post[name])
+    step = max(1, SLICE // width) * width if width else max(stop, 1)
+    for start in range(0, stop, step):
+        yield (start, min(start + step, stop)), width
+
+
+def _edit_piece(
     plan: Plan,
     name: str,
     edit: Any,
     given: dict[str, Any],
     kernel: str,
-    reader: ThreadPoolExecutor,
-) -> Iterator[Tensor]:
-    """Yield the flat edited tensor in pieces, reading one piece ahead."""
-    old, new, stop = plan.pre[name], plan.post[name], plan.rows[name]
-    width = _width(edit, new)
-    step = max(1, SLICE // width) * width if width else max(stop, 1)
-    pieces = [(start, min(start + step, stop)) for start in range(0, stop, step)]
-    load: Callable[[tuple[int, int]], tuple[Tensor, Tensor]] = lambda piece: (  # noqa: E731
-        read(old, *piece),
-        read(new, *piece),
-    )
-    ahead: Future[tuple[Tensor, Tensor]] | None = None
-    for index, piece in enumerate(pieces):
-        a, b = ahead.result() if ahead else load(piece)
-        ahead = reader.submit(load, pieces[index + 1]) if index + 1 < len(pieces) else None
-        shape = _shape(new.shape, len(a), width)
-        needs = {k: v.at(piece[0]) if k == "rng" else v for k, v in given.items()}
-        made = apply.edited_tensor(a.reshape(shape), b.reshape(shape), edit, kernel, **needs)
-        finite.check_edited({name: made})
-        yield made
-    for start in range(stop, prod(new.shape), SLICE):
-        yield read(new, start, min(start + SLICE, prod(new.shape)))
+    target: BinaryIO,
+    piece: tuple[int, int],
+    width: int,
+) -> None:
+    """Read, edit, check and write the entries of one piece."""
+    new = plan.post[name]
+    shape = _shape(new.shape, piece[1] - piece[0], width)
+    a, b = (read(side[name], *piece).reshape(shape) for side in (plan.pre, plan.post))
+    needs = {k: v.at(piece[0]) if k == "rng" else v for k, v in given.items()}
+    made = apply.edited_tensor(a, b, edit, kernel, **needs)
+    finite.check_edited({name: made})
+    _put(target, made, new.begin + piece[0] * _item(new))
+
+
+def _item(entry: Entry) -> int:
+    """Return the bytes of one number."""
+    return entry.size // max(1, prod(entry.shape))
 
 
 def _width(edit: Any, entry: Entry) -> int:
@@ -259,34 +283,21 @@ def _shape(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:
     return (count,) if width == 1 or not shape else (count // prod(shape[1:]), *shape[1:])
 
 
-def _pass_on(work: Iterator[Tensor], target: BinaryIO, writer: ThreadPoolExecutor) -> None:
-    """Write pieces while the next is being computed."""
-    behind: Future[None] | None = None
-    for piece in work:
-        if behind:
-            behind.result()
-        behind = writer.submit(_put, target, piece)
-    if behind:
-        behind.result()
-
-
-def _put(target: BinaryIO, piece: Tensor) -> None:
-    view = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _put(target: BinaryIO, data: Tensor, place: int) -> None:
+    """Write a tensor's bytes at a place in a file, whatever else is being written to it."""
+    view = data.contiguous().reshape(-1).view(torch.uint8).numpy().data
     while view:
-        view = view[target.write(view) :]
+        count = os.pwrite(target.fileno(), view, place)
+        view, place = view[count:], place + count
 
 
 def _copy(source: BinaryIO, target: BinaryIO, begin: int, end: int | None) -> None:
-    """Copy bytes; to the end of the source if `end` is None."""
-    source.seek(begin)
-    left = (os.fstat(source.fileno()).st_size if end is None else end) - begin
-    while left:
-        block = source.read(min(left, 1 << 22))
+    """Copy bytes to the same place; to the end of the source if `end` is None."""
+    end = os.fstat(source.fileno()).st_size if end is None else end
+    while begin < end:
+        block = os.pread(source.fileno(), min(end - begin, 1 << 22), begin)
         assert block, "the source ended too early"
-        view = memoryview(block)
-        while view:
-            view = view[target.write(view) :]
-        left -= len(block)
+        begin += os.pwrite(target.fileno(), block, begin)
 
 
 def _delta(plan: Plan, name: str) -> Tensor:

@@ -104,7 +104,7 @@ def test_a_sweep_compiles_once() -> None:
 
 
 def test_without_a_compiler_edits_run_eagerly_with_one_warning(monkeypatch) -> None:
-    def missing(body):
+    def missing(body, threads):
         raise RuntimeError("no C++ compiler found")
 
     monkeypatch.setattr(fused, "_compiled", missing)
