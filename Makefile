@@ -4,6 +4,8 @@ BIN     := $(VENV)/bin
 UV      := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q -c constraints.txt
 RESULTS ?= results
 export HF_HUB_OFFLINE ?= 1
+# Some containers forbid Python to keep bytecode: importing torch then takes twice as long each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fuzz audit bench format report results clean
