@@ -494,12 +494,22 @@ def test_a_stalling_endpoint_is_given_up_and_the_run_goes_on_later(tmp_path):
 
 
 def test_threads_wait_together_as_long_as_the_endpoint_asks(tmp_path):
+    full, sent = threading.Event(), []
+
     def limited(number, body):
-        return (429, {"Retry-After": "0.3"}, b"") if number == 0 else said(0.5)
+        if number == 3:
+            full.set()
+        full.wait(5)
+        if number == 0:  # refused while three others are under way, which take longer
+            sent.append(time.monotonic())
+            return 429, {"Retry-After": "0.8"}, b""
+        time.sleep(0.4 if number < 4 else 0)
+        return said(0.5)
 
     with Fake(limited) as fake:
-        ask(spec_of(fake, concurrency=1), tmp_path)
-        assert fake.times[1] - fake.times[0] >= 0.29
+        ask(spec_of(fake, concurrency=4), tmp_path)
+        assert len(fake.bodies) == len(PAIRS) + 1
+        assert min(fake.times[4:]) - sent[0] >= 0.79  # though only one request was refused
     with Fake(lambda n, b: (429, {"Retry-After": "7200"}, b"")) as fake:
         start = time.monotonic()
         with pytest.raises(OSError, match="asks to wait 7200 s"):
@@ -657,7 +667,7 @@ def test_retry_after():
 
 
 def generate(pair, tmp_path, prompts, batch_size=4, **settings):
-    settings = {"max_new_tokens": 12, **settings}
+    settings = {"max_new_tokens": 8, **settings}
     return generation.outputs(
         pair.module, pair.transform, prompts, Decoding(**settings), batch_size, tmp_path,
         generation.digest(pair.module),
@@ -676,7 +686,7 @@ def test_greedy_outputs_are_the_models_own(pair, tmp_path):
     found = generate(pair, tmp_path, prompts)
     for ids, output in zip(prompts, found, strict=True):
         tokens = list(ids)
-        for _ in range(12):
+        for _ in range(8):
             with torch.inference_mode():
                 tokens.append(int(pair.module(torch.tensor([tokens])).logits[0, -1].argmax()))
             if tokens[-1] == pair.transform.tokenizer.eos_token_id:
@@ -688,7 +698,7 @@ def test_greedy_outputs_are_the_models_own(pair, tmp_path):
 
 def test_sampled_outputs_depend_on_neither_batch_nor_resume(pair, tmp_path, monkeypatch):
     prompts = ids_of(pair, TEXTS)
-    how = {"temperature": 1.0, "top_p": 0.9}
+    how = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 5}
     whole = generate(pair, tmp_path / "a", prompts, **how)
     assert whole == generate(pair, tmp_path / "b", prompts, batch_size=1, **how)
     assert whole[::-1] == generate(pair, tmp_path / "c", prompts[::-1], batch_size=5, **how)
@@ -895,7 +905,7 @@ def test_lines_by_several_writers(tmp_path):
 
 def test_the_evaluator_generates_exports_and_judges(pair, reference, tmp_path):
     spec = AlpacaEval(
-        reference, Likelihood(), str(tmp_path / "cache"), limit=8, batch_size=3, max_new_tokens=9
+        reference, Likelihood(), str(tmp_path / "cache"), limit=8, batch_size=4, max_new_tokens=6
     )
     assert hash(spec) == hash(replace(spec))
     score = spec.open(pair)

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from deltalab.console import steps
 from deltalab.evaluators.comparisons import Messages, verdict
 from deltalab.evaluators.endpoint import Client, Refused, Stopped
 from deltalab.evaluators.kept import Verdicts
@@ -107,9 +108,14 @@ class Round:
 
     def _ask(self, left: Mapping[str, Messages]) -> None:
         futures: list[Future[None]] = []
-        with ThreadPoolExecutor(self.terms.concurrency) as pool:
+        with (
+            steps("verdicts", len(left)) as step,
+            ThreadPoolExecutor(self.terms.concurrency) as pool,
+        ):
             try:
                 futures += [pool.submit(self._one, key, prompt) for key, prompt in left.items()]
+                for future in futures:
+                    future.add_done_callback(lambda _: step())
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # an interrupt too: what is under way ends, nothing new begins
                 if any(not future.done() for future in futures):

@@ -152,7 +152,7 @@ def share(logprobs: Mapping[str, float]) -> float | None:
 
     Where neither token is there as such, those that differ by white space are taken together.
 
-    >>> share({"m": math.log(0.6), "M": math.log(0.2), "The": -9.0})
+    >>> round(share({"m": math.log(0.6), "M": math.log(0.2), "The": -9.0}), 9)
     0.75
     >>> share({"M": -0.1}), share({" m": -1.0}), share({"Both": -0.1})
     (0.0, 1.0, None)

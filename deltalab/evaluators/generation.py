@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltalab.console import steps
 from deltalab.evaluators.kept import add_lines, lines
 from deltalab.objectives import evaluating
 from deltalab.records import key_of
@@ -18,8 +18,6 @@ from deltalab.rng import Rng
 from deltalab.text import Encoder
 
 log = logging.getLogger(__name__)
-NEWS = 30.0
-"""Seconds between two lines on how far generation is."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +102,19 @@ def outputs(
     path = directory / f"{key_of({'state': state, **asdict(decoding)})}.jsonl"
     keys = [_key(ids) for ids in prompts]
     held = {str(row["prompt"]): row for row in lines(path) if _whole(row)}
-    done, start = sum(key in held for key in keys), time.monotonic()
-    if done:
+    if done := sum(key in held for key in keys):
         log.info("%d of %d outputs are kept in %s", done, len(keys), path)
-    for batch, limit in _batches(prompts, decoding.max_new_tokens, encoder.context, batch_size):
-        wanted = [keys[number] for number in batch]
-        if all(key in held for key in wanted):
-            continue
-        said = _generate(module, encoder, [prompts[n] for n in batch], wanted, decoding, limit)
-        rows = [{"prompt": key, **asdict(output)} for key, output in zip(wanted, said, strict=True)]
-        fresh = [row for row in rows if row["prompt"] not in held]
-        add_lines(path, fresh)
-        held |= {str(row["prompt"]): row for row in fresh}
-        if time.monotonic() - start > NEWS:
-            start = time.monotonic()
-            log.info("%d of %d outputs", sum(key in held for key in keys), len(keys))
+    cut = list(_batches(prompts, decoding.max_new_tokens, encoder.context, batch_size))
+    left = [(batch, limit) for batch, limit in cut if any(keys[n] not in held for n in batch)]
+    with steps("outputs", len(left)) as step:
+        for batch, limit in left:
+            names = [keys[n] for n in batch]
+            said = _generate(module, encoder, [prompts[n] for n in batch], names, decoding, limit)
+            rows = {key: asdict(output) for key, output in zip(names, said, strict=True)}
+            fresh = {key: {"prompt": key, **rows[key]} for key in rows if key not in held}
+            add_lines(path, fresh.values())
+            held |= fresh
+            step()
     return [Output(held[k]["text"], held[k]["tokens"], held[k]["ended"]) for k in keys]
 
 

@@ -100,13 +100,12 @@ def _ids(encoder: Encoder, messages: Messages) -> list[int]:
             "input_ids"
         ]
         return ids[:-1] if ids and ids[-1] == encoder.tokenizer.eos_token_id else ids
-    from jinja2 import TemplateError
-
+    where = "evaluator.judge"
     try:
-        return chat_ids(encoder.tokenizer, messages)
-    except TemplateError:  # some templates know no system message
+        return chat_ids(encoder, messages, where)
+    except ValueError:  # some templates know no system message
         whole = "\n\n".join(m["content"] for m in messages)
-        return chat_ids(encoder.tokenizer, [{"role": "user", "content": whole}])
+        return chat_ids(encoder, [{"role": "user", "content": whole}], where)
 
 
 def _shares(

@@ -1,9 +1,9 @@
 """How an instruction becomes a language model's tokens: a template, or the tokenizer's chat."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from deltalab.text import Encoder
+from deltalab.text import Encoder, Message
 
 FIELD = "{instruction}"
 
@@ -40,15 +40,20 @@ class Prompts:
         """Return the tokens of a prompt, special ones in front as the tokenizer puts them."""
         text = self.template.replace(FIELD, instruction)
         if self.in_chat(encoder):
-            return chat_ids(encoder.tokenizer, [{"role": "user", "content": text}])
+            message = {"role": "user", "content": text}
+            return chat_ids(encoder, [message], f"instruction {instruction[:40]!r}")
         found: list[int] = encoder.tokenizer(text)["input_ids"]
         if found and found[-1] == encoder.tokenizer.eos_token_id:
             found = found[:-1]  # some tokenizers end every text, a prompt goes on
         return found
 
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Return the tokens of messages in the tokenizer's chat template, up to the answer's start."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+def chat_ids(encoder: Encoder, messages: Sequence[Message], where: str) -> list[int]:
+    """Return the tokens of messages in the tokenizer's chat template, up to the answer's start.
+
+    Raises:
+        ValueError: the template refuses the messages.
+    """
+    text = encoder.render(messages, where, ask=True)
+    found: list[int] = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
     return found
