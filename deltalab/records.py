@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,30 @@ def write(results: str | Path, record: Record) -> Path:
     Raises:
         OSError: naming the file, where it cannot be written; an earlier record is left as it was.
     """
-    path = path_of(results, record["key"])
     text = json.dumps(_finite(redacted(record)), indent=1, allow_nan=False)
+    return _replace(path_of(results, record["key"]), text)
+
+
+def write_documents(
+    results: str | Path, key: str, documents: Mapping[str, Sequence[float]]
+) -> Path | None:
+    """Write what every single document scored beside a point's record, for paired comparisons.
+
+    Args:
+        results: the results directory.
+        key: the point's key.
+        documents: the scores of the documents in their order, by metric.
+
+    Returns:
+        The path `DIR/documents/<key>.json`, or None where there is nothing to write.
+    """
+    if not documents:
+        return None
+    text = json.dumps(_finite(documents), allow_nan=False)
+    return _replace(Path(results) / "documents" / f"{key}.json", text)
+
+
+def _replace(path: Path, text: str) -> Path:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,16 @@ from deltalab.outcomes import Outcome, rules
 from deltalab.reading import read
 
 USAGE = """\
-usage: deltalab-report [results=DIR] [experiment=NAME]
+usage: deltalab-report [results=DIR] [experiment=NAME] [compare='EDIT;EDIT']
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
 
   results=DIR      where the records are and the report goes (default: results)
   experiment=NAME  report this experiment alone (default: every one there is)
+  compare='A;B'    instead, compare two points document by document: each named by its key or as
+                   the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
 """
-SETTINGS = {"results": "results", "experiment": ""}
+SETTINGS = {"results": "results", "experiment": "", "compare": ""}
 
 
 LEGEND = (
@@ -58,7 +60,7 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     """Read `key=value` arguments over the defaults.
 
     >>> settings(["results=out"])
-    {'results': 'out', 'experiment': ''}
+    {'results': 'out', 'experiment': '', 'compare': ''}
     """
     found = dict(SETTINGS)
     for argument in arguments:
@@ -72,7 +74,7 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def report(results: str, experiment: str = "") -> None:
+def report(results: str, experiment: str = "", compare: str = "") -> None:
     """Write and print the report of one experiment, or of all (`experiment` empty)."""
     directory = Path(results).expanduser()
     if not directory.is_dir():
@@ -83,6 +85,10 @@ def report(results: str, experiment: str = "") -> None:
     names = sorted({point.experiment for point in points})
     if experiment and experiment not in names:
         raise UserError(f"experiment={experiment}: no record of it; there are {', '.join(names)}")
+    if compare:
+        own = [p for p in points if p.failure is None and experiment in ("", p.experiment)]
+        _compare(own, compare, directory)
+        return
     figures = find_spec("matplotlib") is not None
     if not figures:
         print(
@@ -92,6 +98,22 @@ def report(results: str, experiment: str = "") -> None:
         own = [point for point in points if point.experiment == name]
         _show(own, name)
         print(f"wrote {write(own, name, directory, figures=figures)}")
+
+
+def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
+    from deltalab.comparison import chosen, compare, documents, table
+    from deltalab.tables import markdown
+
+    if len(pair := [name.strip() for name in names.split(";")]) != 2:
+        raise UserError(f"compare={names!r}: must name two points, as 'A;B'")
+    try:
+        first, second = (chosen(points, name) for name in pair)
+        found = compare(documents(directory, first), documents(directory, second))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not found:
+        raise UserError(f"compare={names!r}: these points share no documents")
+    print(markdown(table(found, (first.label, second.label))))
 
 
 def _no_records(results: str, directory: Path) -> NoReturn:

@@ -90,7 +90,9 @@ def run(
     records.check_writable(results)
     record = records.redacted(header(point, settings, choices))
     try:
-        record |= {"status": "ok", "error": None, **evaluate(point)}
+        found, documents = evaluate(point)
+        records.write_documents(results, point.key, documents)
+        record |= {"status": "ok", "error": None, **found}
     except Exception as error:
         failure = {"type": type(error).__name__, "message": str(error)}
         with suppress(OSError):  # what went wrong first is what the user must hear
@@ -131,8 +133,12 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     )
 
 
-def evaluate(point: Point) -> records.Record:
-    """Open the pair, edit, approximate and measure: the fields of the record that were computed."""
+def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
+    """Open the pair, edit, approximate and measure.
+
+    Returns:
+        The fields of the record that were computed, and what every document scored, by metric.
+    """
     clock = Clock()
     with clock("open"):
         known = reference(
@@ -145,7 +151,7 @@ def evaluate(point: Point) -> records.Record:
         finite.check_edited(edited)
         touched = audit(pair, point.edit, extras, edited)
     with clock("term"):
-        found = known.engine.changes(
+        changes = known.engine.changes(
             point.edit,
             shift_from(pair.post, edited),
             {"select": point.select, "seed": point.seed},
@@ -158,12 +164,12 @@ def evaluate(point: Point) -> records.Record:
         with clock("evaluate"):
             scores = known.score(pair.module)
     value, error = change(known.post, measured)
-    terms = {name: term.as_record() for name, term in found.terms.items()}
-    return {
+    terms = {name: term.as_record() for name, term in changes.terms.items()}
+    found = {
         "touched": touched,
         "term": next(iter(terms.values()), None),
         "terms": terms,
-        "prediction": found.prediction,
+        "prediction": changes.prediction,
         "loss": {
             "objective": point.objective_name,
             "unit": loss.unit,
@@ -179,10 +185,11 @@ def evaluate(point: Point) -> records.Record:
             "post": dict(known.post_scores.metrics),
         },
         "class": classify(value, error),
-        "gradient_evaluations": found.gradient_evaluations,
+        "gradient_evaluations": changes.gradient_evaluations,
         "seconds": clock.seconds(),
         "peak_memory_bytes": peak_memory(),
     }
+    return found, {name: values.tolist() for name, values in scores.documents.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,12 +252,17 @@ def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:
 
 
 def paired(post: Scores, edited: Scores) -> dict[str, float]:
-    """Return the change of every evaluated loss with its paired standard error."""
+    """Return the change of every loss and score with its paired standard error.
+
+    The same examples were scored twice, so that the error is that of their differences.
+    """
     metrics: dict[str, float] = {}
-    for task, losses in edited.losses.items():
-        ones = torch.ones_like(losses)
-        value, error = change(Measured(post.losses[task], ones), Measured(losses, ones))
-        metrics |= {f"{task}/loss_change": value, f"{task}/loss_change_error": error}
+    sides = ("{}/loss", post.losses, edited.losses), ("{}", post.documents, edited.documents)
+    for title, before, after in sides:
+        for key, values in after.items():
+            ones, name = torch.ones_like(values), title.format(key)
+            value, error = change(Measured(before[key], ones), Measured(values, ones))
+            metrics |= {f"{name}_change": value, f"{name}_change_error": error}
     return metrics
 
 

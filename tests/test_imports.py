@@ -41,7 +41,7 @@ LAYERS = (
         "annotations",
         "judges",
     ),
-    ("audit", "figures", "stream"),
+    ("audit", "comparison", "figures", "stream"),
     ("report", "run"),
     ("preview",),
     ("cli",),
@@ -90,6 +90,7 @@ def test_the_package_never_imports_the_experiments():
 
 def test_reports_need_neither_torch_nor_the_machinery():
     light = {"outcomes", "tables", "figures", "report", "console", "records", "reading", "summary"}
+    light |= {"comparison"}
     for module, path in sources():
         if module in light:
             assert set(imported(path)) <= light
