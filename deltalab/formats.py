@@ -73,7 +73,9 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[Found]:
                 raise ValueError(f"{where}: more values than the header has names")
             yield where, dict(fields)
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not valid CSV ({plain(error)})") from None
+        raise ValueError(
+            f"{path}:{reader.reader.line_num}: not valid CSV ({plain(error)})"
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[Found]:

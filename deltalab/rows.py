@@ -95,10 +95,11 @@ def read(
     place = _packaged(path) if path.startswith("package:") else _in_directory(path, split)
     if place.is_file():
         rows = [Row(*found) for found in islice(formats.rows(place), limit)]
-    elif place.is_dir() or _is_id(path):
+    elif _is_clone(place, config) if place.is_dir() else _is_id(path):
         rows = _data_set(str(place) if place.is_dir() else path, config, split, limit)
     else:
-        raise FileNotFoundError(f"data.path={path}: no such file or directory")
+        what = f"no file {split} or data set in it" if place.is_dir() else "no such file"
+        raise FileNotFoundError(f"data.path={path}: {what}")
     if not rows:
         raise ValueError(f"data.path={path}: no rows in it")
     return rows
@@ -131,12 +132,21 @@ def _is_id(path: str) -> bool:
 
 def _in_directory(path: str, split: str | None) -> Path:
     """Return a path, or the one file that a directory holds for a split, if there is one."""
-    place = Path(path).expanduser()
     try:
-        within = [place / f"{split}{ending}" for ending in formats.ENDINGS] if split else []
-        return next((file for file in within if place.is_dir() and file.is_file()), place)
-    except (OSError, ValueError) as error:
+        place = Path(path).expanduser()
+        within = [place / f"{split}{ending}" for ending in formats.ENDINGS if place.is_dir()]
+        return next((file for file in within if file.is_file()), place)
+    except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(f"data.path={path}: {formats.plain(error)}") from None
+
+
+def _is_clone(place: Path, config: str | None) -> bool:
+    """Whether a directory looks like a data set's: to search any other may take minutes."""
+    card = place / "README.md"
+    if card.is_file() and card.open("rb").read(3) == b"---":
+        return True
+    within = (place / part for part in ("", "data", config or ""))
+    return any(f.name.endswith(formats.ENDINGS) for part in within for f in part.glob("*"))
 
 
 def _data_set(path: str, config: str | None, split: str | None, limit: int | None) -> list[Row]:
