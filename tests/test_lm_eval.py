@@ -1,9 +1,9 @@
-"""lm-eval in memory: the command line's documents, prompts, local data, mistakes, vLLM's plumbing."""
+"""lm-eval in memory: the command line's documents, stops, local data, mistakes, vLLM."""
 
 import copy
 import json
-import logging
 import random
+import socket
 import sys
 from pathlib import Path
 
@@ -174,3 +174,372 @@ def test_documents_are_those_of_the_command_line(pair, zoo, tmp_path, monkeypatc
     again = score(pair.module)
     assert again.metrics == before.metrics != scores.metrics
     assert 0 < before.metrics["tiny_gsm/exact_match_strict"] < 1
+
+
+def stock(module, tokenizer, batch_size):
+    from lm_eval.models.huggingface import HFLM
+
+    with hflm.quiet():
+        return HFLM(
+            pretrained=module,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            max_length=CONTEXT,
+        )
+
+
+@pytest.mark.parametrize(
+    "stops", [["Question:", "</s>"], ["pens", "#"], [" = ", "."], ["\n", "1 "]]
+)
+def test_rows_stop_where_lm_eval_would_stop_each_alone(trained, tokenizer, stops):
+    from lm_eval.api.instance import Instance
+
+    texts = [f"Question: {problem(n)['question']}\nAnswer:" for n in range(20, 28)]
+    settings = {"until": stops, "do_sample": False, "max_gen_toks": 40}
+    asked = [
+        Instance("generate_until", {}, (text, copy.deepcopy(settings)), n, ("t", n, 1))
+        for n, text in enumerate(texts)
+    ]
+    with hflm.quiet():
+        alone = stock(trained, tokenizer, 1).generate_until(asked, disable_tqdm=True)
+    steps = []
+    handle = trained.register_forward_hook(lambda *_: steps.append(1))
+    with hflm.wrapper(trained, copy.deepcopy(tokenizer), CONTEXT, 8)(trained) as lm:
+        assert lm.generate_until(asked) == alone
+    handle.remove()
+    longest = max(len(tokenizer.encode(text)) for text in alone)
+    assert len(steps) <= longest + 4  # the batch ends with its last row
+    assert len(set(alone)) > 1
+
+
+def test_a_token_that_cannot_complete_a_stop_is_not_decoded(tokenizer):
+    closing = hflm.closing_tokens(tokenizer, ("Question:", "</s>", "x "), len(tokenizer) + 3)
+    colon, eos = tokenizer.encode(":")[0], tokenizer.eos_token_id
+    assert closing[:, colon].tolist() == [True, False, True]
+    assert closing[:, eos].tolist() == [False, True, True]
+    assert closing[:, -3:].all()
+    assert closing[0].float().mean() < 0.6  # lone bytes of longer characters may complete any
+
+
+def test_a_head_apart_from_its_embedding_stays_apart(pair, zoo, tmp_path):
+    module = pair.module
+    with torch.no_grad():
+        head = torch.nn.Parameter(module.lm_head.weight * 0)
+    module.lm_head.weight = head
+    scores = LmEval(("tiny_likelihood",)).open(pair)(module)
+    assert module.lm_head.weight is head
+    tokens = torch.tensor(
+        [len(pair.transform.tokenizer.encode(f" {problem(n)['answer']}")) for n in range(12)]
+    )
+    expected = tokens.double() * torch.tensor(len(pair.transform.tokenizer)).double().log()
+    assert torch.allclose(scores.documents["tiny_likelihood/nats"], expected, rtol=1e-5)
+    vllm.write(module, pair.transform.tokenizer, str(tmp_path / "apart"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "apart")
+    assert not again.lm_head.weight.any()
+    assert again.model.embed_tokens.weight.any()
+    assert module.config.tie_word_embeddings
+
+
+CHOICE = """
+task: {name}
+custom_dataset: !function deltalab.evaluators.embedded.choices
+output_type: multiple_choice
+test_split: test
+fewshot_split: test
+doc_to_text: "{prefix}{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.fixture
+def include(tmp_path):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for name in ("left", "right"):
+        (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, prefix=f"{name}: "))
+    (folder / "both.yaml").write_text(
+        "group: both\ntask: [left, right]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    (folder / "plain.yaml").write_text("group: plain\ntask: [left, right]\n")
+    (folder / "broken.yaml").write_text("task: broken\ndoc_to_text: [\n")
+    (folder / "runs.yaml").write_text(CHOICE.format(name="runs", prefix="") + "unsafe_code: true\n")
+    return str(folder)
+
+
+def test_groups_are_scored_over_all_their_documents(pair, zoo, include):
+    score = LmEval(("both", "plain"), include=(include,), limit=5).open(pair)
+    scores = score(pair.module)
+    assert list(scores.documents) == ["both/acc", "left/acc", "right/acc"]
+    parts = [scores.documents[f"{name}/acc"] for name in ("left", "right")]
+    assert torch.equal(scores.documents["both/acc"], torch.cat(parts))
+    assert scores.metrics["both/acc"] == pytest.approx(float(torch.cat(parts).mean()))
+
+
+def test_several_shot_counts_in_one_run(pair, zoo, include):
+    task = {"left": {"shots": [0, 2], "metrics": ["acc"]}, "right": {"shots": 1, "limit": 3}}
+    spec = LmEval(task, include=(include,), limit=4)
+    score = spec.open(pair)
+    first = score(pair.module)
+    assert list(first.documents) == ["left/0shot/acc", "left/2shot/acc", "right/acc"]
+    assert [len(d) for d in first.documents.values()] == [4, 4, 3]
+    assert score(pair.module).metrics == first.metrics
+    prompts = {}
+    for run in lm_tasks.load(spec):
+        prepared = lm_requests.prepare(run, None, multiturn=False, seed=1234)
+        for entry in run.entries:
+            prompts[entry.label] = prepared.requests[entry.reported][0].args[0]
+    assert prompts["left/0shot"].count("left: ") == 1
+    assert prompts["left/2shot"].count("left: ") == 3
+    assert prompts["right"].count("right: ") == 2
+    deviation = first.documents["left/2shot/acc"].std() / 2
+    assert first.metrics["left/2shot/acc_error"] == pytest.approx(float(deviation))
+
+
+def test_tasks_are_built_once_and_global_generators_left_alone(pair, zoo):
+    spec = LmEval(TINY, limit=2)
+    random.seed(7), torch.manual_seed(7)
+    expected = random.random(), torch.rand(1)
+    random.seed(7), torch.manual_seed(7)
+    score = spec.open(pair)
+    runs = lm_tasks.load(spec)
+    score(pair.module), score(pair.module)
+    assert lm_tasks.load(LmEval(TINY, limit=2)) is runs
+    assert (random.random(), torch.rand(1)) == expected
+
+
+def test_prompts_in_the_chat_template_are_lm_evals(pair, tokenizer, zoo, include):
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = (
+        "{% for m in messages %}<s>{{m['role']}}: {{m['content']}}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    run = lm_tasks.load(LmEval({"left": {"shots": 2}}, include=(include,)))[0]
+    for multiturn in (True, False):
+        ours = lm_requests.prepare(run, chatty, multiturn, 1234).requests["left"]
+        task = run.tasks["left"]
+        task.set_fewshot_seed(1234)
+        with hflm.quiet():
+            type(task).build_all_requests(
+                task,
+                apply_chat_template=True,
+                fewshot_as_multiturn=multiturn,
+                chat_template=stock(pair.module, chatty, 1).apply_chat_template,
+            )
+        assert [r.args for r in ours] == [r.args for r in task.instances]
+    plain = lm_requests.prepare(run, None, False, 1234).requests["left"][0].args[0]
+    assert "assistant" in ours[0].args[0]
+    assert "assistant" not in plain
+    with pytest.raises(ValueError, match="evaluator.chat=True: the tokenizer has no chat template"):
+        LmEval(("left",), include=(include,), chat=True).open(pair)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@needs_data
+def test_local_gsm8k_has_the_prompts_of_the_stock_file(pair, offline):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    spec = LmEval({"gsm8k": {"shots": 5}}, limit=3, data_dir=str(SHARED))
+    run = lm_tasks.load(spec)[0]
+    ours = lm_requests.prepare(run, None, False, 1234).requests["gsm8k"]
+    stock_file = load_yaml(Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml")
+    files = {split: str(SHARED / "gsm8k" / f"{split}.jsonl") for split in ("train", "test")}
+    changed = {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+    }
+    with hflm.quiet():
+        manager = TaskManager(include_defaults=False, include_path=[])
+        theirs = manager.load([{**stock_file, **changed}])["tasks"]["gsm8k"]
+        theirs.set_fewshot_seed(1234)
+        theirs.build_all_requests(limit=3)
+    assert [r.args for r in ours] == [r.args for r in theirs.instances]
+    assert ours[0].args[0].count("Question:") == 6
+    assert len(list(run.tasks["gsm8k"].eval_docs)) == 1319
+
+
+@needs_data
+def test_local_truthfulqa_scores(pair, offline, caplog):
+    spec = LmEval(("truthfulqa_mc1", "truthfulqa_mc2"), limit=3, data_dir=str(SHARED))
+    scores = spec.open(pair)(pair.module)
+    assert [len(d) for d in scores.documents.values()] == [3, 3]
+    assert 0 < scores.metrics["truthfulqa_mc2/acc"] < 1
+    assert "truthfulqa_mc1: " in caplog.text
+    assert "prompts are longer than the 257 tokens that the context of 256 leaves" in caplog.text
+
+
+def test_embedded_tasks_use_gsm8ks_own_filters():
+    import lm_eval
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    stock_file = load_yaml(Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml")
+    tiny = load_yaml(lm_tasks.EMBEDDED / "tiny_gsm.yaml")
+    for key in ("metric_list", "filter_list", "doc_to_text", "doc_to_target", "output_type"):
+        assert tiny[key] == stock_file[key]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ()}, "evaluator.tasks: empty"),
+        ({"tasks": {"a": {"shot": 5}}}, r"a.shot=5: no such setting; did you mean .*a.shots\?"),
+        ({"tasks": {"a": {"shots": -1}}}, "a.shots=-1: must be a count"),
+        ({"tasks": {"a": {"shots": [5, 5]}}}, "different counts"),
+        ({"tasks": {"a": {"limit": 0}}}, "a.limit=0: must be a whole number"),
+        ({"tasks": {"a": 5}}, "a=5: must be a mapping"),
+        ({"tasks": ("a",), "batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"tasks": ("a",), "batch_size": "many"}, "batch_size=many: must be a number or auto"),
+        ({"tasks": ("a",), "backend": "tpu"}, "backend=tpu: must be hf or vllm"),
+        (
+            {"tasks": ("humaneval",)},
+            "run_code=false: humaneval runs the code that the model writes",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LmEval(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ("tiny_gms",)}, r"tasks.tiny_gms: no such task; did you mean tiny_gsm\?"),
+        ({"tasks": ("runs",)}, "run_code=false: runs runs the code that the model writes"),
+        ({"tasks": ("broken",)}, r"broken.yaml: not a task file"),
+        ({"tasks": {"left": {"metrics": "f1"}}}, "left has no f1; it has acc"),
+        ({"tasks": {"both": {"metrics": "f1"}}}, "both has no f1; it has acc"),
+        ({"tasks": {"tiny_gsm": {"metrics": ["exact"]}}}, "exact_match_strict, exact_match_flexi"),
+        ({"tasks": {"tiny_gsm": {"shots": 5}}}, "shots=5: tiny_gsm is defined without examples"),
+        ({"tasks": {"left": {"shots": 50}}}, "left.shots=50: its data hold 12 examples"),
+        ({"tasks": ("tiny_gsm",), "max_new_tokens": 256}, "256 tokens .* the context holds 256"),
+        ({"tasks": ("gsm8k",), "data_dir": "nowhere"}, "data_dir=nowhere: no such directory"),
+        ({"tasks": ("gsm8k",), "data_dir": "."}, "no directory gsm8k in it for the task gsm8k"),
+        ({"tasks": ("left",), "include": ("nowhere",)}, "include=nowhere: no such directory"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(pair, zoo, include, settings, message, monkeypatch):
+    monkeypatch.chdir(zoo)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        LmEval(**{"include": (include,), **settings}).open(pair)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_split_and_a_missing_package_are_named(pair, tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(json.dumps(problem(0)) + "\n")
+    with pytest.raises(
+        FileNotFoundError, match="no test.jsonl, .json, .csv or .parquet in .*gsm8k"
+    ):
+        LmEval(("gsm8k",), data_dir=str(tmp_path)).open(pair)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="test.jsonl:1: not valid JSON"):
+        LmEval(("gsm8k",), data_dir=str(tmp_path)).open(pair)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.ifeval.utils", raising=False)
+    with pytest.raises(ValueError, match=r"tasks.ifeval: needs the package langdetect"):
+        LmEval(("ifeval",)).open(pair)
+
+
+def test_long_prompts_are_counted(pair, zoo, caplog):
+    LmEval(("tiny_gsm",), max_new_tokens=CONTEXT - 20).open(pair)
+    assert "tiny_gsm: 12 of 12 prompts are longer than the 20 tokens" in caplog.text
+    caplog.clear()
+    LmEval(("tiny_gsm",)).open(pair)
+    assert not caplog.text
+
+
+class Standin:
+    """What vLLM is to lm-eval, without vLLM: it reads the directory and answers by rote."""
+
+    def __new__(cls, directory, context, batch_size, seed, fail=False):
+        from lm_eval.api.model import LM
+
+        class Rote(LM):
+            def loglikelihood(self, requests):
+                if fail:
+                    raise RuntimeError("out of memory")
+                self.module = AutoModelForCausalLM.from_pretrained(directory)
+                return [(-float(r.idx), False) for r in requests]
+
+            def loglikelihood_rolling(self, requests):
+                raise NotImplementedError
+
+            def generate_until(self, requests):
+                return ["#### 7"] * len(requests)
+
+        return Rote()
+
+
+def test_vllm_gets_the_edited_model_and_its_directory_goes_away(pair, zoo, monkeypatch):
+    seen = []
+
+    def start(directory, *settings):
+        seen.append((Path(directory), settings))
+        assert (Path(directory) / "tokenizer.json").is_file()
+        saved = AutoModelForCausalLM.from_pretrained(directory)
+        for name, tensor in saved.state_dict().items():
+            assert torch.equal(tensor, pair.pre[name])
+        return Standin(directory, *settings)
+
+    monkeypatch.setattr(vllm, "start", start)
+    score = LmEval(TINY, backend="vllm").open(pair)
+    with loaded(pair.module, pair.pre, restore=pair.post):
+        scores = score(pair.module)
+    assert scores.metrics["tiny_choice/acc"] == 0  # the first choice is the likeliest, never right
+    assert seen[0][1] == (CONTEXT, 32, 1234)
+    monkeypatch.setattr(vllm, "start", lambda *a: seen.append((Path(a[0]),)) or Standin(*a, True))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        LmEval(TINY, backend="vllm").open(pair)(pair.module)
+    assert len(seen) == 2
+    assert not any(directory.exists() for directory, *_ in seen)
+
+
+def test_vllm_missing_is_said_before_anything_runs(pair, zoo, monkeypatch):
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="backend=vllm: needs the package vllm"):
+        LmEval(TINY, backend="vllm").open(pair)
+
+
+def test_every_choice_of_tasks_composes():
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from deltalab.run import build
+    from deltalab.settings import conf_dir
+
+    folder = conf_dir() / "evaluator" / "tasks"
+    built = {}
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for path in sorted(folder.glob("*.yaml")):
+            chosen = [f"evaluator/tasks={path.stem}", "evaluator.run_code=true"]
+            if path.stem == "none":
+                chosen.append("+evaluator.tasks.mine={shots: 3}")
+            cfg = compose("config", ["evaluator=lm_eval", *chosen])
+            node = OmegaConf.to_container(cfg.evaluator, resolve=True)
+            built[path.stem] = build(node, "evaluator")
+    assert {t.name: t.shots for t in built["paper"].tasks} == {
+        "arc_challenge": (25,),
+        "gsm8k": (5,),
+        "hellaswag": (10,),
+        "humaneval": (0,),
+        "ifeval": (0,),
+        "mmlu": (5,),
+        "truthfulqa_mc2": (0,),
+        "winogrande": (5,),
+    }
+    assert built["none"].tasks[0].shots == (3,)
+    assert len({hash(spec) for spec in built.values()}) == len(built)

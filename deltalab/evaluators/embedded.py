@@ -24,7 +24,7 @@ def choices(**_: Any) -> Any:
 def _data(name: str) -> Any:
     import datasets
 
-    return datasets.DatasetDict(test=datasets.Dataset.from_list(list(read(ZOO / name))))
+    return datasets.DatasetDict(test=datasets.Dataset.from_list(read(ZOO / name)))
 
 
 def answer_loss(doc: Any, results: Any) -> dict[str, float]:

@@ -1,17 +1,19 @@
 """Where tasks read their data: a local directory in place of the hub, and the embedded files."""
 
 import csv
-import json
+import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+from deltalab import formats
+
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _USUAL = re.compile(r"(auxiliary_)?(train|test|valid|dev)")
+_CORRECT, _INCORRECT = "Correct Answers", "Incorrect Answers"
 _FORMATS = ("json", "csv", "parquet", "arrow", "text", "pandas")
 
 
@@ -56,43 +58,39 @@ class Local:
         """Return the documents of a split, none where there is no file of it."""
         places = [self.place / name] if name else []
         for place in (*places, self.place / "data", self.place):
-            files = sorted(p for p in place.glob("*") if p.suffix in _ENDINGS)
-            own = [p for p in files if p.stem == split or p.stem.startswith(f"{split}-")]
-            if not own and len(files) == 1 and not _USUAL.match(files[0].stem):
+            files = sorted(p for p in place.glob("*") if p.name.endswith(formats.ENDINGS))
+            own = [p for p in files if p.name.startswith((f"{split}.", f"{split}-"))]
+            if not own and len(files) == 1 and not _USUAL.match(files[0].name):
                 own = files
             if own:
                 return [_document(row) for path in own for row in read(path)]
         return []
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file.
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; TruthfulQA's CSV had Chinese quotation marks for some years.
 
     Raises:
         ValueError: the file is not what its ending says.
     """
-    if path.suffix == ".parquet":
-        from pyarrow.parquet import read_table  # type: ignore[import-untyped]
-
-        yield from read_table(path).to_pylist()
-        return
-    with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
-            return
-        texts = [file.read()] if path.suffix == ".json" else list(file)
-    for number, text in enumerate(texts, 1):
+    try:
+        return [fields for _, fields in formats.rows(path)]
+    except ValueError:
+        if path.suffix != ".csv":
+            raise
         try:
-            found = json.loads(text) if text.strip() else []
-        except json.JSONDecodeError as error:
-            where = f", line {number}" if path.suffix == ".jsonl" else ""
-            raise ValueError(f"{path}{where}: not valid JSON ({error})") from None
-        yield from found if isinstance(found, list) else [found]
+            text = path.read_bytes().decode("gb18030")
+        except UnicodeDecodeError:
+            text = ""
+        found = list(csv.DictReader(io.StringIO(text, newline="")))
+        if not found or not all(_INCORRECT in row and _CORRECT in row for row in found):
+            raise
+        return found
 
 
 def _document(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row as the hub has it: TruthfulQA's own CSV becomes its multiple-choice form."""
-    return multiple_choice(row) if "Incorrect Answers" in row else row
+    return multiple_choice(row) if _INCORRECT in row else row
 
 
 def multiple_choice(row: Mapping[str, str]) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def multiple_choice(row: Mapping[str, str]) -> dict[str, Any]:
     """
     right, wrong = (
         list(dict.fromkeys(a.strip() for a in row[column].split(";") if a.strip()))
-        for column in ("Correct Answers", "Incorrect Answers")
+        for column in (_CORRECT, _INCORRECT)
     )
     best = row["Best Answer"].strip()
 

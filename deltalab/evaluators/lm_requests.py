@@ -1,7 +1,7 @@
 """The requests of lm-eval's tasks: built once for a pair, asked again of every edit."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -102,24 +102,27 @@ def chat(tokenizer: Any) -> Callable[..., str]:
     return render
 
 
-def too_long(runs: Sequence[Prepared], tokenizer: Any, context: int) -> Iterator[str]:
-    """Yield a line for every task of which lm-eval would silently cut prompts.
+def too_long(runs: Sequence[Prepared], tokenizer: Any, context: int) -> list[str]:
+    """Return a line for every task of which lm-eval would silently cut prompts.
 
     Raises:
         ValueError: the context cannot hold what is to be generated.
     """
+    lines = []
     for run in runs:
         for name, requests in run.requests.items():
             cut, room = 0, math.inf
             for request in requests:
                 text, room = _text_and_room(name, request, context)
                 if len(text.encode()) >= room:  # a token has at least one byte
-                    cut += len(tokenizer.encode(text)) > room
+                    with quiet():
+                        cut += len(tokenizer.encode(text)) > room
             if cut:
-                yield (
+                lines.append(
                     f"{name}: {cut} of {len(requests)} prompts are longer than the {room:.0f}"
                     f" tokens that the context of {context} leaves; their beginnings are cut off"
                 )
+    return lines
 
 
 def _text_and_room(name: str, request: Any, context: int) -> tuple[str, float]:

@@ -188,11 +188,9 @@ def _built(index: Any, spec: Any, task: Asked) -> Any:
         raise ValueError(
             f"{where}: needs the package {error.name}, which is not installed"
         ) from None
-    except FileNotFoundError as error:
-        if spec.data_dir is not None:
-            raise
-        raise ValueError(f"{where}: {lm_data.unreachable(entry, error)}") from None
     except Exception as error:  # of whatever library reads the data
+        if spec.data_dir is not None and isinstance(error, OSError | ValueError):
+            raise
         raise ValueError(f"{where}: {lm_data.unreachable(entry, error)}") from error
 
 

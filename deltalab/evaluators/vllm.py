@@ -62,8 +62,15 @@ def room(size: int) -> str | None:
 
 
 def write(module: Any, tokenizer: Any, directory: str) -> None:
-    """Write a module of transformers and its tokenizer."""
-    module.save_pretrained(directory)
+    """Write a module and its tokenizer; a head that an edit has set apart stays apart."""
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    tied = module.config.tie_word_embeddings
+    if head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
+        module.config.tie_word_embeddings = False
+    try:
+        module.save_pretrained(directory)
+    finally:
+        module.config.tie_word_embeddings = tied
     tokenizer.save_pretrained(directory)
 
 
