@@ -1,0 +1,142 @@
+"""A causal language model of transformers: its configuration, its module, and the weights in it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltalab.headers import plain
+from deltalab.models import hub
+from deltalab.models.aligned import fill, matched, paired
+from deltalab.text import Encoder
+from deltalab.weights import Checkpoint, ModelPair, mixed_dtypes
+
+log = logging.getLogger(__name__)
+_OF_NO_EFFECT = {
+    "_name_or_path", "_model_name_or_path", "architectures", "attention_dropout", "auto_map",
+    "bos_token_id", "dtype", "eos_token_id", "initializer_range", "max_position_embeddings",
+    "pad_token_id", "pretraining_tp", "tie_word_embeddings", "torch_dtype", "transformers_version",
+    "unk_token_id", "use_cache", "vocab_size",
+}  # fmt: skip
+"""Fields of a configuration in which two models of one architecture may differ."""
+
+
+def filled(
+    module: nn.Module, pre: Checkpoint, post: Checkpoint, mismatch: str, encoder: Encoder
+) -> ModelPair:
+    """Fill a module with the post-trained weights and return the pair around it.
+
+    The checkpoints are read tensor by tensor; the module holds the only copy in memory.
+
+    Raises:
+        ValueError: the checkpoints fit neither the module nor each other.
+    """
+    if line := mixed_dtypes(pre, post):
+        log.warning(line)
+    new = matched(module, post, "model.post")
+    old = matched(module, pre, "model.pre")
+    dtype = next(module.parameters()).dtype
+    weights = paired(old, new, mismatch, dtype)
+    fill(module, new)
+    return ModelPair(pre=weights[0], post=weights[1], module=module, transform=encoder)
+
+
+def configuration(path: Path, setting: str, code: bool = False) -> Any:
+    """Return the configuration in a directory; no code that comes with it is run, unless asked.
+
+    Args:
+        path: the directory.
+        setting: the setting that names it, for messages.
+        code: whether Python code that the directory holds or names may be run.
+
+    Raises:
+        FileNotFoundError: no `config.json`.
+        ValueError: one that transformers does not read, or of quantised weights.
+    """
+    from transformers import AutoConfig
+
+    content = hub.described_by(path)
+    if not content:
+        adapter = (path / "adapter_config.json").is_file()
+        hint = "an adapter; merge it into its model and save that" if adapter else "no config.json"
+        raise FileNotFoundError(f"{setting}={path}: {hint}")
+    if "quantization_config" in content:
+        raise ValueError(
+            f"{setting}={path}: its weights are quantised, which no edit applies to; name the"
+            " checkpoint that was quantised"
+        )
+    if code:
+        log.warning(
+            "model.trust_remote_code=true: the classes of configuration, model and tokenizer that"
+            " auto_map names in %s may run any code",
+            path,
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=code)
+    except Exception as error:  # a configuration is read by code that raises what it likes
+        if "auto_map" in content and not code:
+            raise ValueError(
+                f"{setting}={path}: a model with code of its own, which is not run unless"
+                " model.trust_remote_code=true"
+            ) from None
+        raise ValueError(f"{setting}={path}: config.json: {_line(error)}") from None
+    config._attn_implementation = None  # the file could name code on the hub
+    return config
+
+
+def architecture(config: Any, dtype: str, device: str, attn: str | None, code: bool) -> Any:
+    """Return the module of a configuration in evaluation mode, its weights not yet filled.
+
+    Nothing is initialised but the buffers that no checkpoint holds, such as rotary tables.
+
+    Raises:
+        ValueError: no causal language model, or transformers refuses the settings.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn}
+    try:
+        with no_init_weights(), torch.device(device):
+            module = AutoModelForCausalLM.from_config(config, trust_remote_code=code, **options)
+    except (ValueError, ImportError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"model.post: transformers makes no causal language model of its config.json"
+            f" ({_line(error)})"
+        ) from None
+    module.tie_weights()
+    return module.eval()
+
+
+def generation(module: Any, path: Path) -> None:
+    """Give a module the generation settings beside its weights: where an answer ends, above all."""
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        try:
+            module.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # as for a configuration
+            raise ValueError(f"{path}/generation_config.json: {_line(error)}") from None
+
+
+def differences(pre: dict[str, Any], post: dict[str, Any]) -> str | None:
+    """Return the line to warn with where two configurations compute differently.
+
+    >>> differences({"rope_theta": 1e4, "vocab_size": 8}, {"rope_theta": 1e6, "vocab_size": 9})
+    'config.json of model.pre and model.post differ in rope_theta: both run with that of model.post'
+    """
+    shared = (pre.keys() & post.keys()) - _OF_NO_EFFECT
+    found = sorted(name for name in shared if pre[name] != post[name])
+    if not found:
+        return None
+    return (
+        f"config.json of model.pre and model.post differ in {plain(', '.join(found)[:200])}: both"
+        " run with that of model.post"
+    )
+
+
+def _line(error: Exception) -> str:
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return plain(" ".join(line.strip() for line in lines if line.strip())[:200])

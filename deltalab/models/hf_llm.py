@@ -1,0 +1,137 @@
+"""Pairs of causal language models in the Hugging Face layout, from directories or the hub."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltalab.models import hub, vocabulary
+from deltalab.models.aligned import MISMATCH
+from deltalab.models.causal import architecture, configuration, differences, filled, generation
+from deltalab.models.timm_vit import device_of
+from deltalab.text import Encoder
+from deltalab.weights import Checkpoint, ModelPair
+
+log = logging.getLogger(__name__)
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+ATTENTION = (None, "eager", "sdpa", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class HfPair:
+    """Any causal language model of transformers, with a pre- and a post-trained checkpoint.
+
+    Architecture, tokenizer and generation settings are those of the post-trained model.
+
+    Args:
+        pre: a directory, a safetensors file, or a hub id.
+        post: a directory or a hub id, post-trained from `pre`.
+        dtype: the dtype in which the model is evaluated.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        attn: the implementation of attention: `eager`, `sdpa` or `flash_attention_2`; None lets
+            transformers choose.
+        pre_revision: branch, tag or commit, where `pre` is a hub id.
+        post_revision: likewise of `post`.
+        tokenizer: a directory or a hub id, where it is not the post-trained model's own.
+        chat: whether prompts are wrapped in the tokenizer's chat template.
+        context: the most tokens that a sequence may have; what the model allows when None.
+        mismatch: where the vocabularies differ: "error", or "keep_post" to leave embeddings and
+            head as the post-trained model has them.
+        trust_remote_code: whether Python code that comes with the models may be run.
+
+    Raises:
+        ValueError: a setting is none of those.
+    """
+
+    pre: str
+    post: str
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    attn: str | None = None
+    pre_revision: str | None = None
+    post_revision: str | None = None
+    tokenizer: str | None = None
+    chat: bool = False
+    context: int | None = None
+    mismatch: str = "error"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"dtype": DTYPES, "attn": ATTENTION, "mismatch": MISMATCH}
+        for name, allowed in choices.items():
+            if (given := getattr(self, name)) not in allowed:
+                words = ", ".join(word or "null" for word in allowed)
+                raise ValueError(f"model.{name}={given}: must be one of {words}")
+        if self.context is not None and self.context < 2:
+            raise ValueError(f"model.context={self.context}: must be at least 2 tokens")
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """Fingerprints of both models; the tokenizer's is part of the second."""
+        post = hub.identity(self.post, "model.post", self.post_revision)
+        if self.tokenizer is not None:
+            own = hub.identity(self.tokenizer, "model.tokenizer")
+            post = hashlib.sha256(f"{post}{own}".encode()).hexdigest()[:16]
+        return hub.identity(self.pre, "model.pre", self.pre_revision), post
+
+    @property
+    def checkpoints(self) -> tuple[Path, Path]:
+        """The local paths of both models, fetched from the hub if need be."""
+        code = self.trust_remote_code
+        return (
+            hub.directory(self.pre, "model.pre", self.pre_revision, code),
+            hub.directory(self.post, "model.post", self.post_revision, code),
+        )
+
+    def open(self) -> ModelPair:
+        """Return the pair; consecutive calls with an equal spec share it."""
+        return _open(self)
+
+    def skeleton(self) -> nn.Module:
+        """Return the architecture on the meta device: names and shapes, no memory."""
+        code = self.trust_remote_code
+        post = hub.described(self.post, "model.post", self.post_revision, code)
+        config = configuration(post, "model.post", code)
+        module: nn.Module = architecture(config, self.dtype, "meta", "eager", code)
+        return module
+
+
+@lru_cache(maxsize=1)
+def _open(spec: HfPair) -> ModelPair:
+    device = device_of(spec.device)
+    pre, post = spec.checkpoints
+    code = spec.trust_remote_code
+    config = configuration(post, "model.post", code)
+    if line := differences(hub.described_by(pre), hub.described_by(post)):
+        log.warning(line)
+    encoder = _encoder(spec, pre, post, config)
+    module = architecture(config, spec.dtype, device, spec.attn, code)
+    pair = filled(module, Checkpoint(pre), Checkpoint(post), spec.mismatch, encoder)
+    generation(module, post)
+    if line := vocabulary.beyond(encoder.tokenizer, module.get_input_embeddings().weight.shape[0]):
+        log.warning(line)
+    return pair
+
+
+def _encoder(spec: HfPair, pre: Path, post: Path, config: Any) -> Encoder:
+    """Open the tokenizer and hold it against that of the pre-trained model, if it has one."""
+    place, setting = post, "model.post"
+    if spec.tokenizer is not None:
+        setting = "model.tokenizer"
+        place = hub.tokenizer(spec.tokenizer, setting, code=spec.trust_remote_code)
+    tokenizer = vocabulary.opened(place, setting, spec.trust_remote_code)
+    if vocabulary.has_tokenizer(pre) and not _same_file(pre, place, "tokenizer.json"):
+        other = vocabulary.opened(pre, "model.pre", spec.trust_remote_code)
+        vocabulary.check_same(other, tokenizer)
+    return Encoder(
+        tokenizer, vocabulary.context_of(config, tokenizer, spec.context), chat=spec.chat
+    )
+
+
+def _same_file(one: Path, other: Path, name: str) -> bool:
+    files = one / name, other / name
+    return all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes()

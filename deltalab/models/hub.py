@@ -1,0 +1,203 @@
+"""Where a model's files are: a local directory, or a snapshot of a repository on the hub."""
+
+import hashlib
+import json
+import logging
+import re
+import socket
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from deltalab.weights import fingerprint
+
+AROUND = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""The files beside the weights that determine what a language model computes."""
+
+_BESIDE = ["*.json", "*.txt", "*.model", "*.jinja"]
+_IGNORED = ["*/*", "consolidated*"]  # the same weights again, in another layout
+
+
+def directory(source: str, setting: str, revision: str | None = None, code: bool = False) -> Path:
+    """Return the path of a checkpoint, fetched from the hub where it is not a local one.
+
+    Of a repository, safetensors are fetched with the configuration and tokenizer files; PyTorch's
+    own files only where there are no safetensors; Python files only with `code`.
+
+    Args:
+        source: a directory, a file, or a hub id (`org/name`).
+        setting: the setting's name, for messages.
+        revision: branch, tag or commit of a hub id; the main branch when None.
+        code: whether the repository's own Python code is wanted.
+
+    Raises:
+        FileNotFoundError: neither a local path nor a repository that the hub hands out.
+        ValueError: a revision of a local path.
+    """
+    if (path := _local(source, setting, revision)) is not None:
+        return path
+    from huggingface_hub import snapshot_download
+
+    kinds = [*_BESIDE, *(["*.py"] if code else [])]
+    fetch = partial(snapshot_download, source, revision=revision, ignore_patterns=_IGNORED)
+    path = Path(_asked(fetch, source, setting, allow_patterns=["*.safetensors", *kinds]))
+    if not any(path.glob("*.safetensors")):
+        path = Path(_asked(fetch, source, setting, allow_patterns=["pytorch_model*", *kinds]))
+    return path
+
+
+def described(source: str, setting: str, revision: str | None, code: bool = False) -> Path:
+    """Return a directory that holds the configuration: of a hub id nothing else is fetched.
+
+    Raises:
+        FileNotFoundError: as for `directory`.
+        ValueError: likewise.
+    """
+    if (path := _local(source, setting, revision)) is not None:
+        return path
+    file = _fetched(source, setting, revision, "config.json")
+    if code:  # the code beside it too
+        return directory(source, setting, revision, code)
+    return file.parent
+
+
+def tokenizer(source: str, setting: str, code: bool = False) -> Path:
+    """Return a directory that holds a tokenizer: of a hub id nothing large is fetched.
+
+    Raises:
+        FileNotFoundError: as for `directory`.
+    """
+    if (path := _local(source, setting, None)) is not None:
+        return path
+    from huggingface_hub import snapshot_download
+
+    kinds = [*_BESIDE, *(["*.py"] if code else [])]
+    fetch = partial(snapshot_download, source, ignore_patterns=_IGNORED)
+    return Path(_asked(fetch, source, setting, allow_patterns=kinds))
+
+
+def identity(source: str, setting: str, revision: str | None = None) -> str:
+    """Return a fingerprint of weights, configuration and tokenizer in 16 hexadecimal digits.
+
+    A repository is identified by its name and commit, so that nothing large is fetched for it; a
+    local checkpoint by the content of its files. Without weights, the files beside them are enough
+    to plan with; opening says what is missing.
+    """
+    if (path := _local(source, setting, revision)) is None:
+        commit = _fetched(source, setting, revision, "config.json").parent.name
+        return hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for file in beside(path):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    try:
+        digest.update(fingerprint(path).encode())
+    except FileNotFoundError:
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{setting}={source}: no model in this directory") from None
+    return digest.hexdigest()[:16]
+
+
+def beside(path: Path) -> list[Path]:
+    """Return the files beside the weights that determine what the model computes."""
+    if not path.is_dir():
+        return []
+    code = sorted(file for file in path.glob("*.py") if file.is_file())
+    return [file for name in AROUND if (file := path / name).is_file()] + code
+
+
+def described_by(path: Path) -> dict[str, Any]:
+    """Return the content of a directory's `config.json`, empty where it has none.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: must hold an object, not a {type(content).__name__}")
+    return content
+
+
+def _local(source: str, setting: str, revision: str | None) -> Path | None:
+    """Return a local path, or None for a hub id; anything else is a mistake."""
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(
+                f"{setting}_revision={revision}: {source} is a local path, which has none"
+            )
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise FileNotFoundError(f"{setting}={source}: no such file or directory")
+    return None
+
+
+@lru_cache(maxsize=8)
+def _fetched(source: str, setting: str, revision: str | None, file: str) -> Path:
+    """Return one file of a repository; asked once a process, as every point of a sweep asks."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(_asked(partial(hf_hub_download, source, file, revision=revision), source, setting))
+
+
+def _asked(fetch: Any, source: str, setting: str, **options: Any) -> str:
+    """Ask the hub, or its cache where there is no hub; whatever goes wrong becomes one line."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it tells of every attempt
+    try:
+        return str(fetch(local_files_only=not _reachable(), **options))
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"{setting}={source}: the hub hands it out to those who accepted its licence only;"
+            " accept it on the model's page and log in with `hf auth login`"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{setting}={source}: no such path here, not in the cache, and the hub cannot be"
+            " reached; name a local directory"
+        ) from None
+    except Exception as error:  # several libraries stand between here and the hub
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{setting}={source}: no such path here, and not to be had from the hub ({reason})"
+        ) from None
+    finally:
+        log.setLevel(level)
+
+
+@lru_cache(maxsize=1)
+def _reachable() -> bool:
+    """Whether the hub's name is known here; without it every request would be tried for minutes."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
