@@ -10,6 +10,7 @@ from deltalab import fused
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
 from deltalab.extras import Extras
+from deltalab.models.aligned import saved_names
 from deltalab.select import selected
 from deltalab.weights import LazyWeights, Weights, shape_of
 
@@ -132,11 +133,16 @@ def edited(
         extras: provider of what the edit needs.
         kernel: as for `edited_tensor`.
     """
-    names = [
-        n for n in post if selected(select, n, shape_of(post, n)) and post[n].is_floating_point()
-    ]
+    found = (_selected_name(select, post, n) for n in post)
+    names = [n for n in found if n is not None and post[n].is_floating_point()]
     deltas = LazyWeights(names, lambda n: difference(pre[n], post[n]))
     load: Callable[[str], Tensor] = lambda n: edited_tensor(  # noqa: E731
         pre[n], post[n], edit, kernel, **extras.for_tensor(n, deltas)
     )
     return LazyWeights(names, load)
+
+
+def _selected_name(select: Any, post: Weights, name: str) -> str | None:
+    """Return the name by which a tensor is selected; a tied one has several, as it was saved."""
+    names = saved_names(post, name)
+    return next((n for n in names if selected(select, n, shape_of(post, n))), None)

@@ -54,7 +54,6 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from deltalab import edits, select, stream
-    from deltalab.models.timm_vit import locate
     from deltalab.run import build
     from deltalab.settings import conf_dir
 
@@ -71,9 +70,6 @@ def save(arguments: list[str]) -> dict[str, Any]:
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         cfg = compose("config", overrides)
     settings: Any = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("edit", "model")}
-    for side in ("pre", "post"):
-        if settings["model"].get(side) in (None, "???"):
-            raise ValueError(f"model.{side}=: name the checkpoint (a file, a directory, a hub id)")
     described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
     given = cfg.select or settings["edit"]["select"]
     settings["edit"].pop("select", None)
@@ -82,9 +78,10 @@ def save(arguments: list[str]) -> dict[str, Any]:
     edit = build(settings["edit"], "edit")
     edits.needs_of(edit)
     out = Path(own["out"]).expanduser()
+    pre, post = _checkpoints(settings["model"])
     manifest = stream.stream(
-        locate(settings["model"]["pre"], "model.pre"),
-        locate(settings["model"]["post"], "model.post"),
+        pre,
+        post,
         out,
         edit,
         select=chosen,
@@ -94,6 +91,21 @@ def save(arguments: list[str]) -> dict[str, Any]:
         describe={"name": type(edit).__module__.rpartition(".")[2], **described},
     )
     return {**manifest, "out": str(out)}
+
+
+def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the paths of the pre- and the post-trained checkpoint, fetched if need be."""
+    from deltalab.run import build
+
+    spec: Any = None
+    missing = [side for side in ("pre", "post") if model.get(side, "") in (None, "???")]
+    if not missing:
+        spec = build(model, "model")
+    if not hasattr(spec, "checkpoints"):
+        side = missing[0] if missing else "pre"
+        raise ValueError(f"model.{side}=: name the checkpoint (a file, a directory, a hub id)")
+    pre, post = spec.checkpoints
+    return pre, post
 
 
 if __name__ == "__main__":

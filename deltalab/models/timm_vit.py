@@ -59,9 +59,13 @@ class TimmPair:
     @property
     def fingerprints(self) -> tuple[str, str]:
         """Content fingerprints of both checkpoints."""
-        return fingerprint(locate(self.pre, "model.pre")), fingerprint(
-            locate(self.post, "model.post")
-        )
+        pre, post = self.checkpoints
+        return fingerprint(pre), fingerprint(post)
+
+    @property
+    def checkpoints(self) -> tuple[Path, Path]:
+        """The local paths of both checkpoints, fetched from the hub if need be."""
+        return locate(self.pre, "model.pre"), locate(self.post, "model.post")
 
     def open(self) -> ModelPair:
         """Return the pair; consecutive calls with an equal spec share it."""
