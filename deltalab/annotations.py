@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 FOLDS = 5
-STRENGTHS = tuple(10.0 ** (-4 + 8 * i / 9) for i in range(10))
+STRENGTHS = tuple(float(10.0 ** (-4 + 8 * i / 9)) for i in range(10))
 """Inverse penalties tried: ten, from 1e-4 to 1e4, evenly spaced in their logarithm."""
 SEED = 123
 """Of the solver, whose last digits depend on the order in which it visits the coefficients."""
+GROUPS = 50
+"""Of judged instructions that the jackknife leaves out one by one."""
 GAMED_WEIGHT = 0.1
 """What a row of a gamed baseline counts for; there are two baselines, of weight 0.2 together."""
 
@@ -66,10 +68,10 @@ def length_controlled(
     whose penalty towards the gamed baselines is their rows). The win rate is the mean over all
     instructions, judged or not, of sigmoid(b g + c). Without difficulties b g is left out.
 
-    Two errors: the first is that of the estimate, from its influence function (the coefficients
-    vary with the judgements, the mean with the instructions); the second is the standard deviation
-    of the predictions over sqrt(n) alone, which the leaderboard calls `lc_standard_error`, and
-    which is zero where no difficulty is given.
+    Two errors: the first is that of the estimate, by the jackknife over at most fifty groups of
+    judged instructions with the weakest penalty, since a strong one pulls all towards a half; the
+    second is the standard deviation of the predictions over sqrt(n) alone, which the leaderboard
+    calls `lc_standard_error`, and which is zero where no difficulty is given.
 
     Args:
         preferences: (n,), NaN where there is no verdict.
@@ -84,47 +86,43 @@ def length_controlled(
     if judged.sum() < 2:
         return math.nan, math.nan, math.nan
     rows = _features(np.asarray(reference - lengths, np.float64), difficulty)
-    x, y = rows[judged], preferences[judged]
-    weights = np.ones(len(y))
-    if difficulty is not None and len(difficulty.gamed):
-        x = np.concatenate([difficulty.gamed[:, :-1], x])
-        y = np.concatenate([difficulty.gamed[:, -1], y])
-        weights = np.concatenate([np.full(len(difficulty.gamed), GAMED_WEIGHT), weights])
-    coefficients = fit(x, y, weights)
     level = rows.copy()
     level[:, 0] = 0.0
-    predicted = _sigmoid(level @ coefficients)
-    slope = (predicted * (1 - predicted)) @ level
-    fitted = _sigmoid(x @ coefficients)
-    curvature = (x.T * (weights * fitted * (1 - fitted))) @ x
-    influence = predicted - predicted.mean()
-    residual = preferences[judged] - _sigmoid(rows[judged] @ coefficients)
-    influence[judged] += rows[judged] @ (np.linalg.pinv(curvature) @ slope) * residual
-    return float(predicted.mean()), _error(influence), _error(predicted)
+    gamed = np.zeros((0, rows.shape[1] + 1)) if difficulty is None else difficulty.gamed
+    weights = np.concatenate([np.full(len(gamed), GAMED_WEIGHT), np.ones(int(judged.sum()))])
+    x = np.concatenate([gamed[:, :-1], rows[judged]])
+    y = np.concatenate([gamed[:, -1], preferences[judged]])
+    predicted = _sigmoid(level @ _fitted(x, y, weights, chosen_strength(x, y, weights)))
+
+    def without(number: int) -> float:
+        kept = ours != number
+        beta = _fitted(x[kept], y[kept], weights[kept], STRENGTHS[-1])
+        return float(_sigmoid(level[group != number] @ beta).mean())
+
+    group = np.full(len(rows), -1)
+    group[judged] = np.arange(int(judged.sum())) % GROUPS
+    ours = np.concatenate([np.full(len(gamed), -1), group[judged]])
+    count = int(group.max()) + 1
+    error = math.sqrt((count - 1) * float(np.var([without(g) for g in range(count)])))
+    return float(predicted.mean()), error, _error(predicted)
 
 
-def fit(x: Array, y: Array, weights: Array) -> Array:
-    """Return coefficients (k,) of an L1-penalised logistic model without intercept.
-
-    A target y between 0 and 1 enters as two rows, of label 1 with weight y and of label 0 with
-    weight 1 - y. The penalty is the one with the least cross-validated log loss.
-    """
+def chosen_strength(x: Array, y: Array, weights: Array) -> float:
+    """Return the inverse penalty with the least cross-validated log loss."""
     from sklearn.model_selection import GroupKFold
 
-    count = len(y)
-    double, label = np.concatenate([x, x]), np.repeat([1, 0], count)
-    weight = np.concatenate([y * weights, (1 - y) * weights])
-    group = np.tile(np.arange(count), 2)
+    double, label, weight = _doubled(x, y, weights)
+    group = np.tile(np.arange(len(y)), 2)
     losses = np.zeros(len(STRENGTHS))
-    for train, test in GroupKFold(min(FOLDS, count)).split(double, label, group):
+    for train, test in GroupKFold(min(FOLDS, len(y))).split(double, label, group):
         held, draws = group[test], np.random.RandomState(SEED)  # one sequence for all strengths
         for index, strength in enumerate(STRENGTHS):
             beta = _penalised(double[train], label[train], weight[train], strength, draws)
             q = np.clip(_sigmoid(double[test] @ beta), 1e-15, 1 - 1e-15)
             loss = y[held] * np.log(q) + (1 - y[held]) * np.log(1 - q)
             losses[index] -= np.mean(loss * weights[held])
-    best = STRENGTHS[int(losses.argmin())]
-    return _penalised(double, label, weight, best, np.random.RandomState(SEED))
+    best: float = STRENGTHS[int(losses.argmin())]
+    return best
 
 
 def read_difficulty(path: str | Path, setting: str) -> Difficulty:
@@ -186,6 +184,16 @@ def _features(differences: Array, difficulty: Difficulty | None) -> Array:
     return np.stack([scaled, hard, ones], 1)
 
 
+def _doubled(x: Array, y: Array, weights: Array) -> tuple[Array, NDArray[np.int64], Array]:
+    """Return a target between 0 and 1 as two rows, of label 1 with weight y and 0 with 1 - y."""
+    labels = np.repeat(np.array([1, 0]), len(y))
+    return np.concatenate([x, x]), labels, np.concatenate([y * weights, (1 - y) * weights])
+
+
+def _fitted(x: Array, y: Array, weights: Array, strength: float) -> Array:
+    return _penalised(*_doubled(x, y, weights), strength, np.random.RandomState(SEED))
+
+
 def _penalised(
     x: Array,
     label: NDArray[np.int64],
@@ -195,6 +203,9 @@ def _penalised(
 ) -> Array:
     from sklearn.linear_model import LogisticRegression
 
+    for value in (0, 1):  # a label without any weight would be unknown to the solver, and win half
+        if not weight[label == value].any():
+            weight = np.where(label == value, 1e-12, weight)
     penalty: dict[str, Any] = {"l1_ratio": 1.0}
     if LogisticRegression().penalty != "deprecated":  # before scikit-learn 1.8
         penalty = {"penalty": "l1"}

@@ -215,7 +215,7 @@ def test_equal_lengths_leave_the_raw_win_rate():
     assert value == pytest.approx(
         preferences.mean(), abs=1e-3
     )  # the L1 penalty, at C = 1e4 or less
-    assert error == pytest.approx(win_rate(preferences)[1], rel=0.01)
+    assert error == pytest.approx(win_rate(preferences)[1], rel=0.1)
     assert spread == pytest.approx(0, abs=1e-12)
 
 
@@ -247,12 +247,26 @@ def test_error_of_the_length_controlled_rate_is_that_of_a_bootstrap(monkeypatch)
     _, error, _ = length_controlled(
         wins, ours, theirs, Difficulty(dict(enumerate(hard)), np.zeros((0, 4)))
     )
+    monkeypatch.setattr(annotations, "GROUPS", 2)  # the draws' own errors do not matter
     draws = []
     for _ in range(100):
         pick = rng.integers(0, count, count)
         again = Difficulty(dict(enumerate(hard[pick])), np.zeros((0, 4)))
         draws.append(length_controlled(wins[pick], ours[pick], theirs[pick], again)[0])
     assert np.std(draws, ddof=1) == pytest.approx(error, rel=0.25)  # 100 draws: 7 % by themselves
+
+
+@pytest.mark.parametrize(("wins", "most"), [(0, 0.002), (1, 0.1)])
+def test_who_always_loses_has_lost(wins, most):
+    """The solver behind the model does not know a label that never occurs."""
+    rng = np.random.default_rng(0)
+    preferences = np.zeros(60)
+    preferences[:wins] = 1
+    ours, theirs = rng.integers(5, 900, 60) * 1.0, rng.integers(5, 900, 60) * 1.0
+    value, error, _ = length_controlled(preferences, ours, theirs)
+    assert value < most
+    assert error < 0.1
+    assert length_controlled(1 - preferences, ours, theirs)[0] > 1 - most
 
 
 @pytest.mark.parametrize("mode", ["length_controlled_minimal", "length_controlled_noreg",
@@ -603,6 +617,11 @@ def test_the_key_is_sent_and_is_nowhere_else(tmp_path, monkeypatch, caplog):
     assert b"your key is ***" in held
     for place in (held.decode(), caplog.text, repr(spec)):
         assert SECRET not in place
+
+
+def test_a_short_key_is_blotted_out_too():
+    client = endpoint.Client("http://x", "k3y", 1, 1, 1, 1)
+    assert client.clean("a k3y") == "a ***"
 
 
 def test_openais_key_goes_nowhere_that_a_config_names(tmp_path, monkeypatch):

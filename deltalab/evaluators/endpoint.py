@@ -88,7 +88,6 @@ class Client:
                             f"{self._name()}: {trouble}; asks to wait {asked:.0f} s, more than"
                             f" evaluator.judge.longest_wait={self.longest_wait:g}: run again then"
                         ) from None
-                    delay = max(asked, delay)
                     self._not_before = max(self._not_before, time.monotonic() + asked)
             except (OSError, http.client.HTTPException, _NoCompletion) as error:
                 trouble = self._plain(str(getattr(error, "reason", error)) or type(error).__name__)
