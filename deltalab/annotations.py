@@ -8,6 +8,7 @@ for the length difference, which is then set to zero.
 
 import csv
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,7 @@ def _penalised(
     strength: float,
     draws: np.random.RandomState,
 ) -> Array:
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     for value in (0, 1):  # a label without any weight would be unknown to the solver, and win half
@@ -212,7 +214,9 @@ def _penalised(
     model = LogisticRegression(
         **penalty, C=strength, solver="liblinear", fit_intercept=False, random_state=draws
     )
-    coefficients: Array = model.fit(x, label, sample_weight=weight).coef_[0]
+    with warnings.catch_warnings():  # where lengths decide nothing it may stop early: see the error
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        coefficients: Array = model.fit(x, label, sample_weight=weight).coef_[0]
     return coefficients
 
 

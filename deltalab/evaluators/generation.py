@@ -14,7 +14,7 @@ from deltalab.console import steps
 from deltalab.evaluators.kept import add_lines, lines
 from deltalab.objectives import evaluating
 from deltalab.records import key_of
-from deltalab.rng import Rng
+from deltalab.rng import Draws, key, mix
 from deltalab.text import Encoder
 
 log = logging.getLogger(__name__)
@@ -211,13 +211,31 @@ def _sampler(
 
     def draw(ids: Tensor, logits: Tensor) -> Tensor:
         scaled = nucleus(logits.float() / decoding.temperature, decoding.top_p)
-        step = ids.shape[1] - width
-        uniform = torch.stack(
-            [Rng(decoding.seed, name).uniform(logits[0], stream=step) for name in names]
-        )
+        uniform = Rows(decoding.seed, tuple(names)).uniform(logits, ids.shape[1] - width)
         return scaled - torch.log(-torch.log(uniform + 2.0**-25))
 
     return [draw]
+
+
+@dataclass(frozen=True)
+class Rows(Draws):
+    """The numbers of `Rng(seed, name)` for every name, as the rows of one tensor.
+
+    >>> from deltalab.rng import Rng
+    >>> rows = Rows(0, ("a", "b")).bits(torch.empty(2, 3), stream=5)
+    >>> bool((rows[1] == Rng(0, "b").bits(torch.empty(3), stream=5)).all())
+    True
+    """
+
+    seed: int
+    names: tuple[str, ...]
+
+    def bits(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return 32 random bits per element of `like`, one row a name."""
+        keys = [key(self.seed, name, stream, 0) for name in self.names]
+        words = torch.tensor(keys, dtype=torch.int32, device=like.device)
+        counter = torch.arange(like.shape[-1], dtype=torch.int32, device=like.device)
+        return mix(counter, words[:, :1], words[:, 1:])
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
