@@ -15,13 +15,17 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, settings
+from deltalab import console, locks, settings, stopping
 from deltalab.records import redacted
 from deltalab.settings import conf_dir
 
 
-def point(cfg: DictConfig) -> None:
-    """Run one point: Hydra calls this once, or for every point of a sweep."""
+def point(cfg: DictConfig) -> str | None:
+    """Run one point: Hydra calls this once, or for every point of a sweep.
+
+    Returns:
+        The path of the point's lock where another process is running it, for the sweeper.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
@@ -29,8 +33,15 @@ def point(cfg: DictConfig) -> None:
     try:
         if cfg.plan:
             print(plan([(cfg, hydra.runtime.choices)]))
-            return
-        record, skipped = _run(cfg, hydra, sweeping)
+            return None
+        with stopping.working():
+            record, skipped = _run(cfg, hydra, sweeping)
+    except locks.Busy as busy:
+        if sweeping:
+            return str(busy.path)
+        console.fail(f"{busy.owner} is running this point: waiting for it")
+        locks.wait([busy.path])
+        return point(cfg)
     except Exception as error:
         logging.getLogger("deltalab").info("%s", redacted(traceback.format_exc()))
         traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
@@ -41,6 +52,7 @@ def point(cfg: DictConfig) -> None:
             fail(error)
         raise
     console.point_done(console.describe(record, skipped))
+    return None
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:
@@ -159,6 +171,9 @@ def main() -> None:
         fail(error, 2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)
     except mistakes() as error:
         fail(error)
+    except stopping.Stopped:
+        console.fail("stopped; finished points are recorded, the same command continues")
+        sys.exit(143)
     except KeyboardInterrupt:
         console.fail("interrupted; finished points are recorded, the same command continues")
         sys.exit(130)

@@ -78,6 +78,12 @@ def point_done(line: str) -> None:
     _bars[-1].advance(_bars[-1].task_ids[0])
 
 
+def waiting(count: int) -> None:
+    """Say that other processes are running points of this sweep."""
+    point = f"{count} point{'s' if count > 1 else ''}"
+    fail(f"{point} of this sweep are being run by other processes: waiting for them")
+
+
 def describe(record: Mapping[str, Any], skipped: bool = False) -> str:
     """Return the one line that tells a person what came out of a point."""
     hyper = {**record["edit"]}

@@ -38,6 +38,11 @@ def path_of(results: str | Path, key: str) -> Path:
     return Path(results) / "records" / f"{key}.json"
 
 
+def lock_of(results: str | Path, key: str) -> Path:
+    """Return the lock under which a point is run (`deltalab.locks`)."""
+    return Path(results) / "locks" / key
+
+
 def read(results: str | Path, key: str) -> Record | None:
     """Return a finished record, or None where it is absent, unreadable or an error record."""
     try:

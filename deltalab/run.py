@@ -17,7 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deltalab import apply, distill, finite, records, select
+from deltalab import apply, distill, finite, locks, records, select
 from deltalab import settings as checks
 from deltalab.artifacts import Store
 from deltalab.audit import audit
@@ -81,6 +81,7 @@ def run(
     Raises:
         ValueError: a setting is out of range or the inputs do not fit together. Where the point
             was valid so far, an error record is written first.
+        locks.Busy: another process is running this very point.
     """
     point = prepare(settings, choices)
     tracker = build(settings["tracker"], "tracker")
@@ -88,17 +89,23 @@ def run(
     if not settings["force"] and (done := records.read(results, point.key)) is not None:
         return done, True
     records.check_writable(results)
-    record = records.redacted(header(point, settings, choices))
-    try:
-        found, documents = evaluate(point)
-        records.write_documents(results, point.key, documents)
-        record |= {"status": "ok", "error": None, **found}
-    except Exception as error:
-        failure = {"type": type(error).__name__, "message": str(error)}
-        with suppress(OSError):  # what went wrong first is what the user must hear
-            records.write(results, record | {"status": "error", "error": failure})
-        raise
-    records.write(results, record)
+    with locks.held(records.lock_of(results, point.key)) as lock:
+        if not settings["force"] and (done := records.read(results, point.key)) is not None:
+            return done, True  # another process has just finished it
+        record = records.redacted(header(point, settings, choices))
+        try:
+            found, documents = evaluate(point)
+            if lock.lost():  # this process was stopped for so long that another took over
+                raise locks.Busy(lock.path, locks.owner(lock.path) or locks.UNKNOWN)
+            records.write_documents(results, point.key, documents)
+            record |= {"status": "ok", "error": None, **found}
+        except Exception as error:
+            failure = {"type": type(error).__name__, "message": str(error)}
+            if not isinstance(error, locks.Busy):
+                with suppress(OSError):  # what went wrong first is what the user must hear
+                    records.write(results, record | {"status": "error", "error": failure})
+            raise
+        records.write(results, record)
     if tracker is not None:
         tracker.log(records.redacted(record), group=group)
     return record, False

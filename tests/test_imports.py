@@ -6,7 +6,7 @@ from pathlib import Path
 import deltalab
 
 LAYERS = (
-    ("headers", "pickles", "provenance", "settings"),
+    ("headers", "locks", "pickles", "provenance", "settings"),
     ("finite", "quadrature", "threshold", "rng", "weights", "outcomes", "passes", "factor"),
     (
         "answers",
@@ -44,8 +44,9 @@ LAYERS = (
     ("audit", "comparison", "figures", "stream"),
     ("report", "run"),
     ("preview",),
+    ("stopping",),
     ("cli",),
-    ("save",),
+    ("cache", "save", "status"),
     ("__main__",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -104,11 +104,32 @@ class PointsSweeper(BasicSweeper):
         if len(points) <= VALIDATED:
             self.validate_batch_is_legal(points)
         with console.sweep(len(points)):
-            results = self.launcher.launch(points, initial_job_idx=0)
+            results = list(self._launched(points))
         failures = [r._return_value for r in results if r.status != JobStatus.COMPLETED]
         if failures:
             raise console.SweepFailed(failures, len(points))
         return results
+
+    def _launched(self, points: List[List[str]]) -> Iterator[Any]:
+        """Run all points and yield their results; those that other processes run come last.
+
+        A job returns the path of its lock where another process holds it. What is then done, the
+        next round finds done; what another process died over, it runs.
+        """
+        from deltalab import console, locks
+
+        start, busy = 0, {}
+        while points:
+            results = self.launcher.launch(points, initial_job_idx=start)
+            start += len(points)
+            for overrides, result in zip(points, results, strict=True):
+                if result.status == JobStatus.COMPLETED and isinstance(result.return_value, str):
+                    busy[Path(result.return_value)] = overrides
+                else:
+                    yield result
+            if busy:
+                console.waiting(len(busy))
+            points = [busy.pop(path) for path in locks.wait(busy)] if busy else []
 
     def _plan(self, points: List[List[str]]) -> None:
         """Print what the sweep would cost."""

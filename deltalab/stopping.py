@@ -1,0 +1,44 @@
+"""SIGTERM as a wish: stop after the point at hand, with everything that is finished recorded."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from deltalab import console
+
+_state = {"wanted": False, "working": False}
+
+
+class Stopped(BaseException):
+    """The process was asked to stop, and nothing is half done."""
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Do one unit of work, which SIGTERM does not interrupt; a second SIGTERM ends the process.
+
+    Raises:
+        Stopped: on entering, if the process was asked to stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _wish)
+    if _state["wanted"]:
+        raise Stopped
+    _state["working"] = True
+    try:
+        yield
+    finally:
+        _state["working"] = False
+
+
+def _wish(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _state["wanted"] = True
+    if not _state["working"]:
+        raise Stopped
+    console.fail("stopping after this point; a second SIGTERM stops at once")

@@ -1,0 +1,92 @@
+"""Sweeps that share a results directory, and sweeps that are asked to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from deltalab import locks, records
+from deltalab.run import Choices, prepare
+from deltalab.settings import conf_dir
+
+RATES = [0.1, 0.3, 0.5, 0.7]
+POINTS = ["edit=dare", "grid=none", "edit.p=0.1,0.3,0.5,0.7", "evaluator=none", "riemann=off"]
+CHOICES = ("mnist_vit", "dare", "classification")
+FAST = ["data.objective.limit=16"]
+HOLD = """
+import sys, time
+from pathlib import Path
+from deltalab import locks
+with locks.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def start(results, *arguments):
+    command = [sys.executable, "-m", "deltalab", "-m", *POINTS, *FAST, *arguments]
+    return subprocess.Popen(
+        [*command, f"results={results}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def done_in(results):
+    """Return the finished points' drop rates."""
+    found = [json.loads(f.read_text()) for f in (results / "records").glob("*.json")]
+    assert {r["status"] for r in found} <= {"ok"}
+    return sorted(r["edit"]["p"] for r in found)
+
+
+def test_two_sweeps_share_the_points(tmp_path):
+    both = [start(tmp_path), start(tmp_path)]
+    lines = [line for sweep in both for line in sweep.communicate()[0].splitlines()]
+    assert [sweep.returncode for sweep in both] == [0, 0]
+    assert done_in(tmp_path) == RATES
+    assert len(lines) == 8
+    assert sum("done before" in line for line in lines) == 4, "each point ran once, in either"
+    assert locks.all_held(tmp_path / "locks") == {}
+
+
+def test_a_point_that_another_process_runs_comes_last(tmp_path):
+    arguments = [*POINTS[:2], "edit.p=0.1", *POINTS[3:], *FAST]
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        cfg = compose("config", [*arguments, f"results={tmp_path}"])
+    key = prepare(OmegaConf.to_container(cfg, resolve=True), Choices(*CHOICES)).key
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(records.lock_of(tmp_path, key))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    sweep = start(tmp_path)
+    assert "1 point of this sweep" in sweep.stderr.readline()
+    assert done_in(tmp_path) == RATES[1:], "the others ran meanwhile"
+    holder.kill()
+    out, err = sweep.communicate()
+    assert sweep.returncode == 0, err
+    assert done_in(tmp_path) == RATES
+    assert "p=0.1" in out.splitlines()[-1]
+
+
+def test_sigterm_stops_after_the_point_at_hand(tmp_path):
+    sweep = start(tmp_path)
+    sweep.stdout.readline()  # the first point is recorded
+    sweep.send_signal(signal.SIGTERM)
+    err = sweep.communicate()[1]
+    assert sweep.returncode == 143
+    assert err.splitlines()[-1].startswith("deltalab: stopped; finished points are recorded")
+    done = done_in(tmp_path)
+    assert 1 <= len(done) < 4
+    assert locks.all_held(tmp_path / "locks") == {}
+    again = start(tmp_path)
+    assert again.communicate()[0].count("done before") == len(done)
+    assert done_in(tmp_path) == RATES
