@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from deltalab.annotations import Array
 from deltalab.evaluators import local_judge
 from deltalab.evaluators.asking import Round, Terms
 from deltalab.evaluators.comparisons import Comparison, Messages, how_to_ask
+from deltalab.evaluators.difficulties import Array
 from deltalab.evaluators.endpoint import Client, address
 from deltalab.evaluators.kept import Verdicts
 from deltalab.evaluators.likelihood import Said, log_likelihoods

@@ -16,11 +16,20 @@ import pytest
 import torch
 
 from deltalab import annotations, judges
-from deltalab.annotations import Difficulty, length_controlled, win_rate
-from deltalab.evaluators import comparisons, endpoint, generation, kept, references
+from deltalab.annotations import length_controlled, win_rate
+from deltalab.evaluators import (
+    comparisons,
+    decoding,
+    difficulties,
+    endpoint,
+    generation,
+    kept,
+    references,
+)
 from deltalab.evaluators.alpaca_eval import AlpacaEval
 from deltalab.evaluators.comparisons import Asking, Comparison
-from deltalab.evaluators.generation import Decoding
+from deltalab.evaluators.decoding import Decoding
+from deltalab.evaluators.difficulties import Difficulty
 from deltalab.evaluators.prompts import Prompts
 from deltalab.judges import Endpoint, Likelihood, LocalJudge
 from deltalab.text import Encoder
@@ -318,7 +327,7 @@ def test_win_rates_agree_with_the_package(mode, weighted, tmp_path, monkeypatch)
         )
     difficulty = None
     if mode != "length_controlled_minimal":
-        difficulty = annotations.read_difficulty(file, "x")
+        difficulty = difficulties.read(file, "x")
         assert len(difficulty.gamed) == 2 * count
     if mode == "length_controlled_noreg":
         difficulty = Difficulty(difficulty.of, difficulty.gamed[:0])
@@ -332,16 +341,16 @@ def test_win_rates_agree_with_the_package(mode, weighted, tmp_path, monkeypatch)
 def test_difficulty_files(tmp_path):
     plain = tmp_path / "plain.csv"
     plain.write_text(",instruction_difficulty\n0,0.5\n1,-1\n")
-    assert annotations.read_difficulty(plain, "x").of == {0: 0.5, 1: -1.0}
+    assert difficulties.read(plain, "x").of == {0: 0.5, 1: -1.0}
     with pytest.raises(ValueError, match="no difficulty for instruction 2"):
-        annotations.check_difficulty(annotations.read_difficulty(plain, "x"), range(4), "x=y")
+        difficulties.check(difficulties.read(plain, "x"), range(4), "x=y")
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="instruction_difficulty"):
-        annotations.read_difficulty(wrong, "evaluator.instruction_difficulty")
+        difficulties.read(wrong, "evaluator.instruction_difficulty")
     wrong.write_text("index,instruction_difficulty\n0,nan\n")
     with pytest.raises(ValueError, match="not numbers"):
-        annotations.read_difficulty(wrong, "x")
+        difficulties.read(wrong, "x")
 
 
 # --- what is asked, and what an answer says
@@ -761,12 +770,15 @@ def test_two_models_never_share_outputs(pair, tmp_path):
 def test_draws_follow_the_softmax():
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
     names = [f"prompt {n}" for n in range(4000)]
-    (draw,) = generation._sampler(Decoding(temperature=2.0, top_p=0.95), names, 3)
+    (draw,) = decoding.sampler(Decoding(temperature=2.0, top_p=0.95), names, 3)
     tokens = draw(torch.zeros(4000, 5), logits.expand(4000, -1)).argmax(-1)
     expected = (logits / 2).exp() / (logits / 2).exp().sum()
     shares = torch.bincount(tokens, minlength=4) / 4000
     assert (shares - expected).abs().max() < 4 * 0.5 / math.sqrt(4000)
-    (draw,) = generation._sampler(Decoding(temperature=1.0, top_p=0.5), names, 3)
+    later = draw(torch.zeros(4000, 6), logits.expand(4000, -1)).argmax(-1)
+    same = float((tokens == later).double().mean())  # independent from one position to the next
+    assert abs(same - float((expected**2).sum())) < 4 * 0.5 / math.sqrt(4000)
+    (draw,) = decoding.sampler(Decoding(temperature=1.0, top_p=0.5), names, 3)
     assert draw(torch.zeros(4000, 5), logits.expand(4000, -1)).argmax(-1).max() == 0
 
 

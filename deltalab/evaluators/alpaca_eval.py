@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from deltalab import annotations
-from deltalab.annotations import Array, Difficulty
-from deltalab.evaluators import generation, references
+from deltalab.evaluators import difficulties, generation, references
 from deltalab.evaluators.accuracy import Scores
 from deltalab.evaluators.comparisons import Comparison
-from deltalab.evaluators.generation import Decoding, Output
+from deltalab.evaluators.decoding import Decoding
+from deltalab.evaluators.difficulties import Array, Difficulty
+from deltalab.evaluators.generation import Output
 from deltalab.evaluators.kept import write_json
 from deltalab.evaluators.prompts import Prompts
 from deltalab.evaluators.references import Reference
@@ -125,9 +126,9 @@ class AlpacaEval:
         if self.instruction_difficulty is None:
             return None
         setting = "evaluator.instruction_difficulty"
-        found = annotations.read_difficulty(self.instruction_difficulty, setting)
+        found = difficulties.read(self.instruction_difficulty, setting)
         where = f"{setting}={self.instruction_difficulty}"
-        annotations.check_difficulty(found, range(count), where)
+        difficulties.check(found, range(count), where)
         return found
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deltalab.annotations import Array
+from deltalab.evaluators.difficulties import Array
 
 Messages = list[dict[str, str]]
 Order = Literal["random", "both"]
