@@ -99,8 +99,8 @@ def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any]:
 
     spec: Any = None
     missing = [side for side in ("pre", "post") if model.get(side, "") in (None, "???")]
-    if not missing:
-        spec = build(model, "model")
+    if not missing:  # what else is not given concerns the module, of which there is none here
+        spec = build({k: "" if v == "???" else v for k, v in model.items()}, "model")
     if not hasattr(spec, "checkpoints"):
         side = missing[0] if missing else "pre"
         raise ValueError(f"model.{side}=: name the checkpoint (a file, a directory, a hub id)")

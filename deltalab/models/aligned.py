@@ -70,13 +70,13 @@ def matched(module: nn.Module, checkpoint: Checkpoint, setting: str) -> Side:
     known: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         known.setdefault(id(tensor), []).append(name)
-    found = {}
+    found, others = {}, _others(module, checkpoint)
     for names in known.values():
         saved = tuple(name for name in names if name in checkpoint)
         if not saved:
             raise ValueError(
                 f"{setting}: tensor {names[0]!r} is missing, which the architecture of its"
-                " config.json has"
+                f" config.json has{_hint(others)}"
             )
         for other in saved[1:]:
             if not torch.equal(checkpoint[saved[0]], checkpoint[other]):
@@ -86,18 +86,32 @@ def matched(module: nn.Module, checkpoint: Checkpoint, setting: str) -> Side:
                     " are two"
                 )
         found[names[0]] = saved
-    _no_others(module, checkpoint, setting, {name for names in known.values() for name in names})
+    if others:
+        raise ValueError(
+            f"{setting}: tensor {_quoted(others[0])} is none of the architecture of config.json"
+        )
     return Side(checkpoint, setting, found)
 
 
-def _no_others(module: nn.Module, checkpoint: Checkpoint, setting: str, known: set[str]) -> None:
+def _others(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Return the tensors that are none of the module's, nor such as every version may ignore."""
+    state = module.state_dict()
     ignored = (*_FORMER_BUFFERS, *(getattr(module, "_keys_to_ignore_on_load_unexpected", ()) or ()))
-    for name in checkpoint:
-        if name not in known and not any(re.search(pattern, name) for pattern in ignored):
-            raise ValueError(
-                f"{setting}: tensor {plain(name[:100])!r} is none of the architecture of"
-                " config.json"
-            )
+    left = [name for name in checkpoint if name not in state]
+    return [name for name in left if not any(re.search(pattern, name) for pattern in ignored)]
+
+
+def _hint(others: list[str]) -> str:
+    if not others:
+        return ""
+    return (
+        f", while {_quoted(others[0])} is none of it; where transformers renames or joins tensors"
+        " on loading, deltalab-apply can edit them, the live model cannot"
+    )
+
+
+def _quoted(name: str) -> str:
+    return repr(plain(name[:100]))
 
 
 def paired(pre: Side, post: Side, mismatch: str, dtype: torch.dtype) -> tuple[Aligned, Aligned]:

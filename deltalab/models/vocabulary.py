@@ -34,9 +34,9 @@ def opened(path: Path, setting: str, code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=code)
     except Exception as error:  # a tokenizer's files are read by code that raises what it likes
-        raise ValueError(f"{setting}={path}: the tokenizer is not readable ({_line(error)})") from (
-            None
-        )
+        own = "it has code of its own, not run unless model.trust_remote_code=true"
+        reason = own if "trust_remote_code" in str(error) else _line(error)
+    raise ValueError(f"{setting}={path}: the tokenizer is not readable ({reason})")
 
 
 def check_same(pre: Any, post: Any) -> None:
@@ -102,4 +102,4 @@ def context_of(config: Any, tokenizer: Any, asked: int | None) -> int:
 
 
 def _line(error: Exception) -> str:
-    return plain((str(error).strip() or type(error).__name__).splitlines()[0][:200])
+    return plain(" ".join((str(error) or type(error).__name__).split())[:300])
