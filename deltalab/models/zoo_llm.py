@@ -1,0 +1,105 @@
+"""The embedded language models: one small Llama, post-trained three ways, with its tokenizer."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from deltalab.models.timm_vit import live_pair
+from deltalab.text import Encoder
+from deltalab.weights import Checkpoint, ModelPair, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+DIRECTORY = Path(str(files("deltalab"))) / "zoo" / "llm"
+PRE_OF = {"sft": "base", "far": "base", "dpo": "sft"}
+"""What every post-trained model was trained from."""
+
+AROUND = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class EmbeddedLlm:
+    """A pair of the small Llamas that ship with the package, with 2.0 million parameters.
+
+    Args:
+        post: `sft` (base -> fine-tuned on word problems), `far` (the same with a large delta) or
+            `dpo` (sft -> preferences).
+        device: as for `TimmPair`.
+
+    Raises:
+        ValueError: no such model.
+
+    >>> EmbeddedLlm("sft").pre
+    'base'
+    """
+
+    post: str
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.post not in PRE_OF:
+            raise ValueError(f"model.post={self.post}: must be one of {', '.join(sorted(PRE_OF))}")
+
+    @property
+    def pre(self) -> str:
+        """The name of the model that `post` was trained from."""
+        return PRE_OF[self.post]
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """Content fingerprints of both models, tokenizer and architecture included."""
+        around = b"".join((DIRECTORY / name).read_bytes() for name in AROUND)
+        pre, post = (
+            hashlib.sha256(fingerprint(_weights(name)).encode() + around).hexdigest()[:16]
+            for name in (self.pre, self.post)
+        )
+        return pre, post
+
+    def open(self) -> ModelPair:
+        """Return the pair; consecutive calls with an equal spec share it."""
+        return _open(self)
+
+    def skeleton(self) -> nn.Module:
+        """Return the architecture on the meta device: names and shapes, no memory."""
+        with torch.device("meta"):
+            return _architecture(_config())
+
+
+@lru_cache(maxsize=1)
+def _open(spec: EmbeddedLlm) -> ModelPair:
+    from transformers import AutoTokenizer
+
+    config = _config()
+    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, local_files_only=True)
+    return live_pair(
+        _architecture(config),
+        Checkpoint(_weights(spec.pre)),
+        Checkpoint(_weights(spec.post)),
+        spec.device,
+        "float32",
+        Encoder(tokenizer, context=int(config.max_position_embeddings or 0)),
+    )
+
+
+def _weights(name: str) -> Path:
+    return DIRECTORY / f"{name}.safetensors"
+
+
+def _config() -> "LlamaConfig":
+    from transformers import LlamaConfig
+
+    return LlamaConfig.from_pretrained(DIRECTORY, local_files_only=True)
+
+
+def _architecture(config: "LlamaConfig") -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    module: nn.Module = LlamaForCausalLM(config)
+    return module

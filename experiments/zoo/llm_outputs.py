@@ -1,0 +1,151 @@
+"""What the recipe of the language models leaves behind: package files, figures, tables, curves."""
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from experiments.zoo.llm_checks import deltas, dpo_line, try_edits
+from experiments.zoo.llm_data import (
+    SIZES,
+    draw_split,
+    preference_row,
+    write_lines,
+    write_problems,
+)
+from experiments.zoo.llm_prefer import margins, reward
+from experiments.zoo.llm_score import answer_loss, exact_match
+from experiments.zoo.llm_tables import render
+
+if TYPE_CHECKING:
+    from experiments.zoo.llm import Recipe
+
+MODELS = ("base", "sft", "far", "dpo")
+SPLITS = ("validation", "test", "unseen")
+SCORED = 250
+
+# Rows of (phase, step, mean batch loss, validation loss, validation score).
+Curve = list[tuple[str, int, float, float, float]]
+
+
+def publish(recipe: "Recipe", out: Path) -> None:
+    """Write weights, architecture, tokenizer and data files, everything that ships."""
+    from safetensors.torch import save
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name in MODELS:
+        data = save(recipe.weights(name), metadata={"format": "pt"})
+        (out / f"{name}.safetensors").write_bytes(data)
+    write_tokenizer(recipe.tokenizer, out)
+    model = recipe.model("base")
+    model.config.dtype = torch.float16  # as stored
+    (out / "config.json").write_text(model.config.to_json_string())
+    write_problems(out, recipe.seed)
+    pairs = recipe.pairs("preferences")[: SIZES["preferences"]]
+    write_lines(out / "preferences.jsonl", [preference_row(pair) for pair in pairs])
+
+
+def write_tokenizer(tokenizer: Any, out: Path) -> None:
+    """Write the tokenizer's files, under the class name that every version of the library knows."""
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("backend", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def measure(recipe: "Recipe") -> dict[str, Any]:
+    """Return every figure of the report; each part is kept as soon as it is there."""
+    tokenizer = recipe.tokenizer
+    problems = {s: draw_split(s, SCORED, recipe.seed) for s in SPLITS}
+    scores = recipe.kept("scores") or []
+    for name in () if scores else MODELS:
+        model = recipe.model(name)
+        for split in SPLITS:
+            right, loose = exact_match(model, tokenizer, problems[split])
+            row = {"model": name, "split": split, "problems": len(right)}
+            row |= {"strict": sum(right) / len(right), "flexible": sum(loose) / len(loose)}
+            scores.append({**row, "loss": answer_loss(model, tokenizer, problems[split])})
+            print(scores[-1], flush=True)
+    recipe.keep("scores", scores)
+    full = {n: {k: w.float() for k, w in recipe.weights(n).items()} for n in MODELS}
+    couples = {"tiny_llm": ("base", "sft"), "tiny_llm_far": ("base", "far")}
+    couples["tiny_llm_dpo"] = ("sft", "dpo")
+    model, edits = recipe.model("base"), {}
+    for pair, (pre, post) in couples.items():
+        for split in ("validation", "test"):
+            name = f"edits.{pair}.{split}"
+            print(name, flush=True)
+            edits[f"{pair} {split}"] = recipe.kept(name) or recipe.keep(
+                name, try_edits(model, tokenizer, (full[pre], full[post]), problems[split])
+            )
+    return {
+        "parameters": sum(w.numel() for w in full["base"].values()),
+        "vocabulary": len(tokenizer),
+        "scores": scores,
+        "deltas": {pair: deltas(full[a], full[b]) for pair, (a, b) in couples.items()},
+        "edits": edits,
+        "preferences": preferences(recipe, model, full),
+        "settings": {"seed": recipe.seed, "torch": torch.__version__},
+    }
+
+
+def preferences(recipe: "Recipe", model: torch.nn.Module, full: dict[str, Any]) -> dict[str, Any]:
+    """Return the DPO pair's reward figures on validation and held-out preferences."""
+    figures: dict[str, Any] = {"training pairs": len(recipe.pairs("train"))}
+    for split in ("validation", "preferences"):
+        pairs = recipe.pairs(split)[: SIZES["preferences"]] if split == "preferences" else None
+        pairs = pairs or recipe.pairs(split)
+        model.load_state_dict(full["sft"])
+        before = margins(model, recipe.tokenizer, pairs)
+        model.load_state_dict(full["dpo"])
+        loss, accuracy = reward(margins(model, recipe.tokenizer, pairs) - before)
+        figures[split] = {"pairs": len(pairs), "loss": loss, "accuracy": accuracy}
+        couple = (full["sft"], full["dpo"])
+        figures[f"{split} line"] = dpo_line(model, recipe.tokenizer, couple, pairs)
+    return figures
+
+
+def report(recipe: "Recipe", out: Path, results: Path) -> str:
+    """Measure, write ``llm.json``, ``llm.md``, ``llm_curves.csv`` and ``.png``; return the page."""
+    run = measure(recipe)
+    stages = {name: recipe.kept(f"{name}.curve") for name in MODELS}
+    run["seconds"] = {name: round(stage["seconds"]) for name, stage in stages.items()}
+    run["bytes"] = {p.name: p.stat().st_size for p in sorted(out.iterdir()) if p.is_file()}
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "llm.json").write_text(json.dumps(run, indent=1) + "\n")
+    write_curves([tuple(row) for stage in stages.values() for row in stage["rows"]], results)
+    text = render(run)
+    (results / "llm.md").write_text(text)
+    return text
+
+
+def write_curves(rows: list[Any], results: Path) -> None:
+    """Write the training curves as ``llm_curves.csv`` and ``llm_curves.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with (results / "llm_curves.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("phase", "step", "batch_loss", "validation_loss", "validation_score"))
+        writer.writerows((p, s, f"{b:.5f}", f"{v:.5f}", f"{a:.4f}") for p, s, b, v, a in rows)
+    figure, axes = pyplot.subplots(2, 4, figsize=(12, 5), constrained_layout=True, squeeze=False)
+    for column, phase in enumerate(MODELS):
+        part = [row for row in rows if row[0] == phase]
+        steps = [row[1] for row in part]
+        axes[0][column].plot(steps, [row[2] for row in part], label="batches")
+        axes[0][column].plot(steps, [row[3] for row in part], label="validation answers")
+        axes[1][column].plot(steps, [row[4] for row in part], color="C2")
+        axes[0][column].set(title=phase, ylabel="loss, nats", yscale="log")
+        score = "reward accuracy" if phase == "dpo" else "exact match"
+        axes[1][column].set(xlabel="step", ylabel=score, ylim=(-0.02, 1.02))
+        for row in (0, 1):
+            axes[row][column].grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(results / "llm_curves.png", dpi=80)
+    pyplot.close(figure)

@@ -1,0 +1,100 @@
+"""Preferences between a model's own right and wrong answers, and direct preference optimisation.
+
+The loss is ``-log sigmoid(beta * gain)`` with ``gain = log (p/p0)(chosen) - log (p/p0)(rejected)``
+(Rafailov et al., arXiv 2305.18290), ``p0`` being the fine-tuned model that training starts from.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from experiments.zoo.llm_forms import prompt_of, question_of
+from experiments.zoo.llm_problems import Problem
+from experiments.zoo.llm_score import encoded, sequence_losses, strict
+from experiments.zoo.llm_train import Phase, Sequence_, collate, generate, loss_sums
+
+BETA = 0.1
+SAMPLES = 4  # answers drawn to every problem, at temperature 1
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A question with a right and a wrong answer, both the model's own."""
+
+    question: str
+    chosen: str
+    rejected: str
+
+
+def sampled(
+    model: nn.Module, tokenizer: Any, problems: Sequence[Problem], seed: int
+) -> list[Preference]:
+    """Sample answers at temperature 1 and pair the first right one with the first wrong one."""
+    prompts = [prompt_of(question_of(p)) for p in problems for _ in range(SAMPLES)]
+    texts = generate(model, tokenizer, prompts, temperature=1.0, seed=seed)
+    found = []
+    for i, problem in enumerate(problems):
+        own = [t.strip() for t in texts[i * SAMPLES : (i + 1) * SAMPLES]]
+        right = [t for t in own if strict(t) == str(problem.result)]
+        wrong = [t for t in own if strict(t) not in (None, str(problem.result))]
+        if right and wrong:
+            found.append(Preference(question_of(problem), right[0], wrong[0]))
+    return found
+
+
+def both(tokenizer: Any, pairs: Sequence[Preference]) -> tuple[list[Sequence_], list[Sequence_]]:
+    """Return chosen and rejected sequences."""
+    chosen = [encoded(tokenizer, prompt_of(p.question), p.chosen) for p in pairs]
+    rejected = [encoded(tokenizer, prompt_of(p.question), p.rejected) for p in pairs]
+    return chosen, rejected
+
+
+def margins(model: nn.Module, tokenizer: Any, pairs: Sequence[Preference]) -> Tensor:
+    """Return log p(chosen) - log p(rejected) of every pair, in float64."""
+    chosen, rejected = both(tokenizer, pairs)
+    pad = tokenizer.pad_token_id
+    return sequence_losses(model, pad, rejected)[0] - sequence_losses(model, pad, chosen)[0]
+
+
+def reward(gains: Tensor) -> tuple[float, float]:
+    """Return the mean DPO loss in nats and the implicit reward's accuracy.
+
+    >>> loss, accuracy = reward(torch.tensor([0.0, 0.0]))
+    >>> round(loss, 4), accuracy
+    (0.6931, 0.0)
+    """
+    return functional.softplus(-BETA * gains).mean().item(), (gains > 0).double().mean().item()
+
+
+def train_dpo(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Preference],
+    phase: Phase,
+    seed: str,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Train in place on pairs against the starting weights; a run of few steps, kept in memory."""
+    reference = margins(model, tokenizer, pairs)
+    chosen, rejected = both(tokenizer, pairs)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=phase.rate, weight_decay=0.0)
+    rng, order, pad = random.Random(seed), list[int](), tokenizer.pad_token_id
+    for step in range(phase.steps):
+        optimiser.param_groups[0]["lr"] = phase.rate_at(step)
+        if len(order) < phase.batch:
+            order = rng.sample(range(len(pairs)), len(pairs))
+        part, order = order[: phase.batch], order[phase.batch :]
+        model.train()
+        good = loss_sums(model, collate([chosen[i] for i in part], pad))[0]
+        bad = loss_sums(model, collate([rejected[i] for i in part], pad))[0]
+        loss = functional.softplus(-BETA * (bad - good - reference[part])).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        on_step(step + 1, loss.item())
