@@ -1,6 +1,7 @@
 import email.utils
 import gzip
 import http.server
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -78,7 +79,7 @@ def llama(tokenizer, seed):
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -265,6 +266,23 @@ def test_error_of_the_length_controlled_rate_is_that_of_a_bootstrap(monkeypatch)
     assert np.std(draws, ddof=1) == pytest.approx(error, rel=0.25)  # 100 draws: 7 % by themselves
 
 
+def the_package(monkeypatch):
+    """Return alpaca-eval, or skip; importing it needs a module that setuptools no longer has."""
+    if importlib.util.find_spec("alpaca_eval") is None:
+        pytest.skip("needs alpaca-eval")
+    level = logging.getLogger().level
+    stand_in = types.ModuleType("pkg_resources")
+    stand_in.get_distribution = importlib.metadata.distribution
+    monkeypatch.setitem(sys.modules, "pkg_resources", stand_in)
+    import alpaca_eval
+
+    # the module keeps the name that it was first imported with
+    monkeypatch.setattr(alpaca_eval.utils, "pkg_resources", stand_in)
+
+    logging.getLogger().setLevel(level)  # importing it sets the root logger to INFO
+    return alpaca_eval
+
+
 @pytest.mark.parametrize(("wins", "most"), [(0, 0.002), (1, 0.1)])
 def test_who_always_loses_has_lost(wins, most):
     """The solver behind the model does not know a label that never occurs."""
@@ -282,14 +300,10 @@ def test_who_always_loses_has_lost(wins, most):
                                   "length_controlled_v1"])  # fmt: skip
 @pytest.mark.parametrize("weighted", [True, False])
 def test_win_rates_agree_with_the_package(mode, weighted, tmp_path, monkeypatch):
-    if importlib.util.find_spec("alpaca_eval") is None:
-        pytest.skip("needs alpaca-eval")
+    the_package(monkeypatch)
     pandas = pytest.importorskip("pandas")
-    monkeypatch.setitem(sys.modules, "pkg_resources", types.ModuleType("pkg_resources"))
-    level = logging.getLogger().level
     from alpaca_eval.metrics import glm_winrate
 
-    logging.getLogger().setLevel(level)  # importing it sets the root logger to INFO
     rng = np.random.default_rng(3)
     count = 300
     ours, theirs = rng.integers(5, 3000, count), rng.integers(5, 2000, count)
@@ -336,6 +350,64 @@ def test_win_rates_agree_with_the_package(mode, weighted, tmp_path, monkeypatch)
     assert [found[0], found[2]] == pytest.approx(expected, abs=1e-9)
     expected = [theirs_found[k] / 100 for k in ("win_rate", "standard_error")]
     assert win_rate(values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_package_reads_what_is_exported_and_counts_the_same_wins(
+    pair, reference, tmp_path, monkeypatch
+):
+    """The longer output wins: once judged here, once by the package on the exported file."""
+    package = the_package(monkeypatch)
+
+    def longer(texts):
+        return len(texts[0]) > len(texts[1])
+
+    class Longer:
+        def open(self, pair, prompts, directory):
+            def answer(asked):
+                return [float(longer(m[0]["content"].split("|||")[1:])) for m in asked]
+
+            ask = Asking("{instruction}|||{output_1}|||{output_2}")
+            return lambda module, pairs: ask.preferences(pairs, answer)
+
+    spec = AlpacaEval(reference, Likelihood(), str(tmp_path / "cache"), max_new_tokens=12)
+    object.__setattr__(spec, "judge", Longer())
+    found = spec.open(pair)(pair.module)
+    (exported,) = (tmp_path / "cache" / "outputs").iterdir()
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "prompt.txt").write_text("{instruction}|||{output_1}|||{output_2}")
+    (tmp_path / "judge" / "configs.yaml").write_text(
+        "judge: {prompt_template: judge/prompt.txt, completions_kwargs: {}, batch_size: 1,"
+        " fn_completion_parser: ranking_parser}"
+    )
+
+    def completions(prompts, **_):
+        ranks = [1 if longer(p.split("|||")[1:]) else 2 for p in prompts]
+        said = [
+            str([{"model": "model_1", "rank": r}, {"model": "x", "rank": 3 - r}]) for r in ranks
+        ]
+        zeros = [0.0] * len(prompts)
+        return {"completions": said, "price_per_example": zeros, "time_per_example": zeros}
+
+    board, _ = package.evaluate(
+        model_outputs=json.loads(exported.read_text()),
+        reference_outputs=ROWS,
+        annotators_config=str(tmp_path / "judge"),
+        fn_completions=completions,
+        output_path=None,
+        precomputed_leaderboard=None,
+        is_return_instead_of_print=True,
+        caching_path=None,
+        fn_metric="get_winrate",
+        sort_by="win_rate",
+    )
+    (row,) = board.to_dict("records")
+    assert 0 < row["win_rate"] < 100
+    assert found.metrics["alpaca_eval/win_rate"] == pytest.approx(row["win_rate"] / 100)
+    error = found.metrics["alpaca_eval/win_rate_error"]
+    assert error == pytest.approx(row["standard_error"] / 100)
+    assert round(found.metrics["alpaca_eval/mean_length"]) == pytest.approx(
+        row["avg_length"], abs=1
+    )
 
 
 def test_difficulty_files(tmp_path):
