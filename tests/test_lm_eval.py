@@ -1,6 +1,7 @@
 """lm-eval in memory: the command line's documents, stops, local data, mistakes, vLLM."""
 
 import copy
+import dataclasses
 import json
 import random
 import socket
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from deltalab.evaluators import embedded, hflm, lm_requests, lm_tasks, vllm
+from deltalab.evaluators import embedded, hflm, lm_requests, lm_tasks, run_code, vllm
 from deltalab.evaluators.lm_eval import LmEval
 from deltalab.text import Encoder
 from deltalab.weights import ModelPair, loaded
@@ -76,14 +77,14 @@ def trained(tokenizer):
     """A model that has half learnt the problems: it stops, and is right now and then."""
     module = llama(tokenizer)
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(module.parameters(), 4e-3)
+    optimizer = torch.optim.AdamW(module.parameters(), 8e-3)
     texts = [
-        f"Question: {p['question']}\nAnswer: {p['answer']}</s>" for p in map(problem, range(8))
+        f"Question: {p['question']}\nAnswer: {p['answer']}</s>" for p in map(problem, range(4))
     ]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     module.train()
-    for _ in range(150):
+    for _ in range(80):
         loss = module(**batch, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -454,6 +455,44 @@ def test_a_missing_split_and_a_missing_package_are_named(pair, tmp_path, monkeyp
         LmEval(("ifeval",)).open(pair)
 
 
+ADD = "def add(a, b):\n    return a {} b"
+
+
+def test_programs_pass_only_when_they_reach_their_end():
+    tests = "assert add(2, 3) == 5"
+    wrong = ["exit(0)", "raise SystemExit", "while True: pass", "x = 'a' * 2**33", "(", "\x00"]
+    metric, passed = run_code.CodeEval().compute(
+        references=[tests, tests],
+        predictions=[[ADD.format("+"), ADD.format("-")], [ADD.format("+"), wrong[0]]],
+        k=[1, 2, 3],
+    )
+    assert passed == {0: [True, False], 1: [True, False]}
+    assert metric == {"pass@1": 0.5, "pass@2": 1.0}
+    assert not any(run_code.passes(program) for program in wrong)
+    assert run_code.passes("print('x' * 9)\nimport sys\nsys.stderr.write('y')")
+
+
+def test_humaneval_runs_the_code_when_it_may(pair, tmp_path, monkeypatch, offline):
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def add(a, b):\n",
+        "canonical_solution": "    return a + b\n",
+        "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+        "entry_point": "add",
+    }
+    other = {**row, "test": row["test"].replace("5", "-1")}
+    (tmp_path / "humaneval").mkdir()
+    lines = "".join(json.dumps(r) + "\n" for r in (row, other))
+    (tmp_path / "humaneval" / "test.jsonl").write_text(lines)
+    monkeypatch.setattr(vllm, "start", lambda *a: Standin(*a, text=row["canonical_solution"]))
+    spec = LmEval(("humaneval",), run_code=True, data_dir=str(tmp_path), backend="vllm")
+    with pytest.raises(ValueError, match="1024 tokens are to be generated"):
+        spec.open(pair)
+    scores = dataclasses.replace(spec, max_new_tokens=9).open(pair)(pair.module)
+    assert scores.metrics["humaneval/pass@1"] == 0.5
+    assert scores.documents["humaneval/pass@1"].tolist() == [1, 0]
+
+
 def test_long_prompts_are_counted(pair, zoo, caplog):
     LmEval(("tiny_gsm",), max_new_tokens=CONTEXT - 20).open(pair)
     assert "tiny_gsm: 12 of 12 prompts are longer than the 20 tokens" in caplog.text
@@ -465,7 +504,7 @@ def test_long_prompts_are_counted(pair, zoo, caplog):
 class Standin:
     """What vLLM is to lm-eval, without vLLM: it reads the directory and answers by rote."""
 
-    def __new__(cls, directory, context, batch_size, seed, fail=False):
+    def __new__(cls, directory, context, batch_size, seed, fail=False, text="#### 7"):
         from lm_eval.api.model import LM
 
         class Rote(LM):
@@ -479,7 +518,7 @@ class Standin:
                 raise NotImplementedError
 
             def generate_until(self, requests):
-                return ["#### 7"] * len(requests)
+                return [text] * len(requests)
 
         return Rote()
 
@@ -541,5 +580,9 @@ def test_every_choice_of_tasks_composes():
         "truthfulqa_mc2": (0,),
         "winogrande": (5,),
     }
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        follows = compose("config", ["evaluator=lm_eval", "data=gsm8k"]).evaluator.tasks
+    assert list(follows) == ["gsm8k"]
     assert built["none"].tasks[0].shots == (3,)
-    assert len({hash(spec) for spec in built.values()}) == len(built)
+    assert built["tiny"] == built["tiny_llm"]
+    assert len({hash(spec) for spec in built.values()}) == len(built) - 2

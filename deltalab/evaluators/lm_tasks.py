@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import StringIO
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltalab.evaluators import lm_data
+from deltalab.evaluators import lm_data, run_code
 from deltalab.evaluators.hflm import quiet
 from deltalab.evaluators.lm_asked import Asked, refusal
 from deltalab.settings import near
@@ -183,7 +183,8 @@ def _built(index: Any, spec: Any, task: Asked) -> Any:
     if entry.yaml_path and lm_data.raw(entry.yaml_path).get("unsafe_code") and not spec.run_code:
         raise ValueError(refusal(task.name))  # before its file imports what would run the code
     try:
-        return index._factory.build(entry, overrides=overrides, registry=index.task_index)
+        with run_code.in_place() if spec.run_code else nullcontext():
+            return index._factory.build(entry, overrides=overrides, registry=index.task_index)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{where}: needs the package {error.name}, which is not installed"

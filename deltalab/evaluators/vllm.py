@@ -1,10 +1,11 @@
 """vLLM as lm-eval's language model: it takes no live module, so the edited one is written out."""
 
 import gc
+import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def write(module: Any, tokenizer: Any, directory: str) -> None:
     if head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
         module.config.tie_word_embeddings = False
     try:
-        module.save_pretrained(directory)
+        with redirect_stderr(io.StringIO()):  # a bar for every file
+            module.save_pretrained(directory)
     finally:
         module.config.tie_word_embeddings = tied
     tokenizer.save_pretrained(directory)
