@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz audit bench format report results clean
+.PHONY: help demo demo-llm test check fuzz audit bench format report results clean
 
 help: ## show this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -16,6 +16,10 @@ help: ## show this list
 demo: $(VENV)/.user ## install, sweep every kind of edit over the embedded pairs, print the table
 	@$(BIN)/deltalab -m experiment=demo results=$(RESULTS)
 	@$(BIN)/deltalab-report results=$(RESULTS) experiment=demo
+
+demo-llm: $(VENV)/.user ## the same on small language models, scored by lm-eval
+	@$(BIN)/deltalab -m experiment=demo_llm results=$(RESULTS)
+	@$(BIN)/deltalab-report results=$(RESULTS) experiment=demo_llm
 
 test: $(VENV)/.dev ## install the dev tools, run the whole test suite
 	@$(BIN)/pytest -n 2

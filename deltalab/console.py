@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deltalab.outcomes import label
 from deltalab.records import redacted
+from deltalab.tables import is_lenient, is_score
 
 _bars: list[Progress] = []  # the bar of the sweep that this process runs, if it runs one
 
@@ -95,9 +96,8 @@ def describe(record: Mapping[str, Any], skipped: bool = False) -> str:
         doubt = "?" if found.get("converged") is False else ""  # its error estimate is too large
         columns.append(f"{rule} {found['value']:+.4f}{doubt}")
     metrics = record.get("metrics") or {}
-    columns += [
-        f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith(("/accuracy", "/exact_match"))
-    ]
+    scores = [k for k in metrics if is_score(k) and not is_lenient(k)]
+    columns += [f"{k} {metrics[k]:.4f}" for k in scores[:3]]
     columns.append(f"{record.get('class') or '':<11}")
     columns.append("done before" if skipped else f"{record['seconds']['total']:.1f} s")
     return "  ".join(columns)
