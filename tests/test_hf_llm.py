@@ -7,6 +7,8 @@ import shutil
 import pytest
 import texts
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from deltalab import apply, save
@@ -18,6 +20,8 @@ from deltalab.extras import Extras
 from deltalab.models import hub, vocabulary
 from deltalab.models.causal import differences
 from deltalab.models.hf_llm import HfPair
+from deltalab.run import build
+from deltalab.settings import conf_dir
 from deltalab.weights import loaded
 
 IDS = torch.randint(6, 250, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -588,14 +592,17 @@ def test_of_a_repository_only_what_is_needed_is_fetched(weights, code, tmp_path,
 
 
 def test_a_plan_fetches_the_configuration_alone(tmp_path, monkeypatch):
-    fake = Fake(tmp_path, FILES)
+    fake = Fake(tmp_path, [*FILES, "model.safetensors"])
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fake.hf_hub_download)
     hub._fetched.cache_clear()
     try:
         first = hub.identity("org/name", "model.post")
         assert first == hub.identity("org/name", "model.post") != hub.identity("o/n", "model.post")
-        assert hub.described("org/name", "model.post", None) == fake.path
+        assert hub.described("org/name", "model.post") == fake.path
         assert fake.asked == ["config.json"] * 2  # once a repository
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fake.snapshot_download)
+        assert hub.described("org/name", "model.post", code=True) == fake.path
+        assert sorted(fake.asked[2:]) == sorted(FILES)
     finally:
         hub._fetched.cache_clear()
 
@@ -605,6 +612,31 @@ def test_without_a_hub_one_line_says_so():
         hub.directory("org/name", "model.pre")
     with pytest.raises(FileNotFoundError, match=r"model\.pre=\.\./up/x: no such file or directory"):
         hub.directory("../up/x", "model.pre")
+
+
+PRESETS = {
+    "llama3_8b": ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct"),
+    "llama3_70b": ("meta-llama/Meta-Llama-3-70B", "meta-llama/Meta-Llama-3-70B-Instruct"),
+    "mistral_7b": ("mistralai/Mistral-7B-v0.3", "mistralai/Mistral-7B-Instruct-v0.3"),
+    "qwen2_7b": ("Qwen/Qwen2-7B", "Qwen/Qwen2-7B-Instruct"),
+    "zephyr_7b_dpo": (
+        "alignment-handbook/zephyr-7b-sft-full",
+        "alignment-handbook/zephyr-7b-dpo-full",
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_papers_pairs(preset):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", [f"model={preset}"])
+        other = compose("config", [f"model={preset}", "data=plain", "data.path=x"])
+    assert build(OmegaConf.to_container(cfg.model), "model") == HfPair(*PRESETS[preset])
+    preferences = preset == "zephyr_7b_dpo"
+    assert cfg.data.name == ("preferences" if preferences else "gsm8k")
+    assert cfg.objective._target_.endswith("answers.Dpo" if preferences else "answers.Answers")
+    assert "lm_eval" in cfg.evaluator._target_
+    assert other.objective.data.path == "x"
 
 
 def test_timm_loads_what_was_streamed(tmp_path):

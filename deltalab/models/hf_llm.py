@@ -122,7 +122,7 @@ def _encoder(spec: HfPair, pre: Path, post: Path, config: Any) -> Encoder:
     place, setting = post, "model.post"
     if spec.tokenizer is not None:
         setting = "model.tokenizer"
-        place = hub.tokenizer(spec.tokenizer, setting, code=spec.trust_remote_code)
+        place = hub.around(spec.tokenizer, setting, code=spec.trust_remote_code)
     tokenizer = vocabulary.opened(place, setting, spec.trust_remote_code)
     if vocabulary.has_tokenizer(pre) and not _same_file(pre, place, "tokenizer.json"):
         other = vocabulary.opened(pre, "model.pre", spec.trust_remote_code)

@@ -60,8 +60,8 @@ def directory(source: str, setting: str, revision: str | None = None, code: bool
     return path
 
 
-def described(source: str, setting: str, revision: str | None, code: bool = False) -> Path:
-    """Return a directory that holds the configuration: of a hub id nothing else is fetched.
+def around(source: str, setting: str, revision: str | None = None, code: bool = False) -> Path:
+    """Return a directory that holds all but the weights; of a hub id nothing large is fetched.
 
     Raises:
         FileNotFoundError: as for `directory`.
@@ -69,25 +69,24 @@ def described(source: str, setting: str, revision: str | None, code: bool = Fals
     """
     if (path := _local(source, setting, revision)) is not None:
         return path
-    file = _fetched(source, setting, revision, "config.json")
-    if code:  # the code beside it too
-        return directory(source, setting, revision, code)
-    return file.parent
-
-
-def tokenizer(source: str, setting: str, code: bool = False) -> Path:
-    """Return a directory that holds a tokenizer: of a hub id nothing large is fetched.
-
-    Raises:
-        FileNotFoundError: as for `directory`.
-    """
-    if (path := _local(source, setting, None)) is not None:
-        return path
     from huggingface_hub import snapshot_download
 
     kinds = [*_BESIDE, *(["*.py"] if code else [])]
-    fetch = partial(snapshot_download, source, ignore_patterns=_IGNORED)
+    fetch = partial(snapshot_download, source, revision=revision, ignore_patterns=_IGNORED)
     return Path(_asked(fetch, source, setting, allow_patterns=kinds))
+
+
+def described(source: str, setting: str, revision: str | None = None, code: bool = False) -> Path:
+    """Return a directory that holds the configuration, and of a hub id little or nothing else.
+
+    Raises:
+        FileNotFoundError: as for `directory`.
+        ValueError: likewise.
+    """
+    if code:
+        return around(source, setting, revision, code)
+    local = _local(source, setting, revision)
+    return local or _fetched(source, setting, revision, "config.json").parent
 
 
 def identity(source: str, setting: str, revision: str | None = None) -> str:
