@@ -36,6 +36,21 @@ def working() -> Iterator[None]:
         _state["working"] = False
 
 
+def want() -> None:
+    """Ask this process to stop before its next unit of work."""
+    _state["wanted"] = True
+
+
+def wanted() -> bool:
+    """Whether this process was asked to stop."""
+    return _state["wanted"]
+
+
+def busy() -> bool:
+    """Whether a unit of work is at hand."""
+    return _state["working"]
+
+
 def _wish(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _state["wanted"] = True
