@@ -401,6 +401,8 @@ def test_embedded_tasks_use_gsm8ks_own_filters():
         ({"tasks": {"a": {"shots": [5, 5]}}}, "different counts"),
         ({"tasks": {"a": {"limit": 0}}}, "a.limit=0: must be a whole number"),
         ({"tasks": {"a": 5}}, "a=5: must be a mapping"),
+        ({"tasks": {"a": {"generation": 5}}}, "a.generation=5: must be a mapping"),
+        ({"tasks": {"a": {"generation": {"until": {}}}}}, "must hold numbers, texts and lists"),
         ({"tasks": ("a",), "batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"tasks": ("a",), "batch_size": "many"}, "batch_size=many: must be a number or auto"),
         ({"tasks": ("a",), "backend": "tpu"}, "backend=tpu: must be hf or vllm"),
@@ -439,7 +441,7 @@ def test_mistakes_are_told_in_one_line(pair, zoo, include, settings, message, mo
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_split_and_a_missing_package_are_named(pair, tmp_path, monkeypatch):
+def test_missing_files_and_packages_are_named(pair, tmp_path, monkeypatch):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "train.jsonl").write_text(json.dumps(problem(0)) + "\n")
     with pytest.raises(
@@ -449,8 +451,17 @@ def test_a_missing_split_and_a_missing_package_are_named(pair, tmp_path, monkeyp
     (tmp_path / "gsm8k" / "test.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match="test.jsonl:1: not valid JSON"):
         LmEval(("gsm8k",), data_dir=str(tmp_path)).open(pair)
+    row = {"key": 1, "prompt": "Two sentences.", "kwargs": [{"num_sentences": 2}]}
+    row["instruction_id_list"] = ["length_constraints:number_sentences"]
+    (tmp_path / "ifeval").mkdir()
+    (tmp_path / "ifeval" / "input.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    monkeypatch.setattr("nltk.download", lambda *_: False)
+    with pytest.raises(ValueError, match="tasks.ifeval: needs nltk's data, once: python -m nltk"):
+        LmEval(("ifeval",), data_dir=str(tmp_path), max_new_tokens=8).open(pair)
     monkeypatch.setitem(sys.modules, "langdetect", None)
-    monkeypatch.delitem(sys.modules, "lm_eval.tasks.ifeval.utils", raising=False)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ValueError, match=r"tasks.ifeval: needs the package langdetect"):
         LmEval(("ifeval",)).open(pair)
 

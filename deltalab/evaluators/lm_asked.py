@@ -64,6 +64,8 @@ def _one(name: str, settings: Any) -> Asked:
         raise ValueError(f"{where}.limit={limit}: must be a whole number, at least 1")
     if generation is not None and not isinstance(generation, Mapping):
         raise ValueError(f"{where}.generation={generation}: must be a mapping")
+    if any(isinstance(value, Mapping) for value in (generation or {}).values()):
+        raise ValueError(f"{where}.generation={generation}: must hold numbers, texts and lists")
     chosen = (metrics,) if isinstance(metrics, str) else metrics
     return Asked(
         name,

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -173,6 +173,24 @@ def raw(path: Path) -> dict[str, Any]:
 
     config: dict[str, Any] = load_yaml(path, resolve_func=False)
     return config
+
+
+def check_nltk(documents: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raise `ValueError` where IFEval would fail after generating, for want of nltk's data.
+
+    Its import only tries to download them, and two of its instructions cannot be checked without.
+    """
+    needing = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+    if not any(needing.intersection(d.get("instruction_id_list") or ()) for d in documents):
+        return
+    import nltk  # type: ignore[import-untyped]
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        raise ValueError(
+            f"{where}: needs nltk's data, once: python -m nltk.downloader punkt_tab"
+        ) from None
 
 
 def directory(path: str, setting: str) -> Path:

@@ -129,6 +129,7 @@ def _configure(leaf: Any, spec: Any, task: Asked, count: int | None) -> None:
         chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in task.generation}
         leaf.set_config("generation_kwargs", {**length, **chosen}, update=True)
     documents = list(leaf.eval_docs)  # lm-eval would prepare them again at every look
+    lm_data.check_nltk(documents, where)
     name = "test_docs" if leaf.has_test_docs() else "validation_docs"
     setattr(leaf, name, lambda: documents)
 
