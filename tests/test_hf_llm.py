@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 
 import pytest
 import texts
@@ -294,6 +295,13 @@ def test_attention_is_as_asked(attn, pairs):
     assert found.module.config._attn_implementation == attn
     theirs = reference(pairs("llama")[1], attn_implementation=attn)
     assert torch.equal(logits(found.module), logits(theirs))
+
+
+def test_attention_that_is_not_installed_is_told(pairs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ValueError, match=r"model\.attn=flash_attention_2: .*FlashAttention2"):
+        spec(pairs("llama"), attn="flash_attention_2").open()
+    assert spec(pairs("llama"), attn="flash_attention_2").skeleton()
 
 
 def test_the_skeleton_needs_no_weights(pairs, tmp_path):
@@ -612,6 +620,19 @@ def test_without_a_hub_one_line_says_so():
         hub.directory("org/name", "model.pre")
     with pytest.raises(FileNotFoundError, match=r"model\.pre=\.\./up/x: no such file or directory"):
         hub.directory("../up/x", "model.pre")
+
+
+def test_a_licence_that_was_not_accepted_is_told(monkeypatch):
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuses(*arguments, **options):
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuses)
+    with pytest.raises(
+        FileNotFoundError, match="model.pre=org/name: .*log in with `hf auth login`"
+    ):
+        hub.directory("org/name", "model.pre")
 
 
 PRESETS = {

@@ -22,6 +22,10 @@ class Aligned(LazyWeights):
     Args:
         saved: every name listed, with all names under which the checkpoint has the tensor.
         load: as for `LazyWeights`, called with the name listed.
+
+    >>> tied = Aligned({"table": ("table", "head")}, lambda name: torch.ones(1))
+    >>> list(tied), tied["head"], saved_names(tied, "table")
+    (['table'], tensor([1.]), ('table', 'head'))
     """
 
     def __init__(self, saved: Mapping[str, tuple[str, ...]], load: Callable[[str], Tensor]) -> None:

@@ -102,6 +102,8 @@ def architecture(config: Any, dtype: str, device: str, attn: str | None, code: b
         with no_init_weights(), torch.device(device):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=code, **options)
     except (ValueError, ImportError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if attn not in (None, "eager") and "attention" in str(error).lower():
+            raise ValueError(f"model.attn={attn}: {_line(error)}") from None
         raise ValueError(
             f"model.post: transformers makes no causal language model of its config.json"
             f" ({_line(error)})"
