@@ -4,15 +4,18 @@ Tensors lie in `<root>/<kind>/<key>/`, `key` hashing everything that determines 
 `data.safetensors` and `manifest.json`, which names the data's size and digest and comes last.
 A directory without it does not exist; one whose data do not match it is computed again. Numbers are
 one file `<root>/<kind>/<key>.json` with their digest inside. Both appear under their final name by
-one rename, so several processes may share a store.
+one rename, so several processes may share a store: one computes, the others wait and read. The
+store's size is bounded (`deltalab.eviction`), and a point never fails because it cannot be kept.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deltalab import eviction, locks
+from deltalab.eviction import DATA, MANIFEST
 from deltalab.records import key_of
 
-DATA, MANIFEST = "data.safetensors", "manifest.json"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,12 @@ class Store:
         root: the directory of all artefacts; None keeps nothing on disk.
         determinants: everything that decides the artefacts' contents, ready for JSON:
             fingerprints of the checkpoints, the settings of model, objective and data.
+        most_bytes: the store's size beyond which the least recently used artefacts are removed.
     """
 
     root: str | Path | None
     determinants: Mapping[str, Any]
+    most_bytes: float = eviction.MOST_BYTES
 
     def tensors(self, kind: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return named tensors from disk, or compute, keep and return them.
@@ -54,8 +61,12 @@ class Store:
         path = self._path(kind, {})
         if (held := _read_tensors(path)) is not None:
             return held
-        tensors = dict(compute())
-        _publish(path, tensors)
+        with _alone(eviction.lock_of(Path(self.root), kind, path.name)):
+            if (held := _read_tensors(path)) is not None:
+                return held  # another process has made it meanwhile
+            tensors = dict(compute())
+            _kept(lambda: _publish(path, tensors), path)
+        _kept(lambda: eviction.evict(Path(str(self.root)), self.most_bytes), path)
         return tensors
 
     def numbers(self, kind: str, extra: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -67,33 +78,66 @@ class Store:
         """
         if self.root is None:
             return None
+        file = self._path(kind, extra).with_suffix(".json")
         try:
-            held = json.loads(self._path(kind, extra).with_suffix(".json").read_text())
+            held = json.loads(file.read_text())
             value: dict[str, Any] = held["value"]
-            return value if held["sha256"] == _digest_of(value) else None
-        except (OSError, ValueError, KeyError):
+            if held["sha256"] != _digest_of(value):
+                return None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+        eviction.touch(file)
+        return value
 
     def keep_numbers(self, kind: str, extra: Mapping[str, Any], value: Mapping[str, Any]) -> None:
         """Write a JSON artefact, in place of an earlier one; floats keep every bit."""
         if self.root is None:
             return
         path = self._path(kind, extra).with_suffix(".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"sha256": _digest_of(value), "value": value}, allow_nan=False)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text + "\n")
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out other users of the store
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        _kept(lambda: _write_text(path, text + "\n"), path)
 
     def _path(self, kind: str, extra: Mapping[str, Any]) -> Path:
         assert self.root is not None
         return Path(self.root) / kind / key_of({"of": dict(self.determinants), **extra})
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold an artefact's lock; wait while another process makes the artefact."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locks.held(lock))
+                break
+            except locks.Busy as busy:
+                log.info("%s is being made by %s: waiting", lock.name, busy.owner)
+                locks.wait([lock])
+            except OSError as problem:  # nothing can be written there: each makes its own
+                log.info("no lock for %s: %s", lock.name, problem)
+                break
+        yield
+
+
+def _kept(keep: Callable[[], object], path: Path) -> None:
+    """Keep an artefact, or warn: the point has what it needs, and others compute it again."""
+    try:
+        keep()
+    except OSError as problem:
+        log.warning("artifacts: %s could not be kept: %s", path, problem.strerror or problem)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out other users of the store
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -111,8 +155,10 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor] | None:
     data = path / DATA
+    eviction.pin(data)
     if not _intact(data):
         return None
+    eviction.touch(path / MANIFEST)
     try:
         with safe_open(data, framework="pt", device="cpu") as file:
             about = file.metadata()
@@ -130,7 +176,7 @@ def _intact(data: Path) -> bool:
         return bool(
             data.stat().st_size == manifest["bytes"] and _digest(data) == manifest["sha256"]
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -1,8 +1,13 @@
 import multiprocessing
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
+from deltalab import eviction, locks
 from deltalab.artifacts import Store
 
 
@@ -115,3 +120,96 @@ def test_two_processes_never_leave_a_mixture(tmp_path):
         process.join()
     assert [process.exitcode for process in writers] == [0, 0]
     assert Store(tmp_path, {}).numbers("line", {})["mark"] in (1, 2)
+
+
+SLOW = """
+import sys, time, torch
+from deltalab.artifacts import Store
+
+def compute():
+    with open(sys.argv[2], "a") as file:
+        file.write("computed\\n")
+    time.sleep(1.5)
+    return {"a": torch.arange(3.0)}
+
+print(Store(sys.argv[1], {}).tensors("gradient", compute)["a"].tolist())
+"""
+
+
+def test_of_two_processes_one_computes_and_the_other_waits_and_reads(tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "store"), str(log)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [one.communicate()[0] for one in both] == ["[0.0, 1.0, 2.0]\n"] * 2
+    assert log.read_text() == "computed\n"
+    assert not list((tmp_path / "store" / "locks").iterdir())
+
+
+def filled(root, count=4):
+    """A store of artefacts of about 4 kB, the first of them used the longest time ago."""
+    for number in range(count):
+        store = Store(root, {"number": number})
+        store.tensors("gradient", lambda: {"a": torch.zeros(1000)})
+        age(root, number, 3600 * (count - number))
+    for data in list(eviction._pins):
+        os.close(eviction._pins.pop(data))
+
+
+def path_of(root, number):
+    return Store(root, {"number": number})._path("gradient", {})
+
+
+def age(root, number, seconds):
+    then = time.time() - seconds
+    os.utime(path_of(root, number) / "manifest.json", (then, then))
+
+
+def kept(root, count=4):
+    return [number for number in range(count) if path_of(root, number).exists()]
+
+
+def test_the_least_recently_used_go_first(tmp_path):
+    filled(tmp_path)
+    Store(tmp_path, {"number": 0}).tensors("gradient", lambda: pytest.fail("it is there"))
+    size = max(entry.size for entry in eviction.entries(tmp_path))
+    assert len(eviction.evict(tmp_path, 2.5 * size)) == 2
+    assert kept(tmp_path) == [0, 3]
+
+
+def test_a_new_artefact_makes_room_for_itself(tmp_path):
+    filled(tmp_path)
+    size = max(entry.size for entry in eviction.entries(tmp_path))
+    store = Store(tmp_path, {"number": 4}, most_bytes=3 * size)
+    store.tensors("gradient", lambda: {"a": torch.zeros(1000)})
+    assert kept(tmp_path, 5) == [2, 3, 4]
+
+
+def test_what_is_read_or_made_is_not_evicted(tmp_path):
+    filled(tmp_path)
+    Store(tmp_path, {"number": 1}).tensors("gradient", lambda: pytest.fail("it is there"))
+    age(tmp_path, 1, 1e6)
+    with locks.held(eviction.lock_of(tmp_path, "gradient", path_of(tmp_path, 2).name)):
+        assert len(eviction.evict(tmp_path, 0)) == 2
+    assert kept(tmp_path) == [1, 2]
+
+
+def test_what_a_dead_writer_left_goes_after_a_day(tmp_path):
+    filled(tmp_path, 1)
+    old, new = tmp_path / "gradient" / ".old.x", tmp_path / "gradient" / ".new.x"
+    for path in (old, new):
+        path.mkdir()
+        (path / "data.safetensors").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    eviction.evict(tmp_path, 1e9)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_store_that_cannot_be_written_costs_time_and_no_point(tmp_path, caplog):
+    root = tmp_path / "file"
+    root.write_text("not a directory")
+    compute, store = Counted(tensors()), Store(root, {})
+    assert torch.equal(store.tensors("gradient", compute)["a"], tensors()["a"])
+    store.keep_numbers("line", {}, {"a": 1})
+    assert store.numbers("line", {}) is None
+    assert "could not be kept" in caplog.text

@@ -6,7 +6,7 @@ from pathlib import Path
 import deltalab
 
 LAYERS = (
-    ("headers", "locks", "pickles", "provenance", "settings"),
+    ("eviction", "headers", "locks", "pickles", "provenance", "settings"),
     ("finite", "quadrature", "threshold", "rng", "weights", "outcomes", "passes", "factor"),
     (
         "answers",
