@@ -266,6 +266,19 @@ def test_error_of_the_length_controlled_rate_is_that_of_a_bootstrap(monkeypatch)
     assert np.std(draws, ddof=1) == pytest.approx(error, rel=0.25)  # 100 draws: 7 % by themselves
 
 
+def test_the_error_holds_the_choice_of_instructions():
+    """Where the model fits without a residual, only the instructions vary: both errors are one."""
+    rng = np.random.default_rng(4)
+    hard = rng.normal(0, 1, 400)
+    ours, theirs = rng.integers(5, 900, 400) * 1.0, rng.integers(5, 900, 400) * 1.0
+    sure = 1 / (1 + np.exp(-(1.5 * hard - 0.5)))
+    difficulty = Difficulty(dict(enumerate(hard)), np.zeros((0, 4)))
+    value, error, spread = length_controlled(sure, ours, theirs, difficulty)
+    assert value == pytest.approx(sure.mean(), abs=2e-3)
+    assert error == pytest.approx(spread, rel=0.25)  # fifty groups: 10 % by themselves
+    assert spread == pytest.approx(win_rate(sure)[1], rel=0.02)
+
+
 def the_package(monkeypatch):
     """Return alpaca-eval, or skip; importing it needs a module that setuptools no longer has."""
     if importlib.util.find_spec("alpaca_eval") is None:
