@@ -240,7 +240,8 @@ class Preferences:
         rows = read(self.path, self.config, self.split, self.limit)
         coded = code(encoder.tokenizer, [each for row in rows for each in self._both(row, encoder)])
         pairs = list(zip(coded[::2], coded[1::2], strict=True))
-        pairs = fit_pairs(pairs, encoder.context, f"data.path={self.path}")
+        bos, source = encoder.tokenizer.bos_token_id, f"data.path={self.path}"
+        pairs = fit_pairs(pairs, encoder.context, source, bos)
         sides = (batches(encoder.tokenizer, [p[i] for p in pairs], batch_size) for i in (0, 1))
         return list(zip(*sides, strict=True))
 

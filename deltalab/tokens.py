@@ -128,11 +128,12 @@ def fit(sequences: Sequence[Coded], context: int, source: str) -> list[Coded]:
 
 
 def fit_pairs(
-    pairs: Sequence[tuple[Coded, Coded]], context: int, source: str
+    pairs: Sequence[tuple[Coded, Coded]], context: int, source: str, bos: int | None = None
 ) -> list[tuple[Coded, Coded]]:
     """Cut preferences to the context: prompts at their beginning, then answers at their end.
 
-    Both answers keep the same prompt, of which at least half a context is left.
+    Both answers keep the same prompt, of which at least half a context is left; a
+    beginning-of-sequence token, `bos`, stays in its place.
 
     Raises:
         ValueError: nothing of an answer is left to predict.
@@ -140,12 +141,21 @@ def fit_pairs(
     cut = []
     for pair in pairs:
         lengths, prompt = [len(s.ids) for s in pair], min(s.prompt for s in pair)
-        over = max(lengths) - context
-        drop = max(0, min(over, prompt - context // 2))
-        parts = [Coded(s.ids[drop:][:context], s.labels[drop:][:context], s.where) for s in pair]
+        drop = max(0, min(max(lengths) - context, prompt - context // 2))
+        keep = int(pair[0].ids[:1] == [bos])
+        parts = [
+            Coded(*((x[:keep] + x[keep + drop :])[:context] for x in (s.ids, s.labels)), s.where)
+            for s in pair
+        ]
         for whole, part in zip(pair, parts, strict=True):
             _check_answer(whole, part, context)
         cut.append((parts[0], parts[1]))
+    if same := sum(one.ids == other.ids for one, other in cut):
+        log.warning(
+            "%s: %d of %d preferences have the same answer on both sides: no weights change their"
+            " loss",
+            *(source, same, len(cut)),
+        )
     before, after = ([s for pair in side for s in pair] for side in (pairs, cut))
     how = "prompts cut at the beginning down to half the context, then answers at the end"
     _report(before, after, context, source, how)

@@ -275,6 +275,16 @@ def test_long_preferences_lose_the_prompt_s_beginning_first(tmp_path, caplog):
     assert shown(chosen)[0] == "ghij xyz"
     assert shown(rejected)[0] == "ghij uvw"
     assert shown(rejected)[1] == " uvw"
+    chosen, rejected = Preferences(path).open(encoder(30, bos=True), 1)[0]
+    assert shown(chosen)[0] == "<s>" + whole[0][8:]
+    assert shown(rejected)[0] == "<s>" + whole[1][8:]
+    assert rejected[0].shape[1] == 30
+
+
+def test_equal_answers_are_warned_of(tmp_path, caplog):
+    same = PREFERENCE | {"rejected": PREFERENCE["chosen"]}
+    Preferences(write(tmp_path / "p.jsonl", [PREFERENCE, same])).open(encoder(), 1)
+    assert "1 of 2 preferences have the same answer on both sides" in caplog.text
 
 
 def test_an_answer_of_no_predicted_token_is_named(tmp_path):
