@@ -14,6 +14,7 @@ from experiments.posttrain import lora
 from experiments.posttrain.__main__ import main
 from experiments.posttrain.batches import joined, order
 from experiments.posttrain.recipe import Recipe
+from experiments.posttrain.sample import Sampling, sample
 from experiments.posttrain.train import train
 
 transformers = pytest.importorskip("transformers")
@@ -198,3 +199,36 @@ def test_mistakes_are_one_line(start, tmp_path, capsys):
     command = ["sft", "--model", str(start / "model"), "--data", "nowhere.jsonl", "--out", str(out)]
     assert main(command) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_pairs_of_the_model_s_own_answers(start, tmp_path, monkeypatch):
+    """The model learns the problems half; its right and wrong answers make pairs that DPO reads."""
+    train(recipe(start, epochs=12), tmp_path / "half", say=silent)
+    spec = Sampling(str(tmp_path / "half"), str(start / "problems.jsonl"), limit=8, worked=True)
+    count = sample(spec, tmp_path / "pairs.jsonl", say=silent)
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(rows) == count > 0
+    answers = {f"Question: {i}+{j}\nAnswer:": i + j for i in range(6) for j in range(4)}
+    for row in rows:
+        assert row["chosen"].endswith(f"#### {answers[row['prompt']]}")
+        assert not row["rejected"].endswith(f"#### {answers[row['prompt']]}")
+        assert "####" in row["rejected"]
+
+    class Killed(Exception):
+        pass
+
+    def kill(line):
+        if "5/8" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sample(spec, tmp_path / "again.jsonl", say=kill)
+    lines = []
+    sample(spec, tmp_path / "again.jsonl", say=lines.append)
+    assert len(lines) == 3
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "pairs.jsonl").read_text()
+    assert not (tmp_path / "again.jsonl.partial").exists()
+    with pytest.raises(ValueError, match="is there already"):
+        sample(spec, tmp_path / "again.jsonl", say=silent)
+    with pytest.raises(ValueError, match="--count 0"):
+        Sampling("m", "d", count=0)
