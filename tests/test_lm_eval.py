@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from deltalab.evaluators import embedded, hflm, lm_requests, lm_tasks, run_code, vllm
+from deltalab.evaluators import embedded, hflm, lm_asked, lm_requests, lm_tasks, run_code, vllm
 from deltalab.evaluators.lm_eval import LmEval
 from deltalab.text import Encoder
 from deltalab.weights import ModelPair, loaded
@@ -427,6 +427,7 @@ def test_settings_that_cannot_be_meant(settings, message):
         ({"tasks": {"both": {"metrics": "f1"}}}, "both has no f1; it has acc"),
         ({"tasks": {"tiny_gsm": {"metrics": ["exact"]}}}, "exact_match_strict, exact_match_flexi"),
         ({"tasks": {"tiny_gsm": {"shots": 5}}}, "shots=5: tiny_gsm is defined without examples"),
+        ({"tasks": ("plain", "left")}, "tasks.left: another of the tasks has left in it as well"),
         ({"tasks": {"left": {"shots": 50}}}, "left.shots=50: its data hold 12 examples"),
         ({"tasks": ("tiny_gsm",), "max_new_tokens": 256}, "256 tokens .* the context holds 256"),
         ({"tasks": ("gsm8k",), "data_dir": "nowhere"}, "data_dir=nowhere: no such directory"),
@@ -558,7 +559,11 @@ def test_vllm_gets_the_edited_model_and_its_directory_goes_away(pair, zoo, monke
     assert not any(directory.exists() for directory, *_ in seen)
 
 
-def test_vllm_missing_is_said_before_anything_runs(pair, zoo, monkeypatch):
+def test_missing_packages_are_said_before_anything_runs(pair, zoo, monkeypatch):
+    monkeypatch.setattr(lm_asked, "find_spec", lambda name: None if name == "datasets" else 1)
+    with pytest.raises(ValueError, match="evaluator=lm_eval: needs the package datasets"):
+        LmEval(TINY).open(pair)
+    monkeypatch.undo()
     monkeypatch.setattr(vllm, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="backend=vllm: needs the package vllm"):
         LmEval(TINY, backend="vllm").open(pair)

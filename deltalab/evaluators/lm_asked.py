@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from deltalab.settings import near
@@ -86,3 +87,12 @@ def refusal(name: str) -> str:
         f"evaluator.run_code=false: {name} runs the code that the model writes, on this machine;"
         f" set evaluator.run_code=true to allow it, or leave it out by ~evaluator.tasks.{name}"
     )
+
+
+def check_installed() -> None:
+    """Raise `ValueError` where a package that lm-eval's tasks need is missing."""
+    for package in ("lm_eval", "transformers", "datasets"):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"evaluator=lm_eval: needs the package {package}, as deltalab[llm] has"
+            )

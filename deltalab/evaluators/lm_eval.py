@@ -77,6 +77,7 @@ class LmEval:
             ValueError: an unknown task or metric, code that may not be run, a missing package, chat
                 template or data set, or no room in the context for what is to be generated.
         """
+        lm_asked.check_installed()
         encoder = pair.transform
         chat = encoder.chat if self.chat is None else self.chat
         tokenizer = copy.deepcopy(encoder.tokenizer)  # lm-eval adds a padding token where none is

@@ -69,21 +69,21 @@ def load(spec: Any) -> tuple[Run, ...]:
     runs: list[Run] = []
     with quiet(), redirect_stderr(StringIO()), seeded(spec.seed), templates_kept():
         index = _index(spec)
-        for task in spec.tasks:
-            for count in task.shots:
-                built = _built(index, spec, task)
-                for name, leaves, groups in _parts(built):
-                    for leaf in leaves.values():
-                        _configure(leaf, spec, task, count)
-                    run = _room(runs, task.limit or spec.limit, leaves)
-                    path = f"evaluator.tasks.{task.name}"
-                    label = f"{name}/{count}shot" if len(task.shots) > 1 else name
-                    entry = Entry(label, name, tuple(leaves), task.metrics, path)
-                    if (offered := _offered(entry, leaves, groups)) is not None:
-                        check_metrics(entry, task.metrics or (), offered)
-                    run.entries.append(entry)
-                    run.tasks |= leaves
-                    run.groups |= groups
+        for task, count in [(each, n) for each in spec.tasks for n in each.shots]:
+            for name, leaves, groups in _parts(_built(index, spec, task)):
+                for leaf in leaves.values():
+                    _configure(leaf, spec, task, count)
+                label = f"{name}/{count}shot" if len(task.shots) > 1 else name
+                path = f"evaluator.tasks.{task.name}"
+                if any(label == entry.label for run in runs for entry in run.entries):
+                    raise ValueError(f"{path}: another of the tasks has {name} in it as well")
+                entry = Entry(label, name, tuple(leaves), task.metrics, path)
+                if (offered := _offered(entry, leaves, groups)) is not None:
+                    check_metrics(entry, task.metrics or (), offered)
+                run = _room(runs, task.limit or spec.limit, leaves)
+                run.entries.append(entry)
+                run.tasks |= leaves
+                run.groups |= groups
     return tuple(runs)
 
 
@@ -204,14 +204,10 @@ def _index(spec: Any) -> Any:
     Raises:
         ValueError: a task that no file names, or whose file cannot be read.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-        from lm_eval.tasks._yaml_loader import load_yaml
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"evaluator=lm_eval: needs the package {error.name}, as in deltalab[llm]"
-        ) from None
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     stock = Path(lm_eval.__file__).parent / "tasks"
     own = [EMBEDDED, *(lm_data.directory(d, "evaluator.include") for d in spec.include)]
     names = [task.name for task in spec.tasks]
@@ -231,7 +227,10 @@ def _index(spec: Any) -> Any:
         except Exception as error:  # lm-eval passes over such files in silence
             reason = str(error).replace("\n", " ")[:200]
             raise ValueError(f"{files[name]}: not a task file ({reason})") from None
-    return TaskManager(include_path=own)
+    index = TaskManager(include_path=own)
+    if gone := [name for name in missing if name not in index.task_index]:
+        raise ValueError(f"evaluator.tasks.{gone[0]}: {files[gone[0]]} names it, but not as a task")
+    return index
 
 
 def _within(task: str, folder: str) -> bool:
