@@ -14,6 +14,7 @@ LAYERS = (
         "console",
         "data",
         "reading",
+        "sweeps",
         "edits",
         "objectives",
         "records",

@@ -1,0 +1,71 @@
+"""What a sweep leaves for those who ask how far it is: its points, and the key of each begun one.
+
+A sweep's folder holds `points.json`, the overrides of every point in their order, and beside the
+log of every point that was begun its key, or in one line why it has none.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+POINTS, KEY, FAILURE = "points.json", "key", "failure"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A sweep as its folder tells it.
+
+    Attributes:
+        folder: where it lies, below `DIR/logs`.
+        began: seconds since 1970.
+        command: what was typed after `deltalab -m`.
+        points: the overrides of every point.
+        keys: the keys of points that were begun, by number.
+        failures: why points failed before they had a key, by number.
+    """
+
+    folder: Path
+    began: float
+    command: tuple[str, ...]
+    points: tuple[tuple[str, ...], ...]
+    keys: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+def write(folder: Path, command: Sequence[str], points: Sequence[Sequence[str]]) -> None:
+    """Write the points of a sweep into its folder."""
+    text = json.dumps({"command": list(command), "points": [list(point) for point in points]})
+    (folder / POINTS).write_text(text + "\n")
+
+
+def note(folder: str | Path, name: str, text: str) -> None:
+    """Write a point's `key`, or its `failure` in one line, into the point's own folder."""
+    with suppress(OSError):  # who asks will learn less, and the point goes on
+        (Path(folder) / name).write_text(text)
+
+
+def listed(results: Path) -> Iterator[Listed]:
+    """Yield all sweeps of a results directory, the latest first."""
+    files = []
+    for file in (results / "logs").glob(f"*/{POINTS}"):
+        with suppress(OSError):
+            files.append((file.stat().st_mtime, file))
+    for began, file in sorted(files, reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(file.read_text())
+            points = tuple(tuple(map(str, point)) for point in found["points"])
+            command = tuple(map(str, found["command"]))
+            sweep = Listed(file.parent, began, command, points)
+            for number in range(len(points)):
+                _read(sweep, number)
+            yield sweep
+
+
+def _read(sweep: Listed, number: int) -> None:
+    with suppress(OSError):
+        sweep.keys[number] = (sweep.folder / f"{number}" / KEY).read_text().strip()
+        return
+    with suppress(OSError):
+        sweep.failures[number] = (sweep.folder / f"{number}" / FAILURE).read_text().strip()
