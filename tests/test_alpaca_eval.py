@@ -259,11 +259,11 @@ def test_error_of_the_length_controlled_rate_is_that_of_a_bootstrap(monkeypatch)
     )
     monkeypatch.setattr(annotations, "GROUPS", 2)  # the draws' own errors do not matter
     draws = []
-    for _ in range(100):
+    for _ in range(60):
         pick = rng.integers(0, count, count)
         again = Difficulty(dict(enumerate(hard[pick])), np.zeros((0, 4)))
         draws.append(length_controlled(wins[pick], ours[pick], theirs[pick], again)[0])
-    assert np.std(draws, ddof=1) == pytest.approx(error, rel=0.25)  # 100 draws: 7 % by themselves
+    assert np.std(draws, ddof=1) == pytest.approx(error, rel=0.3)  # 60 draws: 9 % by themselves
 
 
 def test_the_error_holds_the_choice_of_instructions():
@@ -924,9 +924,10 @@ def log_p(module, ids, answer):
     return sum(float(chances[len(ids) - 1 + n, token]) for n, token in enumerate(answer))
 
 
-def test_likelihood_is_the_pairs_implicit_reward(pair, tmp_path):
+@pytest.mark.parametrize("per_token", [True, False])
+def test_likelihood_is_the_pairs_implicit_reward(pair, tmp_path, per_token):
     pairs = [Comparison("say a", "aaa", "b"), Comparison("say bb", "x", "yyyy y")]
-    spec = Likelihood(scale=0.5, per_token=False, batch_size=3)
+    spec = Likelihood(scale=0.5, per_token=per_token, batch_size=3)
     judge = spec.open(pair, Prompts(), tmp_path)
     edited = {name: tensor * 1.01 for name, tensor in pair.post.items()}
     with loaded(pair.module, edited, restore=pair.post):
@@ -939,12 +940,11 @@ def test_likelihood_is_the_pairs_implicit_reward(pair, tmp_path):
         reward = 0.0
         for text, sign in ((comparison.output, 1), (comparison.reference, -1)):
             answer = [*tokenizer(f" {text}")["input_ids"], tokenizer.eos_token_id]
-            reward += sign * log_p(pair.module, ids, answer)
+            share = sign / (len(answer) if per_token else 1)
+            reward += share * log_p(pair.module, ids, answer)
             with loaded(pair.module, pair.pre, restore=pair.post):
-                reward -= sign * log_p(pair.module, ids, answer)
+                reward -= share * log_p(pair.module, ids, answer)
         assert preference == pytest.approx(1 / (1 + math.exp(-0.5 * reward)), abs=1e-5)
-    per_token = Likelihood().open(pair, Prompts(), tmp_path)(pair.module, pairs)
-    assert not np.allclose(per_token, found)
 
 
 def test_local_judges(pair, tokenizer, tmp_path):
