@@ -143,13 +143,10 @@ def fit_pairs(
         lengths, prompt = [len(s.ids) for s in pair], min(s.prompt for s in pair)
         drop = max(0, min(max(lengths) - context, prompt - context // 2))
         keep = int(pair[0].ids[:1] == [bos])
-        parts = [
-            Coded(*((x[:keep] + x[keep + drop :])[:context] for x in (s.ids, s.labels)), s.where)
-            for s in pair
-        ]
-        for whole, part in zip(pair, parts, strict=True):
+        one, other = (_without(s, keep, keep + drop, context) for s in pair)
+        for whole, part in zip(pair, (one, other), strict=True):
             _check_answer(whole, part, context)
-        cut.append((parts[0], parts[1]))
+        cut.append((one, other))
     if same := sum(one.ids == other.ids for one, other in cut):
         log.warning(
             "%s: %d of %d preferences have the same answer on both sides: no weights change their"
@@ -160,6 +157,12 @@ def fit_pairs(
     how = "prompts cut at the beginning down to half the context, then answers at the end"
     _report(before, after, context, source, how)
     return cut
+
+
+def _without(whole: Coded, begin: int, end: int, length: int) -> Coded:
+    """Return a sequence without the tokens from begin to end, then cut to a length."""
+    ids, labels = ((x[:begin] + x[end:])[:length] for x in (whole.ids, whole.labels))
+    return Coded(ids, labels, whole.where)
 
 
 def _check_answer(whole: Coded, part: Coded, context: int) -> None:
