@@ -602,3 +602,25 @@ def test_every_choice_of_tasks_composes():
     assert built["none"].tasks[0].shots == (3,)
     assert built["tiny"] == built["tiny_llm"]
     assert len({hash(spec) for spec in built.values()}) == len(built) - 2
+
+
+@pytest.mark.skipif(not (embedded.ZOO / "sft.safetensors").is_file(), reason="no embedded pair")
+def test_a_point_of_the_embedded_pair_records_scores_and_their_changes(tmp_path):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from deltalab.run import Choices, run
+    from deltalab.settings import conf_dir
+
+    chosen = ["model=tiny_llm", "edit=drop_only", "edit.p=0.9", "riemann=off", "objective.limit=4"]
+    chosen += ["evaluator.limit=6", "evaluator.batch_size=6", f"results={tmp_path}"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        settings = OmegaConf.to_container(compose("config", chosen), resolve=True)
+    lm_tasks.load.cache_clear()
+    record, skipped = run(settings, Choices("tiny_llm", "drop_only", "answers"))
+    metrics, post = record["metrics"], record["reference"]["post"]
+    assert not skipped
+    for name in ("tiny_gsm/exact_match_strict", "tiny_choice/acc", "tiny_likelihood/nats"):
+        assert metrics[f"{name}_change"] == pytest.approx(metrics[name] - post[name])
+    assert metrics["tiny_likelihood/nats_change"] > 0.1
+    assert post["tiny_gsm/exact_match_strict"] > 0.5
