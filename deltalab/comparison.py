@@ -16,7 +16,7 @@ class Comparison:
 
     Attributes:
         metric: its name.
-        documents: how many both have.
+        documents: on how many both have a score.
         first: the mean of the first point.
         second: the mean of the second.
         error: standard error of second - first, from the documents' differences.
@@ -47,8 +47,12 @@ def compare(
     found = []
     for metric in first:
         a, b = first[metric], second.get(metric, ())
-        if len(a) != len(b) or not a:
+        if len(a) != len(b):
             continue
+        both = [(x, y) for x, y in zip(a, b, strict=True) if not math.isnan(x + y)]
+        if not both:
+            continue
+        a, b = [x for x, _ in both], [y for _, y in both]
         differences = [y - x for x, y in zip(a, b, strict=True)]
         count, mean = len(a), math.fsum(differences) / len(a)
         squares = math.fsum((d - mean) ** 2 for d in differences)
@@ -87,7 +91,7 @@ def chosen(points: Sequence[Outcome], name: str) -> Outcome:
 
 
 def documents(directory: Path, point: Outcome) -> dict[str, list[float]]:
-    """Read what every document of a point scored.
+    """Read what every document of a point scored, NaN where it has no score.
 
     Raises:
         ValueError: nothing readable was kept of this point.
@@ -95,7 +99,10 @@ def documents(directory: Path, point: Outcome) -> dict[str, list[float]]:
     path = directory / "documents" / f"{point.key}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): [float(v) for v in values] for name, values in kept.items()}
+        return {
+            str(name): [math.nan if v is None else float(v) for v in values]
+            for name, values in kept.items()
+        }
     except FileNotFoundError:
         raise ValueError(f"{path}: no scores of single documents for {point.label!r}") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,6 +81,11 @@ class Endpoint:
     price_in: float | None = None
     price_out: float | None = None
     max_cost: float | None = None
+    files: ClassVar[tuple[str, ...]] = ("template",)
+    beside: ClassVar[tuple[str, ...]] = (
+        "concurrency", "timeout", "retries", "backoff", "longest_wait", "ask_again",
+        "price_in", "price_out", "max_cost",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         where = "evaluator.judge"
@@ -178,6 +183,7 @@ class LocalJudge:
     device: str = "auto"
     dtype: str = "bfloat16"
     batch_size: int = 8
+    files: ClassVar[tuple[str, ...]] = ("template",)
 
     def __post_init__(self) -> None:
         how_to_ask(None, self.order, self.seed)

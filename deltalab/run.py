@@ -25,6 +25,7 @@ from deltalab.edits import needs_of
 from deltalab.engine import Engine
 from deltalab.evaluators.accuracy import Scores
 from deltalab.extras import Extras
+from deltalab.keys import determining
 from deltalab.objectives import Loss, Measured, change, classify, measure
 from deltalab.prediction import Predict
 from deltalab.provenance import commit, device_name, peak_memory, versions
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 NOT_DETERMINING = (
     "results", "artifacts", "force", "plan", "tracker", "sweeps", "experiment", "most_points"
 )  # fmt: skip
+BUILT = ("objective", "evaluator", "riemann", "prediction")
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,21 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     edit = build(edit_settings, "edit")
     needs_of(edit)
     model = build(settings["model"], "model")
-    determinants = {k: v for k, v in settings.items() if k not in NOT_DETERMINING}
+    parts = {name: build(settings[name], name) for name in BUILT}
+    parts |= {"edit": edit, "model": model}
+    determinants = {
+        name: determining(value, parts.get(name))
+        for name, value in settings.items()
+        if name not in NOT_DETERMINING
+    }
     determinants |= {"select": chosen, "choices": [choices.model, choices.edit, choices.experiment]}
     return Point(
         model=model,
         edit=edit,
-        objective=build(settings["objective"], "objective"),
-        evaluator=build(settings["evaluator"], "evaluator"),
-        riemann=build(settings["riemann"], "riemann"),
-        prediction=build(settings["prediction"], "prediction"),
+        objective=parts["objective"],
+        evaluator=parts["evaluator"],
+        riemann=parts["riemann"],
+        prediction=parts["prediction"],
         select=chosen,
         seed=settings["seed"],
         nonfinite=settings["nonfinite"],
@@ -267,8 +275,11 @@ def paired(post: Scores, edited: Scores) -> dict[str, float]:
     sides = ("{}/loss", post.losses, edited.losses), ("{}", post.documents, edited.documents)
     for title, before, after in sides:
         for key, values in after.items():
-            ones, name = torch.ones_like(values), title.format(key)
-            value, error = change(Measured(before[key], ones), Measured(values, ones))
+            both = ~(before[key].isnan() | values.isnan())  # a judge may have said nothing
+            if not both.any():
+                continue
+            ones, name = torch.ones_like(values[both]), title.format(key)
+            value, error = change(Measured(before[key][both], ones), Measured(values[both], ones))
             metrics |= {f"{name}_change": value, f"{name}_change_error": error}
     return metrics
 

@@ -6,7 +6,7 @@ What a batch holds, `deltalab.answers` says; how answers are found in a text, `d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from deltalab.answers import Tokens
 from deltalab.formats import plain, short
@@ -118,6 +118,7 @@ class Problems:
     template: str = "Question: {question}\nAnswer:"
     separator: str = " "
     limit: int | None = None
+    files: ClassVar[tuple[str, ...]] = ("path",)
 
     def __post_init__(self) -> None:
         _check(self.limit, self.template, "{question}")
@@ -151,6 +152,7 @@ class Chats:
     split: str | None = None
     config: str | None = None
     limit: int | None = None
+    files: ClassVar[tuple[str, ...]] = ("path",)
 
     def __post_init__(self) -> None:
         _check(self.limit)
@@ -184,6 +186,7 @@ class Plain:
     split: str | None = None
     config: str | None = None
     limit: int | None = None
+    files: ClassVar[tuple[str, ...]] = ("path",)
 
     def __post_init__(self) -> None:
         _check(self.limit)
@@ -230,6 +233,7 @@ class Preferences:
     template: str = "{prompt}"
     separator: str = " "
     limit: int | None = None
+    files: ClassVar[tuple[str, ...]] = ("path",)
 
     def __post_init__(self) -> None:
         _check(self.limit, self.template, "{prompt}")

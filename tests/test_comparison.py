@@ -94,3 +94,12 @@ def test_broken_documents_are_one_line(results, capsys):
     (results / "documents" / f"{'a' * 16}.json").write_text(json.dumps({"gsm/acc": ["x"]}))
     assert report.main([f"results={results}", "compare=dare p=0.1;dare p=0.9"]) == 2
     assert "not readable" in capsys.readouterr().err
+
+
+def test_a_missing_score_leaves_the_others_paired():
+    nan = float("nan")
+    before, after = ([1.0, nan, 0.0], [0.0, 1.0, 1.0])
+    scores = [Scores({}, {}, {"judge/m": torch.tensor(s).double()}) for s in (before, after)]
+    assert run.paired(*scores)["judge/m_change"] == 0
+    nothing = Scores({}, {}, {"judge/m": torch.full((3,), nan).double()})
+    assert run.paired(scores[0], nothing) == {}

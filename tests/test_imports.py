@@ -20,6 +20,7 @@ LAYERS = (
         "records",
         "select",
         "formats",
+        "keys",
         "rows",
         "summary",
         "tables",

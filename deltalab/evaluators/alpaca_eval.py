@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class AlpacaEval:
     chat: bool | None = None
     prompt: str = "{instruction}"
     instruction_difficulty: str | None = None
+    beside: ClassVar[tuple[str, ...]] = ("cache_dir",)
+    files: ClassVar[tuple[str, ...]] = ("reference", "instruction_difficulty")
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch_size", self.batch_size)):
