@@ -7,7 +7,10 @@ run, and the time of ten is worked out from them. Their scores are printed besid
 checkpoints are in float16, as the embedded ones, and a sweep edits and evaluates in float32.
 
     python -m experiments.bench.lm_eval bare [repeats]   # two minutes on one core
-    python -m experiments.bench.lm_eval loop [points]    # five
+    python -m experiments.bench.lm_eval loop [points]    # two, of the generated task alone
+    python -m experiments.bench.lm_eval loop-all [points]  # five, of all three tasks
+
+The loop measures no loss, so that the sweep measures its own on eight answers only.
 """
 
 import json
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +33,7 @@ from experiments.bench.timing import alternate, ratio
 
 TASKS = ("tiny_gsm", "tiny_choice", "tiny_likelihood")
 BATCH = 64
-NEW_TOKENS = 128
+NEW_TOKENS = 64
 RATES = [i / 10 for i in range(10)]
 
 
@@ -101,19 +105,23 @@ def timed(*command: str) -> float:
     return time.perf_counter() - start
 
 
-def sweep(directory: Path) -> tuple[float, dict[float, float]]:
+def sweep(directory: Path, tasks: Sequence[str]) -> tuple[float, dict[float, float]]:
     """Run ten points in one process; return the seconds and each rate's exact match."""
+    chosen = [f"+evaluator.tasks.{task}.shots=null" for task in tasks]
     rates = ",".join(str(rate) for rate in RATES)
     seconds = timed(
         *("deltalab", "-m", "model=tiny_llm", "edit=dare", f"edit.p={rates}", "grid=none"),
-        *("riemann=off", f"evaluator.batch_size={BATCH}", f"results={directory}"),
+        *("riemann=off", "objective.limit=8", "evaluator/tasks=none", *chosen),
+        *(f"evaluator.batch_size={BATCH}", f"results={directory}"),
     )
     records = [json.loads(p.read_text()) for p in (directory / "records").glob("*.json")]
     name = "tiny_gsm/exact_match_strict"
     return seconds, {record["edit"]["p"]: record["metrics"][name] for record in records}
 
 
-def loop(directory: Path, rates: Sequence[float]) -> tuple[list[float], dict[float, float]]:
+def loop(
+    directory: Path, rates: Sequence[float], tasks: Sequence[str]
+) -> tuple[list[float], dict[float, float]]:
     """Write and score one checkpoint a rate; return the seconds and exact match of each."""
     for name, weights in (("pre", "base"), ("post", "sft")):
         (directory / name).mkdir(parents=True)
@@ -128,7 +136,7 @@ def loop(directory: Path, rates: Sequence[float]) -> tuple[list[float], dict[flo
             *(f"model.{name}={directory / name}" for name in ("pre", "post")),
         )
         spent += timed(
-            *("lm_eval", "run", "--model", "hf", "--device", "cpu", "--tasks", ",".join(TASKS)),
+            *("lm_eval", "run", "--model", "hf", "--device", "cpu", "--tasks", ",".join(tasks)),
             *("--model_args", f"pretrained={out},dtype=float32", "--batch_size", str(BATCH)),
             *("--include_path", str(lm_tasks.EMBEDDED), "--output_path", f"{out}/scores"),
         )
@@ -140,13 +148,13 @@ def loop(directory: Path, rates: Sequence[float]) -> tuple[list[float], dict[flo
     return seconds, found
 
 
-def compared(points: int) -> None:
+def compared(points: int, tasks: Sequence[str] = TASKS) -> None:
     """Print how long a sweep of ten points takes, over a loop of command lines."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        ours, scores = sweep(directory / "sweep")
+        ours, scores = sweep(directory / "sweep", tasks)
         print(f"sweep: {len(scores)} points in {ours:.1f} s", flush=True)
-        seconds, theirs = loop(directory / "loop", RATES[1 : 1 + points])
+        seconds, theirs = loop(directory / "loop", RATES[1 : 1 + points], tasks)
     each = sum(seconds) / len(seconds)
     print(
         f"a loop of {len(RATES)} points, from {len(seconds)} of them: {each * len(RATES):.0f} s,"
@@ -159,7 +167,8 @@ def compared(points: int) -> None:
 def main() -> None:
     """Print one of the comparisons."""
     which, number = [*sys.argv[1:], "5" if "bare" in sys.argv else "2"][:2]
-    {"bare": adapter, "loop": compared}[which](int(number))
+    ways = {"bare": adapter, "loop": partial(compared, tasks=TASKS[:1]), "loop-all": compared}
+    ways[which](int(number))
 
 
 if __name__ == "__main__":
