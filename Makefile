@@ -50,6 +50,8 @@ bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, again
 	@$(BIN)/python -m experiments.bench.lowrank
 	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.streamed $$d; rm -rf $$d
 	@$(BIN)/python -m experiments.bench.engine
+	@$(BIN)/python -m experiments.bench.lm_eval bare
+	@$(BIN)/python -m experiments.bench.lm_eval loop
 
 results: demo ## the demo again from scratch, its table into the README
 	@$(BIN)/python -m experiments.readme
