@@ -38,6 +38,10 @@ LEGEND = (
 )
 
 
+MOST_ROWS = 500
+"""Points that the terminal shows; the page has all."""
+
+
 class UserError(Exception):
     """What a user can put right; its message is one line."""
 
@@ -205,7 +209,9 @@ def _show(points: Sequence[Outcome], title: str) -> None:
     if width is None:
         console = Console(width=1000)
     if done:
-        console.print(terminal(done, title, width))
+        console.print(terminal(done[:MOST_ROWS], title, width))
+    if len(done) > MOST_ROWS:
+        print(f"and {len(done) - MOST_ROWS} more points, all of them in the page")
     if rules(done):
         for rule in zip(*(column.cells for column in agreement(done)), strict=True):
             title, count, median, largest, _, signs, ranks, classes = rule

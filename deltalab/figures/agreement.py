@@ -14,6 +14,8 @@ CAPTION = (
     " named."
 )
 MOST_TICKS = 8
+MANY = 500
+"""Points beyond which they are drawn together, as pixels, without bars and names."""
 
 
 def figure(points: Sequence[Outcome]) -> Any:
@@ -34,7 +36,10 @@ def figure(points: Sequence[Outcome]) -> Any:
         errors = [p.error or 0.0 for p in own]
         unit = own[0].unit or "nats"
         for axes, (rule, title) in zip(line, titles.items(), strict=True):
-            for point in own:
+            if len(own) > MANY:
+                title = f"{title} ({len(own)} points, no bars)"
+                _cloud(axes, own, rule, series, handles)
+            for point in own if len(own) <= MANY else ():
                 _point(axes, point, rule, series, handles)
             axes.set(title=f"{model}, {title}", xlabel=f"measured change ({unit})")
             _scale(axes, values, errors)
@@ -66,6 +71,17 @@ def _point(
         side, away = ("right", -6) if point.change > 0 else ("left", 6)
         beside = {"xytext": (away, -4), "textcoords": "offset points", "va": "top", "ha": side}
         axes.annotate(point.label, (point.change, value), fontsize=7, **beside)
+
+
+def _cloud(
+    axes: Any, points: Sequence[Outcome], rule: str, series: dict[str, Any], handles: dict[str, Any]
+) -> None:
+    for edit, (colour, marker) in series.items():
+        pairs = [(p.change, _value(p, rule)) for p in points if p.edit == edit]
+        found = [pair for pair in pairs if pair[1] is not None]
+        if found:
+            look = {"ls": "none", "marker": marker, "color": colour, "mec": "none", "alpha": 0.5}
+            (handles[edit],) = axes.plot(*zip(*found, strict=True), rasterized=True, **look)
 
 
 def _scale(axes: Any, values: Sequence[float], errors: Sequence[float]) -> None:

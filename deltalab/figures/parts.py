@@ -19,12 +19,15 @@ def figure(points: Sequence[Outcome]) -> Any:
 
     Returns None if no edit has parts, or if a pair has too many edits for its bars to be read.
     """
+    terms: dict[str, dict[str, list[Mapping[str, float]]]] = {}
+    for point in points:
+        if point.main and point.edit not in ("keep", "discard"):
+            bars = terms.setdefault(point.model, {})
+            bars.setdefault(point.label, []).append(point.terms[point.main].by_part)
     split: dict[str, dict[str, dict[str, float]]] = {}
-    for model in dict.fromkeys(p.model for p in points):
-        own = [p for p in points if p.model == model and p.edit not in ("keep", "discard")]
-        for name in dict.fromkeys(p.label for p in own):
-            mean = _mean([p.terms[p.main].by_part for p in own if p.label == name and p.main])
-            if mean:
+    for model, bars in terms.items():
+        for name, parts in bars.items():
+            if mean := _mean(parts):
                 split.setdefault(model, {})[name] = mean
     counts = [len(bars) for bars in split.values()]
     if not counts or max(counts) > MOST_BARS:
@@ -34,8 +37,8 @@ def figure(points: Sequence[Outcome]) -> Any:
     height = 0.21 * sum(counts) + 0.75 * len(counts) + 0.3
     drawn, grid = panels(len(counts), 1, 6.8, height, [count + 2 for count in counts])
     units = {p.model: p.unit or "nats" for p in points}
-    for axes, (model, bars) in zip(grid.flat, split.items(), strict=True):
-        _stack(axes, bars, names)
+    for axes, (model, means) in zip(grid.flat, split.items(), strict=True):
+        _stack(axes, means, names)
         axes.set(title=model, xlabel=f"term ({units[model]})")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     drawn.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside right upper")
