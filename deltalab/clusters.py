@@ -144,7 +144,7 @@ def slurm(
     share = Share(journal, SHARE_OF_WARNING * signal_delay_s)
     submitted = executor.map_array(share, [data] * len(split), split)
     console.fail(
-        f"{len(jobs)} points in {len(split)} tasks of job {submitted[0].job_id.split('_')[0]},"
+        f"{len(jobs)} points, tasks of job {submitted[0].job_id.split('_')[0]}: {len(split)},"
         f" their logs in {folder}"
     )
     results: dict[int, Any] = {}

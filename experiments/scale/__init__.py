@@ -1,0 +1,1 @@
+"""Sweeps that are killed, that fill the disk, and that have 10,000 points."""
