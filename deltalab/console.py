@@ -118,7 +118,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror[0].lower() + error.strerror[1:]
         return str(redacted(f"{error.filename}: {reason}" if error.filename else reason))
-    message = str(error).split("Config search path:")[0]
+    message = (str(error) or str(error.__cause__ or "")).split("Config search path:")[0]
     for line in filter(str.strip, message.splitlines()):
         if line.strip().startswith("object_type="):
             continue
