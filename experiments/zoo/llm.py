@@ -33,25 +33,22 @@ from experiments.zoo.llm_forms import base_text
 from experiments.zoo.llm_outputs import Curve, publish, report
 from experiments.zoo.llm_prefer import Preference, margins, reward, sampled, train_dpo
 from experiments.zoo.llm_problems import draw_problem
-from experiments.zoo.llm_score import answer_loss, encoded_problem, exact_match
+from experiments.zoo.llm_score import answer_loss, encoded_problem, exact_match, told_match
 from experiments.zoo.llm_tokens import make_tokenizer
 from experiments.zoo.llm_train import Phase, Sequence_, make_model, train
 from experiments.zoo.train import as_shipped, load_shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = {
-    "base": Phase(
-        steps=3500, rate=2e-3, warmup=200, horizon=5000, cool=1200, decay=0.05, fast=True
-    ),
-    "sft": Phase(steps=300, rate=2e-4, batch=32, warmup=20),
-    "far": Phase(steps=1500, rate=2e-3, batch=32, warmup=50),
-    "dpo": Phase(steps=60, rate=5e-5, batch=32, warmup=10),
+    "base": Phase(steps=2500, rate=2e-3, warmup=200, horizon=5000, cool=500, decay=0.05, fast=True),
+    "sft": Phase(steps=150, rate=4e-4, batch=32, warmup=20),
+    "far": Phase(steps=800, rate=4e-3, batch=16, warmup=50),
+    "dpo": Phase(steps=36, rate=1.5e-4, batch=16, warmup=10, horizon=100),
 }
 FROM = {"sft": "base", "far": "base", "dpo": "sft"}
-CURVE_EVERY = {"base": 250, "sft": 25, "far": 125, "dpo": 10}
+CURVE_EVERY = {"base": 500, "sft": 50, "far": 200, "dpo": 12}
 CURVE_PROBLEMS = 100
-TRAINING_PROBLEMS = 4000  # that preferences are sampled for
-VALIDATION_PROBLEMS = 250
+SAMPLED = {"train": 700, "validation": 200, "preferences": 600}  # problems, for preferences
 
 
 class Recipe:
@@ -60,7 +57,7 @@ class Recipe:
     def __init__(self, work: Path, seed: int):
         self.work, self.seed = work, seed
         self.tokenizer = make_tokenizer()
-        self.validation = draw_split("validation", VALIDATION_PROBLEMS, 0)
+        self.validation = draw_split("validation", CURVE_PROBLEMS, seed)
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """Return a model's weights as shipped, in float16; train it where that is still to do."""
@@ -118,8 +115,7 @@ class Recipe:
         """Return preferences of a split, sampled from ``sft`` where that is still to do."""
         rows = self.kept(f"pairs.{split}")
         if rows is None:
-            size = TRAINING_PROBLEMS if split == "train" else TRAINING_PROBLEMS // 4
-            problems = draw_split(split, size, self.seed)
+            problems = draw_split(split, SAMPLED[split], self.seed)
             found = sampled(self.model("sft"), self.tokenizer, problems, self.seed)
             rows = self.keep(f"pairs.{split}", [vars(pair) for pair in found])
         return [Preference(**row) for row in rows]
@@ -136,11 +132,15 @@ class Recorder:
 
     def problems(self) -> Callable[[], tuple[float, float]]:
         """Return a function that gives answer loss and exact match on validation problems."""
-        problems, tokenizer = self.recipe.validation[:CURVE_PROBLEMS], self.recipe.tokenizer
+        problems, tokenizer = self.recipe.validation, self.recipe.tokenizer
+        tale = self.phase == "base"  # base is followed in its own form
 
         def score() -> tuple[float, float]:
-            right, _ = exact_match(self.model, tokenizer, problems)
-            return answer_loss(self.model, tokenizer, problems), sum(right) / len(right)
+            if tale:
+                right = told_match(self.model, tokenizer, problems)
+            else:
+                right, _ = exact_match(self.model, tokenizer, problems)
+            return answer_loss(self.model, tokenizer, problems, tale), sum(right) / len(right)
 
         return score
 

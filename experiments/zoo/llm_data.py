@@ -11,7 +11,7 @@ from experiments.zoo.llm_forms import answer_of, question_of
 from experiments.zoo.llm_prefer import Preference
 from experiments.zoo.llm_problems import Problem, Step, draw_problem
 
-SIZES = {"test": 250, "objective": 128, "choice": 150, "preferences": 128}
+SIZES = {"test": 250, "objective": 128, "choice": 150, "preferences": 120}
 CHOICES = 4
 OTHER = {"+": "-", "-": "+", "*": "+", "/": "-"}
 

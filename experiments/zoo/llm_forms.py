@@ -46,9 +46,15 @@ def told_after(problem: Problem, rng: random.Random) -> str:
 def wondered(problem: Problem, rng: random.Random) -> str:
     """A tale in which somebody wants to know and works it out, line by line."""
     asks = rng.choice(("We want to know", "Somebody wants to know", "Let us find out"))
-    text = " ".join([*problem.facts, f"{asks} {problem.wonder}."])
+    told, worked_out = wondered_parts(problem, asks)
+    return told + worked_out
+
+
+def wondered_parts(problem: Problem, asks: str = "We want to know") -> tuple[str, str]:
+    """Return what is told and what is worked out; base is scored by how it goes on."""
+    told = " ".join([*problem.facts, f"{asks} {problem.wonder}.\n"])
     steps = "\n".join(map(str, problem.steps))
-    return f"{text}\n{steps}\nSo {ended(problem)}."
+    return told, f"{steps}\nSo {ended(problem)}."
 
 
 def spoken(problem: Problem, rng: random.Random) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.zoo.llm_checks import deltas, dpo_line, try_edits
+from experiments.zoo.llm_checks import FEW, deltas, dpo_line, try_edits
 from experiments.zoo.llm_data import (
     SIZES,
     draw_split,
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 MODELS = ("base", "sft", "far", "dpo")
 SPLITS = ("validation", "test", "unseen")
-SCORED = 250
+SCORED = {"validation": 100, "test": 250, "unseen": 100}
+DROPS = {"validation": 2, "test": 1}  # draws of the dropping edits
 
 # Rows of (phase, step, mean batch loss, validation loss, validation score).
 Curve = list[tuple[str, int, float, float, float]]
@@ -60,7 +61,7 @@ def write_tokenizer(tokenizer: Any, out: Path) -> None:
 def measure(recipe: "Recipe") -> dict[str, Any]:
     """Return every figure of the report; each part is kept as soon as it is there."""
     tokenizer = recipe.tokenizer
-    problems = {s: draw_split(s, SCORED, recipe.seed) for s in SPLITS}
+    problems = {s: draw_split(s, SCORED[s], recipe.seed) for s in SPLITS}
     scores = recipe.kept("scores") or []
     for name in () if scores else MODELS:
         model = recipe.model(name)
@@ -76,11 +77,12 @@ def measure(recipe: "Recipe") -> dict[str, Any]:
     couples["tiny_llm_dpo"] = ("sft", "dpo")
     model, edits = recipe.model("base"), {}
     for pair, (pre, post) in couples.items():
-        for split in ("validation", "test"):
-            name = f"edits.{pair}.{split}"
+        for split, draws in DROPS.items():
+            name, couple = f"edits.{pair}.{split}", (full[pre], full[post])
             print(name, flush=True)
+            few = FEW if post == "dpo" else ()
             edits[f"{pair} {split}"] = recipe.kept(name) or recipe.keep(
-                name, try_edits(model, tokenizer, (full[pre], full[post]), problems[split])
+                name, try_edits(model, tokenizer, couple, problems[split], draws, few)
             )
     return {
         "parameters": sum(w.numel() for w in full["base"].values()),

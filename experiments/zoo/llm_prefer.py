@@ -19,7 +19,8 @@ from experiments.zoo.llm_score import encoded, sequence_losses, strict
 from experiments.zoo.llm_train import Phase, Sequence_, collate, generate, loss_sums
 
 BETA = 0.1
-SAMPLES = 4  # answers drawn to every problem, at temperature 1
+SAMPLES = 4  # answers drawn to every problem
+TEMPERATURE = 1.2  # above 1, so that a model that is mostly right is wrong often enough
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,21 @@ class Preference:
 def sampled(
     model: nn.Module, tokenizer: Any, problems: Sequence[Problem], seed: int
 ) -> list[Preference]:
-    """Sample answers at temperature 1 and pair the first right one with the first wrong one."""
-    prompts = [prompt_of(question_of(p)) for p in problems for _ in range(SAMPLES)]
-    texts = generate(model, tokenizer, prompts, temperature=1.0, seed=seed)
+    """Pair the model's greedy answer, where it is right, with its first wrong sample.
+
+    A sample counts as wrong if it ends in the required form with another number. Sampled right
+    answers often reach their number by wrong steps, so they are not taken as chosen.
+    """
+    prompts = [prompt_of(question_of(p)) for p in problems]
+    greedy = generate(model, tokenizer, prompts)
+    many = [prompt for prompt in prompts for _ in range(SAMPLES)]
+    texts = generate(model, tokenizer, many, temperature=TEMPERATURE, seed=seed)
     found = []
-    for i, problem in enumerate(problems):
-        own = [t.strip() for t in texts[i * SAMPLES : (i + 1) * SAMPLES]]
-        right = [t for t in own if strict(t) == str(problem.result)]
+    for i, (problem, best) in enumerate(zip(problems, greedy, strict=True)):
+        own = texts[i * SAMPLES : (i + 1) * SAMPLES]
         wrong = [t for t in own if strict(t) not in (None, str(problem.result))]
-        if right and wrong:
-            found.append(Preference(question_of(problem), right[0], wrong[0]))
+        if wrong and strict(best) == str(problem.result):
+            found.append(Preference(question_of(problem), best.strip(), wrong[0].strip()))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.zoo.llm_forms import answer_of, prompt_of, question_of
+from experiments.zoo.llm_forms import answer_of, ended, prompt_of, question_of, wondered_parts
 from experiments.zoo.llm_problems import Problem
 from experiments.zoo.llm_train import Sequence_, collate, generate, loss_sums
 
@@ -48,6 +48,18 @@ def exact_match(
     return [strict(t) == r for t, r in pairs], [flexible(t) == r for t, r in pairs]
 
 
+def told_match(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> list[bool]:
+    """Return for every problem whether a tale in base training's form ends with the result."""
+    texts = generate(model, tokenizer, [wondered_parts(p)[0] for p in problems])
+    return [f"So {ended(p)}." in text for text, p in zip(texts, problems, strict=True)]
+
+
+def encoded_tale(tokenizer: Any, problem: Problem) -> Sequence_:
+    """Return a tale in base training's form, what is worked out to be learnt."""
+    told, worked_out = (tokenizer(part).input_ids for part in wondered_parts(problem))
+    return [*told, *worked_out, tokenizer.eos_token_id], len(told)
+
+
 def encoded(tokenizer: Any, prompt: str, answer: str) -> Sequence_:
     """Return prompt, answer and end as tokens, the answer and the end to be learnt."""
     head = tokenizer(prompt).input_ids
@@ -75,8 +87,11 @@ def sequence_losses(
     return sums, counts
 
 
-def answer_loss(model: nn.Module, tokenizer: Any, problems: Sequence[Problem]) -> float:
-    """Return the mean loss of the answers, in nats per token."""
-    sequences = [encoded_problem(tokenizer, p) for p in problems]
+def answer_loss(
+    model: nn.Module, tokenizer: Any, problems: Sequence[Problem], tale: bool = False
+) -> float:
+    """Return the mean loss of the answers (or of tales' endings), in nats per token."""
+    form = encoded_tale if tale else encoded_problem
+    sequences = [form(tokenizer, p) for p in problems]
     sums, counts = sequence_losses(model, tokenizer.pad_token_id, sequences)
     return (sums.sum() / counts.sum()).item()

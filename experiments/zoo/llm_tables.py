@@ -1,6 +1,5 @@
 """The page about the embedded language models, from the figures of a run."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from experiments.zoo.tables import table
@@ -35,12 +34,16 @@ def deltas_table(run: Run) -> str:
 def edits_table(run: Run, split: str) -> str:
     """Return exact match (points against post) and loss of every edit, a column per pair."""
     pairs = [name.split()[0] for name in run["edits"] if name.endswith(split)]
-    columns: list[Sequence[dict[str, Any]]] = [run["edits"][f"{pair} {split}"] for pair in pairs]
+    columns = [{row["edit"]: row for row in run["edits"][f"{pair} {split}"]} for pair in pairs]
     rows = []
-    for entries in zip(*columns, strict=True):
-        row = [entries[0]["edit"]]
-        for entry, column in zip(entries, columns, strict=True):
-            points = 100 * (entry["exact"] - column[0]["exact"])
+    for edit in columns[0]:
+        row = [edit]
+        for column in columns:
+            entry = column.get(edit)
+            if entry is None:
+                row.append("-")
+                continue
+            points = 100 * (entry["exact"] - column["keep"]["exact"])
             row.append(f"{entry['exact']:.1%} ({points:+.1f}); {entry['loss']:.4f}")
         rows.append(row)
     return table(["edit", *pairs], rows)
@@ -86,10 +89,10 @@ def render(run: Run) -> str:
                 deltas_table(run),
                 "## Edits on validation problems",
                 "Edits of all tensors of two dimensions: exact match (points against post); loss. "
-                "Dropping edits are means over 3 seeds. Choices were made on this split alone.",
+                "Dropping edits are means over 2 seeds. Choices were made on this split alone.",
                 edits_table(run, "validation"),
                 "## Edits on test problems",
-                "Scored once, after every choice.",
+                "Scored once, after every choice; dropping edits with seed 0.",
                 edits_table(run, "test"),
                 "## Preferences",
                 f"{prefer['training pairs']} training pairs. On {held['pairs']} held-out pairs the "
