@@ -97,8 +97,8 @@ def render(run: Run) -> str:
                 "## Preferences",
                 f"{prefer['training pairs']} training pairs. On {held['pairs']} held-out pairs the "
                 f"implicit reward prefers the right answer in {held['accuracy']:.1%}; DPO loss "
-                f"{held['loss']:.4f} (0.6931 before). Along `post + alpha (post - pre)`, matrices only "
-                "(at alpha -1 the norms are still post), beta 0.1:",
+                f"{held['loss']:.4f} (0.6931 before). Along `post + alpha (post - pre)`, matrices "
+                "only (at alpha -1 the norms are still post), beta 0.1:",
                 line_table(run),
                 "## Files",
                 table(["file", "bytes"], run["bytes"].items()),
