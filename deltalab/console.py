@@ -1,5 +1,6 @@
 """What the terminal shows: one line per point, a bar over a sweep, errors in one line."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -91,16 +92,21 @@ def describe(record: Mapping[str, Any], skipped: bool = False) -> str:
     name = label(hyper.pop("name"), hyper)
     columns = [f"{record['model']:<16} {name:<28}"]
     if loss := record.get("loss"):
-        columns.append(f"change {loss['change']:+.4f} ±{loss['error']:.4f}")
+        change, error = (_number(loss[name]) for name in ("change", "error"))
+        columns.append(f"change {change:+.4f} ±{error:.4f}")
     for rule, found in (record.get("terms") or {}).items():
         doubt = "?" if found.get("converged") is False else ""  # its error estimate is too large
-        columns.append(f"{rule} {found['value']:+.4f}{doubt}")
+        columns.append(f"{rule} {_number(found['value']):+.4f}{doubt}")
     metrics = record.get("metrics") or {}
     scores = [k for k in metrics if is_score(k) and not is_lenient(k)]
     columns += [f"{k} {metrics[k]:.4f}" for k in scores[:3]]
     columns.append(f"{record.get('class') or '':<11}")
     columns.append("done before" if skipped else f"{record['seconds']['total']:.1f} s")
     return "  ".join(columns)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value  # a record holds no infinities and no NaN
 
 
 def one_line(error: BaseException) -> str:

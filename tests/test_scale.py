@@ -76,3 +76,11 @@ def test_a_full_disk_leaves_nothing_wrong():
         pytest.skip("this container may not mount")
     assert found.returncode == 0, found.stderr
     assert "no space left on device" in found.stdout
+
+
+def test_a_point_without_a_finite_error_can_be_told_again():
+    """Such numbers are null in a record: of one example there is no standard error."""
+    from deltalab.console import describe
+
+    record = {"model": "vit", "edit": {"name": "keep"}, "loss": {"change": 0.0, "error": None}}
+    assert "change +0.0000 ±nan" in describe(record | {"seconds": {"total": 1.0}}, skipped=True)
