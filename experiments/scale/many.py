@@ -3,16 +3,21 @@
     python -m experiments.scale.many [POINTS]        (default: 10,000; about half an hour)
 
 The edit is `keep` on the smallest pair, without term and metrics, so that what is measured is the
-machinery. Hydra's own cost is that of the same sweep whose job does nothing, measured on fewer
-points of the same sweep. Memory is the peak of the process, from the system.
+machinery. Hydra's own cost is that of the same sweep with a job that does nothing, less what one
+point costs. Times are of the processor, which other programs on the machine do not change, beside
+the wall's. Memory is the peak of the process, from the system.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+from deltalab import sweeps
 
 OVERRIDES = ("edit=keep", "data.test.limit=1", "data.objective.limit=1", "riemann=off",
              "evaluator=none")  # fmt: skip
@@ -39,30 +44,42 @@ else:
         evaluate = run.evaluate
         spent = []
         def timed(point):
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return evaluate(point)
             finally:
-                spent.append(time.perf_counter() - began)
+                spent.append(time.process_time() - began)
         run.evaluate = timed
     cli.main()
     if what == "seconds":
         print(f"evaluate {sum(spent):.3f} s in {len(spent)} points", file=sys.stderr)
 status = Path("/proc/self/status").read_text()
-print("VmHWM", status.split("VmHWM:")[1].split()[0], file=sys.stderr)
+print("used", status.split("VmHWM:")[1].split()[0], time.process_time(), file=sys.stderr)
 """
 
 
-def measured(what: str, *arguments: str) -> tuple[float, float, str]:
-    """Return seconds, peak memory in GiB and the last lines of a command's output."""
+@dataclass(frozen=True)
+class Cost:
+    """What a command cost: seconds by the clock and of the processor, and its peak in GiB."""
+
+    wall: float
+    processor: float
+    memory: float
+    said: str
+
+
+def measured(what: str, *arguments: str) -> Cost:
+    """Run a command in a process of its own."""
     began = time.perf_counter()
     found = subprocess.run(
         [sys.executable, "-c", PROGRAM, what, *arguments],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    seconds = time.perf_counter() - began
-    *said, memory = found.stderr.splitlines()
-    return seconds, int(memory.split()[1]) / 2**20, "\n".join([*said, found.stdout])
+    wall = time.perf_counter() - began
+    *said, used = found.stderr.splitlines()
+    _, memory, processor = used.split()
+    text = "\n".join([*said, found.stdout]).strip()
+    return Cost(wall, float(processor), int(memory) / 2**20, text)
 
 
 def sweep(results: Path, points: int) -> list[str]:
@@ -78,34 +95,68 @@ def size_of(directory: Path) -> tuple[int, float]:
     return len(files), sum(file.stat().st_blocks * 512 for file in files) / 1e6
 
 
-def main(points: int = 10_000) -> None:
-    """Run the sweep, then the commands that look at it, and print one line for each."""
+def main(points: int = 10_000, seen: int = 10_000) -> None:
+    """Run the sweep, then the commands that look at it, and print one line for each.
+
+    Args:
+        points: of the sweep that is run.
+        seen: points that status and report look at; beyond those of the sweep, copies of its
+            records with another seed and key.
+    """
     with tempfile.TemporaryDirectory() as place:
         results = Path(place) / "results"
-        few = min(EMPTY, points)
-        start = measured("nothing", *sweep(Path(place) / "one", 1))[0]
-        hydra = measured("nothing", *sweep(Path(place) / "nothing", few))[0]
-        own = 1000 * (hydra - start) / max(few - 1, 1)
-        print(f"Hydra with an empty job: {own:.1f} ms a point ({few} points)", flush=True)
-        seconds, memory, said = measured("seconds", *sweep(results, points))
-        spent = float(said.split("evaluate ")[1].split()[0])
-        each = 1000 * seconds / points
+        one, few = (
+            measured("nothing", *sweep(Path(place) / f"{n}", n)) for n in (1, min(EMPTY, points))
+        )
+        own = 1000 * (few.processor - one.processor) / max(min(EMPTY, points) - 1, 1)
+        growth = (few.memory - one.memory) * 2**20 / max(min(EMPTY, points) - 1, 1)
+        print(f"Hydra with an empty job: {own:.1f} ms and {growth:.0f} kB a point", flush=True)
+        first = measured("seconds", *sweep(Path(place) / "first", 1))
+        all_ = measured("seconds", *sweep(results, points))
+        each = 1000 * (all_.processor - first.processor) / max(points - 1, 1)
+        inside = 1000 * (_spent(all_) - _spent(first)) / max(points - 1, 1)
         print(
-            f"{points} points: {seconds:.0f} s, {each:.1f} ms a point, of which evaluation"
-            f" {1000 * spent / points:.1f} ms; machinery beyond Hydra's own"
-            f" {each - own - 1000 * spent / points:.1f} ms; peak {memory:.2f} GiB",
+            f"{points} points: {each:.1f} ms a point, of which evaluation {inside:.1f} ms; beyond"
+            f" both {each - inside - own:.1f} ms; by the clock {all_.wall:.0f} s; peak"
+            f" {all_.memory:.2f} GiB, with one point {first.memory:.2f} GiB",
             flush=True,
         )
-        seconds, memory, _ = measured("sweep", *sweep(results, points))
-        print(f"again, all done before: {seconds:.0f} s, {1000 * seconds / points:.1f} ms a point")
+        again = measured("sweep", *sweep(results, points))
+        done = 1000 * (again.processor - one.processor) / points
+        print(f"again, all done before: {done:.1f} ms a point")
         for name in ("records", "logs", "locks"):
             count, size = size_of(results / name)
-            print(f"{name}: {count} files, {size:.0f} MB on disk")
+            print(f"{name}: {count} files, {size:.1f} MB on disk")
+        multiply(results, seen)
         for what in ("status", "report"):
-            seconds, memory, said = measured(what, f"results={results}")
-            line = said.strip().splitlines()[min(1, len(said.strip().splitlines()) - 1)][:100]
-            print(f"deltalab-{what}: {seconds:.1f} s, peak {memory:.2f} GiB ({line})", flush=True)
+            cost = measured(what, f"results={results}")
+            print(
+                f"deltalab-{what}, {seen} points: {cost.wall:.1f} s, of the processor"
+                f" {cost.processor:.1f} s, peak {cost.memory:.2f} GiB",
+                flush=True,
+            )
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+def _spent(cost: Cost) -> float:
+    return float(cost.said.split("evaluate ")[1].split()[0])
+
+
+def multiply(results: Path, count: int) -> None:
+    """Copy the records of a sweep under further seeds and keys, and list all as one sweep."""
+    files = sorted((results / "records").glob("*.json"))
+    example = json.loads(files[0].read_text())
+    keys = [file.stem for file in files][:count]
+    for number in range(len(keys), count):
+        keys.append(f"{number:016x}")
+        record = example | {"key": keys[-1], "seed": 10**6 + number}
+        (results / "records" / f"{keys[-1]}.json").write_text(json.dumps(record, indent=1))
+    folder = results / "logs" / "multiplied"
+    folder.mkdir(exist_ok=True)
+    for number, key in enumerate(keys):
+        (folder / f"{number}").mkdir(exist_ok=True)
+        sweeps.note(folder / f"{number}", sweeps.KEY, key)
+    sweeps.write(folder, ["copies"], [[f"seed={number}"] for number in range(count)])
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ SlurmctldPort=${SLURM_TEST_PORT:-16917}
 SlurmdPort=$((${SLURM_TEST_PORT:-16917} + 1))
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$socket
+AuthInfo=socket=$socket,cred_expire=20
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd.log
-# no cgroups, no accounting, no mail
+# no cgroups, no accounting, no mail; a requeued job waits for cred_expire seconds
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
