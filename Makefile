@@ -37,8 +37,8 @@ format: $(VENV)/.dev ## format the code
 report: $(VENV)/.user ## tables and figures from the records in RESULTS
 	@$(BIN)/deltalab-report results=$(RESULTS)
 
-fuzz: $(VENV)/.dev ## property tests with 24,600 cases, some minutes
-	@HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/test_fuzz_checkpoints.py tests/test_fuzz_settings.py tests/test_fuzz_edits.py
+fuzz: $(VENV)/.dev ## property tests with 29,400 cases, some minutes
+	@HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/test_fuzz_checkpoints.py tests/test_fuzz_settings.py tests/test_fuzz_edits.py tests/test_fuzz_rows.py
 
 audit: $(VENV)/.user ## known vulnerabilities of the pinned packages, where the index is reachable
 	@$(UV) pip-audit
