@@ -138,7 +138,7 @@ def test_dpo_prefers_right_answers_on_held_out_pairs(pair):
             losses.append(sequence_losses(module, tokenizer.pad_token_id, own)[0])
         margin[name] = losses[1] - losses[0]
     gain = margin["dpo"] - margin["sft"]
-    assert (gain > 0).double().mean() >= 0.7  # 75 % as shipped; chance is 50 %
+    assert (gain > 0).double().mean() >= 0.8
 
 
 def test_the_tokenizer_that_ships_is_the_recipe_s(pair, tokenizer):

@@ -43,12 +43,12 @@ PHASES = {
     "base": Phase(steps=2500, rate=2e-3, warmup=200, horizon=5000, cool=500, decay=0.05, fast=True),
     "sft": Phase(steps=150, rate=4e-4, batch=32, warmup=20),
     "far": Phase(steps=800, rate=4e-3, batch=16, warmup=50),
-    "dpo": Phase(steps=36, rate=1.5e-4, batch=16, warmup=10, horizon=100),
+    "dpo": Phase(steps=80, rate=2.5e-4, batch=16, warmup=10, horizon=100),
 }
 FROM = {"sft": "base", "far": "base", "dpo": "sft"}
-CURVE_EVERY = {"base": 500, "sft": 50, "far": 200, "dpo": 12}
+CURVE_EVERY = {"base": 500, "sft": 50, "far": 200, "dpo": 20}
 CURVE_PROBLEMS = 100
-SAMPLED = {"train": 700, "validation": 200, "preferences": 600}  # problems, for preferences
+SAMPLED = {"train": 1600, "validation": 500, "preferences": 600}  # problems, for preferences
 
 
 class Recipe:

@@ -62,16 +62,10 @@ def measure(recipe: "Recipe") -> dict[str, Any]:
     """Return every figure of the report; each part is kept as soon as it is there."""
     tokenizer = recipe.tokenizer
     problems = {s: draw_split(s, SCORED[s], recipe.seed) for s in SPLITS}
-    scores = recipe.kept("scores") or []
-    for name in () if scores else MODELS:
-        model = recipe.model(name)
-        for split in SPLITS:
-            right, loose = exact_match(model, tokenizer, problems[split])
-            row = {"model": name, "split": split, "problems": len(right)}
-            row |= {"strict": sum(right) / len(right), "flexible": sum(loose) / len(loose)}
-            scores.append({**row, "loss": answer_loss(model, tokenizer, problems[split])})
-            print(scores[-1], flush=True)
-    recipe.keep("scores", scores)
+    scores: list[dict[str, Any]] = []
+    for name in MODELS:
+        key = f"scores.{name}"
+        scores += recipe.kept(key) or recipe.keep(key, score_model(recipe, name, problems))
     full = {n: {k: w.float() for k, w in recipe.weights(n).items()} for n in MODELS}
     couples = {"tiny_llm": ("base", "sft"), "tiny_llm_far": ("base", "far")}
     couples["tiny_llm_dpo"] = ("sft", "dpo")
@@ -93,6 +87,18 @@ def measure(recipe: "Recipe") -> dict[str, Any]:
         "preferences": preferences(recipe, model, full),
         "settings": {"seed": recipe.seed, "torch": torch.__version__},
     }
+
+
+def score_model(recipe: "Recipe", name: str, problems: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one model's exact match and answer loss on every split."""
+    model, rows = recipe.model(name), []
+    for split, own in problems.items():
+        right, loose = exact_match(model, recipe.tokenizer, own)
+        row = {"model": name, "split": split, "problems": len(right)}
+        row |= {"strict": sum(right) / len(right), "flexible": sum(loose) / len(loose)}
+        rows.append({**row, "loss": answer_loss(model, recipe.tokenizer, own)})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def preferences(recipe: "Recipe", model: torch.nn.Module, full: dict[str, Any]) -> dict[str, Any]:

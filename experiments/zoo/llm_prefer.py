@@ -1,7 +1,9 @@
 """Preferences between a model's own right and wrong answers, and direct preference optimisation.
 
 The loss is ``-log sigmoid(beta * gain)`` with ``gain = log (p/p0)(chosen) - log (p/p0)(rejected)``
-(Rafailov et al., arXiv 2305.18290), ``p0`` being the fine-tuned model that training starts from.
+(Rafailov et al., arXiv 2305.18290), ``p0`` being the fine-tuned model that training starts from,
+plus ``ANCHOR`` times the loss of the chosen answers per token (as Pang et al., arXiv 2404.19733):
+without it so small a model lowers the likelihood of both answers and forgets how to calculate.
 """
 
 import random
@@ -19,6 +21,7 @@ from experiments.zoo.llm_score import encoded, sequence_losses, strict
 from experiments.zoo.llm_train import Phase, Sequence_, collate, generate, loss_sums
 
 BETA = 0.1
+ANCHOR = 4.0
 SAMPLES = 4  # answers drawn to every problem
 TEMPERATURE = 1.2  # above 1, so that a model that is mostly right is wrong often enough
 
@@ -96,9 +99,10 @@ def train_dpo(
             order = rng.sample(range(len(pairs)), len(pairs))
         part, order = order[: phase.batch], order[phase.batch :]
         model.train()
-        good = loss_sums(model, collate([chosen[i] for i in part], pad))[0]
+        good, count = loss_sums(model, collate([chosen[i] for i in part], pad))
         bad = loss_sums(model, collate([rejected[i] for i in part], pad))[0]
-        loss = functional.softplus(-BETA * (bad - good - reference[part])).mean()
+        gain = bad - good - reference[part]
+        loss = functional.softplus(-BETA * gain).mean() + ANCHOR * good.sum() / count.sum()
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -92,7 +92,8 @@ def render(run: Run) -> str:
                 "Dropping edits are means over 2 seeds. Choices were made on this split alone.",
                 edits_table(run, "validation"),
                 "## Edits on test problems",
-                "Scored once, after every choice; dropping edits with seed 0.",
+                "Scored once, after every choice (the DPO pair twice, see the data's README); "
+                "dropping edits with seed 0.",
                 edits_table(run, "test"),
                 "## Preferences",
                 f"{prefer['training pairs']} training pairs. On {held['pairs']} held-out pairs the "
