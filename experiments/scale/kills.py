@@ -155,21 +155,22 @@ def _noted(run: Any, log: Path) -> None:
 def disturb(harness: Harness, kills: int, points: int, chance: random.Random) -> int:
     """Run sweeps of `points` points, two at a time, until so many were killed; return all points.
 
-    A sweep that two processes have completed is followed by one over further seeds.
+    A sweep that a process has completed is followed by one over further seeds.
     """
-    first, running = 0, dict.fromkeys(range(2), 0)
+    first, running, slot_first = 0, dict.fromkeys(range(2), 0), dict.fromkeys(range(2), 0)
     begun, ends = dict.fromkeys(range(2), 0), dict.fromkeys(range(2), 0.0)
     while harness.kills.total() - harness.kills["too late"] < kills:
         for slot in running:
             pid = running[slot]
             if not pid:
+                slot_first[slot] = first
                 running[slot] = harness.start(command(first, points))
                 begun[slot], ends[slot] = chance.randrange(BEGUN), 0.0
             elif (code := harness.ended(pid)) is not None:
                 assert code == 0, f"a sweep that was left alone ended with {code}"
-                running[slot] = 0
-                if not any(running.values()):
+                if slot_first[slot] == first:
                     first += points
+                running[slot] = 0
             elif not ends[slot] and harness.begun(pid) >= begun[slot]:
                 ends[slot] = time.monotonic() + chance.uniform(0, DELAY)
             elif ends[slot] and time.monotonic() > ends[slot]:
