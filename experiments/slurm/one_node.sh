@@ -101,10 +101,22 @@ start() {
 }
 
 stop() {
+    local name process
     place "$1"
     scancel --user=root 2> /dev/null || true
+    for _ in $(seq 50); do # slurmd does not end while a job does not
+        if [ -z "$(squeue --noheader 2> /dev/null)" ]; then break; fi
+        sleep 0.2
+    done
     for name in slurmd slurmctld munged; do
-        if [ -f "$dir/$name.pid" ]; then kill "$(cat "$dir/$name.pid")" 2> /dev/null || true; fi
+        if [ ! -f "$dir/$name.pid" ]; then continue; fi
+        process=$(cat "$dir/$name.pid")
+        kill "$process" 2> /dev/null || true
+        for _ in $(seq 50); do
+            if ! kill -0 "$process" 2> /dev/null; then break; fi
+            sleep 0.1
+        done
+        kill -KILL "$process" 2> /dev/null || true
     done
 }
 
