@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test check fuzz audit bench format report results clean
+.PHONY: help demo demo-llm test check slurm ray fuzz audit bench format report results clean
 
 help: ## show this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,16 @@ check: $(VENV)/.dev ## formatting, lint, types, tests with doctests
 	@$(BIN)/ruff check deltalab experiments tests
 	@$(BIN)/mypy
 	@$(BIN)/pytest -n 2
+
+slurm: $(VENV)/.dev ## sweeps on a real SLURM of one node (root, Debian)
+	@if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	  echo "slurm: skipped, needs root and apt-get"; \
+	elif ! command -v slurmctld >/dev/null && ! experiments/slurm/one_node.sh install; then \
+	  echo "slurm: skipped, cannot be installed here"; \
+	else $(BIN)/pytest -m slurm tests/test_slurm.py -n0 -s; fi
+
+ray: $(VENV)/.dev ## sweeps on a real Ray
+	@$(BIN)/pytest -m ray tests/test_ray.py -n0 -s
 
 format: $(VENV)/.dev ## format the code
 	@$(BIN)/ruff format deltalab experiments tests

@@ -9,13 +9,14 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, locks, settings, stopping
+from deltalab import console, locks, settings, stopping, sweeps
 from deltalab.records import redacted
 from deltalab.settings import conf_dir
 
@@ -47,6 +48,7 @@ def point(cfg: DictConfig) -> str | None:
         traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
         if sweeping:  # the sweeper counts failures when all points have run
             overrides = " ".join(hydra.overrides.task)
+            sweeps.note(hydra.runtime.output_dir, sweeps.FAILURE, console.one_line(error))
             console.point_done(f"failed: {overrides}: {console.one_line(error)}")
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
@@ -59,7 +61,13 @@ def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], b
     from deltalab.run import run
 
     values, choices = _plain(cfg, hydra.runtime.choices)
-    return run(values, choices, group=Path(hydra.sweep.dir if sweeping else hydra.run.dir).name)
+    group = Path(hydra.sweep.dir if sweeping else hydra.run.dir).name
+
+    def begun(key: str) -> None:
+        if sweeping:
+            sweeps.note(hydra.runtime.output_dir, sweeps.KEY, key)
+
+    return run(values, choices, group, begun)
 
 
 def plan(configs: Sequence[tuple[DictConfig, Any]]) -> str:
@@ -93,6 +101,7 @@ def mistakes() -> tuple[type[Exception], ...]:
     return (ValueError, OSError, HydraException, OmegaConfBaseException)
 
 
+@cache
 def top_level() -> list[str]:
     """Return all names that a config may have at its top: settings and groups."""
     primary = OmegaConf.load(conf_dir() / "config.yaml")

@@ -151,6 +151,9 @@ def _acquire(path: Path) -> Lock:
                 handle.write(json.dumps(asdict(lock.owner)))
         except FileExistsError:
             continue  # another process was faster: look who
+        except OSError:  # a full disk: a file without an owner would count as held
+            lock.file.unlink(missing_ok=True)
+            raise
         # Between looking and creating, the dead lock may have been taken, released and taken anew.
         others = [f for f in _generations(path) if f != lock.file]
         if all(f in dead and _state(f) == dead[f] for f in others):

@@ -68,7 +68,10 @@ class Point:
 
 
 def run(
-    settings: Mapping[str, Any], choices: Choices, group: str = ""
+    settings: Mapping[str, Any],
+    choices: Choices,
+    group: str = "",
+    begun: Callable[[str], None] = lambda key: None,
 ) -> tuple[records.Record, bool]:
     """Run one point and write its record, or return the finished record.
 
@@ -76,6 +79,7 @@ def run(
         settings: the composed config as plain containers.
         choices: the names of the chosen options.
         group: the sweep that the point belongs to, for the tracker.
+        begun: told the point's key as soon as it is known.
 
     Returns:
         The record, and whether it had been there before.
@@ -86,6 +90,7 @@ def run(
         locks.Busy: another process is running this very point.
     """
     point = prepare(settings, choices)
+    begun(point.key)
     tracker = build(settings["tracker"], "tracker")
     results = settings["results"]
     if not settings["force"] and (done := records.read(results, point.key)) is not None:

@@ -92,7 +92,7 @@ class PointsSweeper(BasicSweeper):
             )
 
     def sweep(self, arguments: List[str]) -> Any:
-        from deltalab import console
+        from deltalab import console, sweeps
 
         HydraConfig.instance().set_config(self.config)
         points = self.points(list(arguments))
@@ -101,6 +101,7 @@ class PointsSweeper(BasicSweeper):
         directory = Path(self.config.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, directory / "multirun.yaml")
+        sweeps.write(directory, list(arguments), points)
         if len(points) <= VALIDATED:
             self.validate_batch_is_legal(points)
         with console.sweep(len(points)):
