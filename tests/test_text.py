@@ -304,7 +304,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n\r\n"))
     (tmp_path / "c.jsonl").write_bytes(lines.rstrip(b"\n"))
     (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
     (tmp_path / "f.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
     with open(tmp_path / "g.csv", "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, ["question", "answer"])
@@ -421,7 +421,7 @@ def test_broken_lines_are_named(tmp_path, content, words):
         ("a.csv", b'question,answer\n"a\n', "a.csv:2: not valid CSV"),
         ("a.csv", b"question,answer\n", "a.csv: no rows"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:-9], "a.jsonl.gz: not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-9], "a.jsonl.gz: not a whole gzip file"),
         ("a.parquet", b"PAR1 no", "a.parquet: not a readable parquet file"),
         ("a.txt", GOOD, r"a.txt: must end in .jsonl, .json, .csv"),
     ],
