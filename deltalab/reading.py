@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltalab.outcomes import Outcome, Term, classify, number, plain, sort_key
+from deltalab.records import enrolled
 
 SCHEMA = 1
 
@@ -13,14 +15,18 @@ SCHEMA = 1
 def read(directory: Path, warn: Callable[[str], None]) -> list[Outcome]:
     """Read all records of a results directory, in the order of `sort_key`.
 
+    A point that belongs to several experiments is there once for each of them.
+
     Args:
         directory: holds `records/*.json`.
         warn: told in one line of every file that is no readable record; such files are skipped.
     """
-    points = []
+    points, further = [], enrolled(directory)
     for path in sorted((directory / "records").glob("*.json")):
         try:
-            points.append(parse(json.loads(path.read_text(encoding="utf-8"))))
+            point = parse(json.loads(path.read_text(encoding="utf-8")))
+            also = [name for name in further.get(path.stem, ()) if name != point.experiment]
+            points += [point, *(replace(point, experiment=name) for name in also)]
         except (OSError, ValueError, RecursionError) as problem:
             warn(f"skipped {path}: {' '.join(str(problem).split())}")
     return sorted(points, key=sort_key)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -58,6 +59,24 @@ def read(results: str | Path, key: str) -> Record | None:
         )  # fmt: skip
         return None
     return record
+
+
+def enrol(results: str | Path, experiment: str, key: str) -> None:
+    """Note that a point which another experiment has run belongs to this one too.
+
+    An empty file `DIR/records/of/<experiment>/<key>` says so; the record itself never changes.
+    """
+    place = Path(results) / "records" / "of" / quote(experiment, safe="")
+    place.mkdir(parents=True, exist_ok=True)
+    (place / key).touch()
+
+
+def enrolled(results: str | Path) -> dict[str, list[str]]:
+    """Return the further experiments of every key that `enrol` has noted."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((Path(results) / "records" / "of").glob("*/*")):
+        found.setdefault(path.name, []).append(unquote(path.parent.name))
+    return found
 
 
 def check_writable(results: str | Path) -> None:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -34,7 +34,7 @@ class Riemann:
         rule: the main rule's name; `adaptive` for nodes chosen along the edit's line
             (`deltalab.lines`); None for no term at all.
         points: the main rule's number of nodes; `adaptive` chooses its own.
-        also: further rules on the same path, `{name: points}`; nodes are shared between rules.
+        also: further rules on the same path, `{name: points}`, or None; rules share nodes.
         engine: `reverse`, split by tensor; or `forward`, total only, for half the memory.
         checkpoint: recompute activations in the backward pass (`reverse`), for long sequences.
 
@@ -49,15 +49,15 @@ class Riemann:
 
     rule: str | None
     points: int = 1
-    also: Mapping[str, int] = field(default_factory=dict)
+    also: Mapping[str, int] | None = None
     engine: str = "reverse"
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"riemann.engine={self.engine}: must be one of {', '.join(ENGINES)}")
-        if self.rule in self.also:
-            raise ValueError(f"riemann.also={dict(self.also)}: {self.rule} is the main rule")
+        if self.rule in (self.also or {}):
+            raise ValueError(f"riemann.also={self.also}: {self.rule} is the main rule")
         if self.adaptive and self.engine == "forward":
             raise ValueError("riemann.engine=forward: the adaptive rule needs engine reverse")
         assert self.rules is not None  # validates every rule
@@ -73,7 +73,7 @@ class Riemann:
         if self.rule is None:
             return ()
         main = () if self.adaptive else (Rule(self.rule, self.points),)
-        return main + tuple(Rule(n, c) for n, c in self.also.items())
+        return main + tuple(Rule(n, c) for n, c in (self.also or {}).items())
 
     @property
     def starts_at_post(self) -> bool:

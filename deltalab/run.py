@@ -34,7 +34,7 @@ from deltalab.weights import ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
-    "results", "artifacts", "force", "plan", "tracker", "sweeps", "experiment", "most_points"
+    "results", "artifacts", "force", "plan", "tracker", "sweeps", "scale", "most_points"
 )  # fmt: skip
 BUILT = ("objective", "evaluator", "riemann", "prediction")
 
@@ -93,11 +93,12 @@ def run(
     begun(point.key)
     tracker = build(settings["tracker"], "tracker")
     results = settings["results"]
-    if not settings["force"] and (done := records.read(results, point.key)) is not None:
+    if (done := _finished(results, point.key, settings["force"], choices.experiment)) is not None:
         return done, True
     records.check_writable(results)
     with locks.held(records.lock_of(results, point.key)) as lock:
-        if not settings["force"] and (done := records.read(results, point.key)) is not None:
+        done = _finished(results, point.key, settings["force"], choices.experiment)
+        if done is not None:
             return done, True  # another process has just finished it
         record = records.redacted(header(point, settings, choices))
         try:
@@ -118,6 +119,14 @@ def run(
     return record, False
 
 
+def _finished(results: str, key: str, force: bool, experiment: str | None) -> records.Record | None:
+    """Return a point's record if it need not be run again, and count it to the experiment."""
+    done = None if force else records.read(results, key)
+    if done is not None and experiment and done["experiment"] != experiment:
+        records.enrol(results, experiment, key)
+    return done
+
+
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     checks.check_top(settings)
@@ -136,7 +145,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         for name, value in settings.items()
         if name not in NOT_DETERMINING
     }
-    determinants |= {"select": chosen, "choices": [choices.model, choices.edit, choices.experiment]}
+    determinants |= {"select": chosen, "choices": [choices.model, choices.edit]}
     return Point(
         model=model,
         edit=edit,

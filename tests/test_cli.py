@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from deltalab import cli
@@ -249,7 +250,9 @@ def test_every_edit_composes(edit):
         compose("config", [f"edit={edit}"])
 
 
+@pytest.mark.parametrize("scale", conf_options("scale"))
 @pytest.mark.parametrize("experiment", conf_options("experiment"))
-def test_every_experiment_composes(experiment):
+def test_every_experiment_composes(experiment, scale):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        compose("config", [f"experiment={experiment}"])
+        cfg = compose("config", [f"experiment={experiment}", f"scale={scale}"])
+    OmegaConf.to_container(cfg.sweeps, resolve=True)  # every stand-in of the scale exists

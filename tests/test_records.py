@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from deltalab import records
+from deltalab import reading, records
 
 
 def test_key_does_not_depend_on_order_but_on_every_value():
@@ -34,3 +34,14 @@ def test_a_failed_write_leaves_the_old_record(tmp_path):
     assert records.read(tmp_path, "k") is not None
     assert len(list((tmp_path / "records").iterdir())) == 1
     json.loads(records.path_of(tmp_path, "k").read_text())
+
+
+def test_a_point_of_two_experiments_is_read_for_both(tmp_path):
+    edit = {"name": "keep"}
+    record = {"schema": 1, "status": "ok", "model": "m", "edit": edit, "experiment": "one"}
+    records.write(tmp_path, {**record, "key": "a"})
+    records.write(tmp_path, {**record, "key": "b"})
+    records.enrol(tmp_path, "two/half", "a")
+    records.enrol(tmp_path, "two/half", "a")
+    found = [(p.key, p.experiment) for p in reading.read(tmp_path, warn=pytest.fail)]
+    assert sorted(found) == [("a", "one"), ("a", "two/half"), ("b", "one")]
