@@ -46,6 +46,12 @@ def note(folder: str | Path, name: str, text: str) -> None:
         (Path(folder) / name).write_text(text)
 
 
+def keys(folder: Path) -> list[str]:
+    """Return the keys of all points that a sweep has begun, by number."""
+    begun = [file for file in folder.glob(f"*/{KEY}") if file.parent.name.isdigit()]
+    return [file.read_text().strip() for file in sorted(begun, key=lambda f: int(f.parent.name))]
+
+
 def listed(results: Path) -> Iterator[Listed]:
     """Yield all sweeps of a results directory, the latest first."""
     files = []

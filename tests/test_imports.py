@@ -21,7 +21,9 @@ LAYERS = (
         "select",
         "formats",
         "keys",
+        "offline",
         "rows",
+        "runs",
         "summary",
         "tables",
         "text",
@@ -44,8 +46,9 @@ LAYERS = (
         "judges",
     ),
     ("audit", "comparison", "figures", "stream"),
+    ("page",),
     ("report", "run"),
-    ("preview",),
+    ("closing", "preview"),
     ("gpus", "stopping"),
     ("cli",),
     ("cache", "launching", "save", "status"),
@@ -94,7 +97,7 @@ def test_the_package_never_imports_the_experiments():
 
 def test_reports_need_neither_torch_nor_the_machinery():
     light = {"outcomes", "tables", "figures", "report", "console", "records", "reading", "summary"}
-    light |= {"comparison"}
+    light |= {"comparison", "offline"}
     for module, path in sources():
         if module in light:
             assert set(imported(path)) <= light

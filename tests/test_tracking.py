@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 import time
 import zlib
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deltalab import tracking
+from deltalab import runs, tracking
 
 BLOCK = 32768
 
@@ -54,6 +55,7 @@ def read_run(path: Path) -> dict[str, Any]:
             case "run":
                 run |= {"name": message.run.display_name, "group": message.run.run_group}
                 run |= {"project": message.run.project, "tags": list(message.run.tags)}
+                run["job"] = message.run.job_type
                 run["started"] = message.run.start_time.ToNanoseconds()
                 run["config"] |= values(message.run.config.update)
             case "config":
@@ -126,11 +128,11 @@ def test_two_points_are_found_in_the_files_of_their_runs(tmp_path: Path, monkeyp
     assert first["name"] == "dare p=0.5 k=0 seed=0 mnist_vit"
     assert second["name"] == "dare p=0.9 k=0 seed=1 mnist_vit"
     for run, p in ((first, 0.5), (second, 0.9)):
-        assert (run["project"], run["group"], run["exit"]) == ("deltalab", "sweep-1", 0)
+        assert (run["project"], run["group"], run["exit"]) == ("deltalab", "demo", 0)
         assert sorted(run["tags"]) == ["dare", "decreased", "demo", "mnist_vit"]
         config = run["config"]
         assert (config["edit/name"], config["edit/p"], config["model"]) == ("dare", p, "mnist_vit")
-        assert config["model/task"] == "mnist"
+        assert (config["model/task"], config["sweep"]) == ("mnist", "sweep-1")
         nodes = [row for row in run["history"] if "left/t" in row]
         assert [row["_step"] for row in nodes] == [0, 1, 2, 3, 4]
         assert [row["left/t"] for row in nodes] == [0.0, 0.2, 0.4, 0.6, 0.8]
@@ -217,10 +219,53 @@ def test_nothing_is_written_when_disabled_or_absent(tmp_path: Path) -> None:
 
 def test_secrets_stay_at_home() -> None:
     config = {"model": {"hub_token": "s1", "tokenizer": "bpe"}, "api_key": "s2", "PASSWORD": "s3"}
-    found = tracking.config(record(0.5, 0) | {"config": config})
+    full = record(0.5, 0) | {"config": config}
+    found = runs.config(full)
     assert found["model/tokenizer"] == "bpe"
     assert not {"s1", "s2", "s3"} & {str(value) for value in found.values()}
     assert found["key"] == f"{0:016x}"
+    full["edit"] = {"name": "dare", "p": 0.5, "judge": {"api_key": "s4"}}
+    assert not {"s1", "s2", "s3", "s4"} & set(re.findall(r"\bs\d\b", runs.essence(full)))
+
+
+def test_without_an_experiment_a_sweep_is_the_group(tmp_path: Path) -> None:
+    tracking.Wandb(dir=str(tmp_path)).log(record(0.5, 0) | {"experiment": None}, group="sweep-1")
+    (run,) = read_back(tmp_path)
+    assert run["group"] == "sweep-1"
+
+
+def test_a_point_is_known_to_be_logged_for_its_experiment(tmp_path: Path) -> None:
+    tracker, full = tracking.Wandb(dir=str(tmp_path)), record(0.5, 0)
+    assert not tracker.logged(full)
+    assert tracker.log(full, group="sweep-1")
+    assert tracker.logged(full)
+    assert not tracker.logged(full | {"experiment": "other/one"})
+    assert not tracking.Wandb(dir=str(tmp_path), project="other").logged(full)
+    failed = full | {"status": "error", "key": "failed"}
+    assert tracker.log(failed, group="sweep-1")
+    assert not tracker.logged(failed), "it runs again, and is logged again"
+
+
+def test_a_summary_is_a_run_of_the_group_with_table_and_figures(tmp_path: Path) -> None:
+    from PIL import Image
+
+    figure = tmp_path / "demo_term.png"
+    Image.new("RGB", (8, 8)).save(figure)
+    rows = [["vit", 0.5, 1, None], ["vit", None, "x", "no luck"]]
+    sheet = tracking.Sheet(
+        ["model", "term/left", "k", "failure"], rows, {"count": 2}, [(figure, "c")]
+    )
+    assert tracking.Wandb(dir=str(tmp_path)).log_sheet(sheet, name="demo", group="sweep-1")
+    (run,) = read_back(tmp_path)
+    named = {"name": "demo summary", "group": "demo", "job": "summary", "exit": 0}
+    assert {name: run[name] for name in named} == named
+    assert run["summary"]["count"] == 2
+    assert run["config"]["sweep"] == "sweep-1"
+    (row,) = run["history"]
+    files = next(tmp_path.glob("wandb/offline-run-*/files"))
+    assert json.loads((files / row["points.path"]).read_text())["data"] == rows
+    assert (files / row["figures/demo_term.path"]).read_bytes() == figure.read_bytes()
+    assert row["figures/demo_term.caption"] == "c"
 
 
 @pytest.mark.parametrize(

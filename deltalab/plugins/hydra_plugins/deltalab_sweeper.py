@@ -92,7 +92,7 @@ class PointsSweeper(BasicSweeper):
             )
 
     def sweep(self, arguments: List[str]) -> Any:
-        from deltalab import console, sweeps
+        from deltalab import closing, console, sweeps
 
         HydraConfig.instance().set_config(self.config)
         points = self.points(list(arguments))
@@ -106,6 +106,7 @@ class PointsSweeper(BasicSweeper):
             self.validate_batch_is_legal(points)
         with console.sweep(len(points)):
             results = list(self._launched(points))
+        closing.sweep_ended(self.config, directory)
         failures = [r._return_value for r in results if r.status != JobStatus.COMPLETED]
         if failures:
             raise console.SweepFailed(failures, len(points))
