@@ -44,17 +44,9 @@ class TimmPair:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.args, Mapping | tuple | None):
-            raise ValueError(f"model.args={self.args}: must be a mapping, as {{img_size: 32}}")
-        if isinstance(self.args, Mapping):  # frozen: a spec is a key of the caches
-            object.__setattr__(self, "args", tuple(sorted(self.args.items())))
+        object.__setattr__(self, "args", frozen_args(self.args))
         if self.dtype not in (names := ("float32", "bfloat16", "float16", "float64")):
             raise ValueError(f"model.dtype={self.dtype}: must be one of {', '.join(names)}")
-        for key, _ in self.args or ():
-            if key.startswith(("pretrained", "checkpoint", "cache")):
-                raise ValueError(
-                    f"model.args.{key}: weights come from model.pre and model.post alone"
-                )
 
     @property
     def fingerprints(self) -> tuple[str, str]:
@@ -80,39 +72,77 @@ class TimmPair:
 
 @lru_cache(maxsize=1)
 def _open(spec: TimmPair) -> ModelPair:
-    import timm
-
     pre = Checkpoint(locate(spec.pre, "model.pre"))
     post = Checkpoint(locate(spec.post, "model.post"))
     check_same_layout(pre, post)
     if line := mixed_dtypes(pre, post):
         log.warning(line)
     module = _architecture(spec, post)
-    args = dict(spec.args or ())
-    data = timm.data.resolve_model_data_config(module)
+    transform = transform_of(module, dict(spec.args or ()))
+    return live_pair(module, pre, post, spec.device, spec.dtype, transform)
+
+
+def transform_of(module: torch.nn.Module, args: Mapping[str, Any], **changes: Any) -> Any:
+    """Return timm's own preparation of images for a module.
+
+    Args:
+        module: a module of timm.
+        args: what it was created with.
+        changes: what differs from timm's data configuration, for instance `crop_pct`.
+    """
+    import timm
+
+    data = {**timm.data.resolve_model_data_config(module), **changes}
     if "img_size" in args:  # timm's data configuration keeps the architecture's default size
         channels = data["input_size"][0]
         size = args["img_size"]
         height, width = (size, size) if isinstance(size, int) else size
         data["input_size"] = (args.get("in_chans", channels), height, width)
-    return live_pair(module, pre, post, spec.device, spec.dtype, timm.data.create_transform(**data))
+    return timm.data.create_transform(**data)
+
+
+def frozen_args(given: Any) -> tuple[tuple[str, Any], ...] | None:
+    """Return `model.args` as sorted pairs: a spec is a key of the caches.
+
+    Raises:
+        ValueError: no mapping, or a name by which timm would fetch other weights.
+    """
+    if not isinstance(given, Mapping | tuple | None):
+        raise ValueError(f"model.args={given}: must be a mapping, as {{img_size: 32}}")
+    args = tuple(sorted(given.items())) if isinstance(given, Mapping) else given
+    for key, _ in args or ():
+        if key.startswith(("pretrained", "checkpoint", "cache")):
+            raise ValueError(f"model.args.{key}: weights come from model.pre and model.post alone")
+    return args
 
 
 def _architecture(spec: TimmPair, post: Checkpoint) -> torch.nn.Module:
     """Create the module, with as many outputs as the checkpoint's classifier has."""
     import timm
 
-    if not timm.is_model(spec.name):
-        near = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
-        raise ValueError(f"model.name={spec.name}: not a timm architecture; near: {near}")
     args = dict(spec.args or ())
-    classifier = timm.models.get_pretrained_cfg_value(spec.name, "classifier")
-    if "num_classes" not in args and f"{classifier}.weight" in post:
-        args["num_classes"] = post.shape(f"{classifier}.weight")[0]
+    if timm.is_model(spec.name):
+        classifier = timm.models.get_pretrained_cfg_value(spec.name, "classifier")
+        if "num_classes" not in args and f"{classifier}.weight" in post:
+            args["num_classes"] = post.shape(f"{classifier}.weight")[0]
+    return created(spec.name, args)
+
+
+def created(name: str, args: Mapping[str, Any]) -> torch.nn.Module:
+    """Create a module of timm with weights at random.
+
+    Raises:
+        ValueError: an unknown architecture, or arguments that it refuses.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise ValueError(f"model.name={name}: not a timm architecture; near: {near}")
     try:
-        module: torch.nn.Module = timm.create_model(spec.name, pretrained=False, **args)
+        module: torch.nn.Module = timm.create_model(name, pretrained=False, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"model.args={args}: {spec.name} refuses them ({error})") from None
+        raise ValueError(f"model.args={dict(args)}: {name} refuses them ({error})") from None
     return module
 
 
