@@ -1,7 +1,8 @@
 """`deltalab-report`: turn the records of a results directory into tables and figures.
 
 For every experiment found in `DIR/records/*.json` it writes `DIR/<experiment>.md` and its figures
-`DIR/<experiment>_*.png` and `.svg`, and prints the table. The same records give the same bytes.
+`DIR/<experiment>_*.png` and `.svg`, and prints the table; then one page of everything there,
+`DIR/index.html`. The same records give the same bytes.
 """
 
 import re
@@ -18,6 +19,7 @@ USAGE = """\
 usage: deltalab-report [results=DIR] [experiment=NAME] [compare='EDIT;EDIT']
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
+DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
 
   results=DIR      where the records are and the report goes (default: results)
   experiment=NAME  report this experiment alone (default: every one there is)
@@ -83,8 +85,8 @@ def report(results: str, experiment: str = "", compare: str = "") -> None:
     directory = Path(results).expanduser()
     if not directory.is_dir():
         raise UserError(f"results={results}: no such directory")
-    points = read(directory, warn=lambda line: print(f"warning: {line}", file=sys.stderr))
-    if not points:
+    points = read(directory, _warn)
+    if not points and (experiment or compare or not any((directory / "paper").glob("*.json"))):
         _no_records(results, directory)
     names = sorted({point.experiment for point in points})
     if experiment and experiment not in names:
@@ -94,14 +96,28 @@ def report(results: str, experiment: str = "", compare: str = "") -> None:
         _compare(own, compare, directory)
         return
     figures = find_spec("matplotlib") is not None
-    if not figures:
-        print(
-            "warning: no figures without matplotlib (pip install deltalab[report])", file=sys.stderr
-        )
+    if not figures and points:
+        _warn("no figures without matplotlib (pip install deltalab[report])")
     for name in [experiment] if experiment else names:
         own = [point for point in points if point.experiment == name]
         _show(own, name)
         print(f"wrote {write(own, name, directory, figures=figures)}")
+    _page(points, directory)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def _page(points: Sequence[Outcome], directory: Path) -> None:
+    """Write the page of the whole directory, whichever experiment was asked for."""
+    from deltalab import page
+    from deltalab.page.libraries import missing
+
+    if absent := missing():
+        _warn(f"no index.html without {', '.join(absent)} (pip install deltalab[report])")
+    else:
+        print(f"wrote {page.write(directory, points, _warn)}")
 
 
 def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
@@ -127,9 +143,10 @@ def _no_records(results: str, directory: Path) -> NoReturn:
 
 def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figures: bool) -> Path:
     """Write an experiment's Markdown page, and its figures if asked; return the page's path."""
+    from deltalab.page.plain import stem
     from deltalab.summary import summary
 
-    stem = re.sub(r"[^\w.-]+", "-", experiment)
+    name = stem(experiment)
     done = [point for point in points if point.failure is None]
     sections = [f"# {experiment}", ""]
     if done:
@@ -138,10 +155,10 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
     if done and figures:
         from deltalab.figures import draw
 
-        for path, caption in draw(done, directory, stem):
+        for path, caption in draw(done, directory, name):
             sections += [f"![{re.split('[,;.]', caption)[0]}]({path.name})", "", f"*{caption}*", ""]
     sections += _failures([point for point in points if point.failure is not None])
-    page = directory / f"{stem}.md"
+    page = directory / f"{name}.md"
     page.write_text("\n".join(sections).rstrip("\n") + "\n", encoding="utf-8")
     return page
 

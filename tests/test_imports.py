@@ -97,7 +97,7 @@ def test_the_package_never_imports_the_experiments():
 
 def test_reports_need_neither_torch_nor_the_machinery():
     light = {"outcomes", "tables", "figures", "report", "console", "records", "reading", "summary"}
-    light |= {"comparison", "offline"}
+    light |= {"comparison", "offline", "page"}
     for module, path in sources():
         if module in light:
             assert set(imported(path)) <= light

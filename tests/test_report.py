@@ -236,7 +236,7 @@ def test_a_second_process_writes_the_same_bytes_without_torch(demo: Path, tmp_pa
     names = sorted(path.name for path in demo.iterdir() if path.is_file())
     figures = ["accuracy", "parts", "term"]
     pictures = [f"demo_{f}.{kind}" for f in figures for kind in ("png", "svg")]
-    assert names == sorted(["demo.md", *pictures])
+    assert names == sorted(["demo.md", "index.html", *pictures])
     for name in names:
         assert (demo / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
