@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltalab import eviction, locks
+from deltalab import eviction, files, locks
 from deltalab.eviction import DATA, MANIFEST
 from deltalab.records import key_of
 
@@ -95,7 +95,7 @@ class Store:
             return
         path = self._path(kind, extra).with_suffix(".json")
         text = json.dumps({"sha256": _digest_of(value), "value": value}, allow_nan=False)
-        _kept(lambda: _write_text(path, text + "\n"), path)
+        _kept(lambda: files.write(path, text + "\n"), path)
 
     def _path(self, kind: str, extra: Mapping[str, Any]) -> Path:
         assert self.root is not None
@@ -125,19 +125,6 @@ def _kept(keep: Callable[[], object], path: Path) -> None:
         keep()
     except OSError as problem:
         log.warning("artifacts: %s could not be kept: %s", path, problem.strerror or problem)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out other users of the store
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

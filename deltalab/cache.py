@@ -51,10 +51,10 @@ def cache(arguments: Sequence[str]) -> None:
         if (name == "clear") == bool(value):
             raise ValueError(f"{argument}: {'takes no' if value else 'needs a'} value")
         given[name] = value
-    root = Path(given.get("artifacts") or f"{given.get('results', 'results')}/artifacts")
-    if not root.expanduser().is_dir():
-        raise ValueError(f"{root}: no such directory, there are no artefacts")
-    root, kind = root.expanduser(), given.get("kind")
+    place = given.get("artifacts") or f"{given.get('results', 'results')}/artifacts"
+    root, kind = Path(place).expanduser(), given.get("kind")
+    if not root.is_dir():
+        raise ValueError(f"{place}: no such directory, there are no artefacts")
     kinds = sorted({entry.kind for entry in eviction.entries(root)})
     if kind is not None and kind not in kinds:
         raise ValueError(f"kind={kind}: none here; there are {', '.join(kinds) or 'none at all'}")

@@ -137,11 +137,19 @@ def guarded() -> Iterator[None]:
 def check_optional(choices: Any, loader: Any) -> None:
     """Raise `ValueError` for an option that does not exist: Hydra ignores it in optional groups."""
     for group in ("experiment", "grid"):
-        chosen, options = choices.get(group), loader.get_group_options(group)
-        meant = chosen is not None and not (group == "grid" and chosen == choices.get("edit"))
-        if meant and chosen not in options:
+        chosen = choices.get(group)
+        if chosen is None or (group == "grid" and chosen == choices.get("edit")):
+            continue
+        if chosen not in (options := _options(loader, group)):
             hint = settings.near(chosen, options)
             raise ValueError(f"{group}={chosen}: must be one of {', '.join(options)}{hint}")
+
+
+@cache
+def _options(loader: Any, group: str) -> list[str]:
+    """Return the options of a group; a sweep composes many configs from the same directories."""
+    options: list[str] = loader.get_group_options(group)
+    return options
 
 
 def fail(error: BaseException, code: int = 2) -> NoReturn:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from deltalab import files
+
 SCHEMA = 1
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -114,7 +116,7 @@ def _redacted(value: Any, secrets: list[str]) -> Any:
 
 
 def write(results: str | Path, record: Record) -> Path:
-    """Write a record to a temporary name and rename it, so that a reader never sees half of one.
+    """Write a record, which appears whole.
 
     Numbers that JSON cannot hold (NaN, infinities) become null, secrets of the environment `***`.
 
@@ -122,7 +124,7 @@ def write(results: str | Path, record: Record) -> Path:
         OSError: naming the file, where it cannot be written; an earlier record is left as it was.
     """
     text = json.dumps(_finite(redacted(record)), indent=1, allow_nan=False)
-    return _replace(path_of(results, record["key"]), text)
+    return files.write(path_of(results, record["key"]), text + "\n")
 
 
 def write_documents(
@@ -141,26 +143,7 @@ def write_documents(
     if not documents:
         return None
     text = json.dumps(_finite(documents), allow_nan=False)
-    return _replace(Path(results) / "documents" / f"{key}.json", text)
-
-
-def _replace(path: Path, text: str) -> Path:
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)  # there only where writing failed
-    return path
+    return files.write(Path(results) / "documents" / f"{key}.json", text + "\n")
 
 
 def _finite(value: Any) -> Any:

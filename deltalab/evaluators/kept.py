@@ -5,35 +5,22 @@ Several processes may write at once: a file is renamed into place, lines are add
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deltalab import files
 from deltalab.records import key_of
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write JSON to a temporary name and rename it, so that a reader never sees half of it.
+    """Write JSON, which appears whole.
 
     Raises:
         OSError: naming the file; an earlier one is left as it was.
     """
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out other users
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)  # there only where writing failed
-    return path
+    return files.write(path, text + "\n")
 
 
 def add_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
