@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from deltalab.answers import Tokens
 from deltalab.formats import plain, short
 from deltalab.rows import Row, checked, read
-from deltalab.tokens import Coded, Marked, batches, code, fit, fit_pairs
+from deltalab.tokens import Marked, batches, code, fit, fit_pairs
 
 Message = dict[str, str]
 
@@ -125,14 +125,14 @@ class Problems:
 
     def open(self, transform: Encoder, batch_size: int) -> list[Tokens]:
         """Return the batches, in the order of the file."""
-        encoder = _encoder(transform)
-        marked = []
-        for row in read(self.path, self.config, self.split, self.limit):
-            question = row.text(self.question, "question")
-            answer = row.text(self.answer, "answer")
-            prompt = self.template.replace("{question}", question)
-            marked.append(encoder.pair(prompt, self.separator, answer, row.where))
-        return _batches(encoder, marked, self.path, batch_size)
+        return _open(self, transform, batch_size)
+
+    def mark(self, row: Row, encoder: Encoder) -> Marked:
+        """Return one row with its answer marked."""
+        question = row.text(self.question, "question")
+        answer = row.text(self.answer, "answer")
+        prompt = self.template.replace("{question}", question)
+        return encoder.pair(prompt, self.separator, answer, row.where)
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,11 @@ class Chats:
 
     def open(self, transform: Encoder, batch_size: int) -> list[Tokens]:
         """Return the batches, in the order of the file."""
-        encoder = _encoder(transform)
-        marked = [
-            encoder.dialogue(_messages(row, self.messages, "messages"), row.where)
-            for row in read(self.path, self.config, self.split, self.limit)
-        ]
-        return _batches(encoder, marked, self.path, batch_size)
+        return _open(self, transform, batch_size)
+
+    def mark(self, row: Row, encoder: Encoder) -> Marked:
+        """Return one row with the assistant's turns marked."""
+        return encoder.dialogue(_messages(row, self.messages, "messages"), row.where)
 
 
 @dataclass(frozen=True)
@@ -193,12 +192,12 @@ class Plain:
 
     def open(self, transform: Encoder, batch_size: int) -> list[Tokens]:
         """Return the batches, in the order of the file."""
-        encoder = _encoder(transform)
-        marked = []
-        for row in read(self.path, self.config, self.split, self.limit):
-            text = row.text(self.text, "text")
-            marked.append(Marked(text, ((0, len(text)),), row.where))
-        return _batches(encoder, marked, self.path, batch_size)
+        return _open(self, transform, batch_size)
+
+    def mark(self, row: Row, encoder: Encoder) -> Marked:
+        """Return one row with all of its text marked."""
+        text = row.text(self.text, "text")
+        return Marked(text, ((0, len(text)),), row.where)
 
 
 @dataclass(frozen=True)
@@ -286,6 +285,15 @@ class Preferences:
         return one, other
 
 
+def _open(source: Problems | Chats | Plain, transform: Encoder, batch_size: int) -> list[Tokens]:
+    """Return the batches of a source in the order of its file, every row as it marks it."""
+    encoder = _encoder(transform)
+    rows = read(source.path, source.config, source.split, source.limit)
+    coded = code(encoder.tokenizer, [source.mark(row, encoder) for row in rows])
+    cut = fit(coded, encoder.context, f"data.path={source.path}")
+    return batches(encoder.tokenizer, cut, batch_size)
+
+
 def _encoder(transform: Any) -> Encoder:
     if not isinstance(transform, Encoder):
         raise ValueError("data: texts are for language models, and model= names another kind")
@@ -314,11 +322,3 @@ def _messages(row: Row, field: str, setting: str) -> list[Message]:
         content = checked(message["content"], place, empty=role != "assistant")
         messages.append({"role": role, "content": content})
     return messages
-
-
-def _batches(
-    encoder: Encoder, marked: Sequence[Marked], path: str, batch_size: int
-) -> list[Tokens]:
-    coded: list[Coded] = code(encoder.tokenizer, marked)
-    cut = fit(coded, encoder.context, f"data.path={path}")
-    return batches(encoder.tokenizer, cut, batch_size)
