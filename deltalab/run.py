@@ -5,6 +5,7 @@ the workers of a launcher, share the open pair and everything that only depends 
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,7 +35,8 @@ from deltalab.weights import ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
-    "results", "artifacts", "force", "plan", "tracker", "sweeps", "scale", "most_points"
+    "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale",
+    "most_points",
 )  # fmt: skip
 BUILT = ("objective", "evaluator", "riemann", "prediction")
 
@@ -63,6 +65,7 @@ class Point:
     seed: int
     nonfinite: str
     artifacts: str
+    artifacts_gb: float | None
     objective_name: str
     key: str
 
@@ -157,6 +160,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         seed=settings["seed"],
         nonfinite=settings["nonfinite"],
         artifacts=settings["artifacts"],
+        artifacts_gb=settings["artifacts_gb"],
         objective_name=choices.objective,
         key=records.key_of(determinants | {"inputs": model.fingerprints}),
     )
@@ -171,7 +175,12 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     clock = Clock()
     with clock("open"):
         known = reference(
-            point.model, point.objective, point.evaluator, point.nonfinite, point.artifacts
+            point.model,
+            point.objective,
+            point.evaluator,
+            point.nonfinite,
+            point.artifacts,
+            point.artifacts_gb,
         )
         pair, loss = known.pair, known.loss
     with clock("edit"):
@@ -237,12 +246,18 @@ class Reference:
 
 @lru_cache(maxsize=1)
 def reference(
-    model: Any, objective: Any, evaluator: Any, nonfinite: str, artifacts: str
+    model: Any,
+    objective: Any,
+    evaluator: Any,
+    nonfinite: str,
+    artifacts: str,
+    artifacts_gb: float | None = None,
 ) -> Reference:
     """Open a pair with its objective and evaluator, and measure both of its ends, once."""
     pair = finite.checked(model.open(), nonfinite)
     inputs = {"model": repr(model), "objective": repr(objective), "nonfinite": nonfinite}
-    store = Store(artifacts, inputs | {"fingerprints": model.fingerprints})
+    most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
+    store = Store(artifacts, inputs | {"fingerprints": model.fingerprints}, most)
     loss = objective.open(pair, store)
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)

@@ -17,7 +17,10 @@ _SIMPLE = {int: "a whole number", float: "a number", str: "a text", bool: "true 
 _LISTS = dict.fromkeys((list, tuple, Sequence), "a list")
 _MAPPINGS = dict.fromkeys((dict, Mapping), "a mapping")
 _WANTED: dict[Any, str] = {**_SIMPLE, NoneType: "null", **_LISTS, **_MAPPINGS}
-_TOP = {"seed": int, "force": bool, "results": str, "nonfinite": str, "most_points": int}
+_TOP: dict[str, Any] = {
+    "seed": int, "force": bool, "results": str, "nonfinite": str, "most_points": int,
+    "artifacts_gb": float | None,
+}  # fmt: skip
 _REQUIRED = (*_TOP, "select", "tracker", "evaluator", "objective", "riemann", "edit", "model")
 _PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.", "deltalab.")
 _LOGGING = ("logging.", "rich.logging.", "colorlog.")
@@ -59,6 +62,8 @@ def check_top(settings: Mapping[str, Any], known: Iterable[str] = ()) -> None:
     for name, kind in _TOP.items():
         if name in settings:
             _check_type(name, settings[name], kind)
+    if (bound := settings.get("artifacts_gb")) is not None and not bound >= 0:
+        raise ValueError(f"artifacts_gb={bound}: must be 0 or more, or null for no bound")
     if settings.get("results") == "":
         raise ValueError("results=: name a directory")
 

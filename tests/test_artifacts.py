@@ -184,6 +184,19 @@ def test_a_new_artefact_makes_room_for_itself(tmp_path):
     assert kept(tmp_path, 5) == [2, 3, 4]
 
 
+@pytest.mark.parametrize(("setting", "kinds"), [("0", set()), ("null", {"gradient"})])
+def test_a_point_bounds_the_store_by_its_setting(tmp_path, monkeypatch, setting, kinds):
+    from deltalab import cli
+
+    fast = ["data.test.limit=8", "data.objective.limit=8", "riemann=off", "evaluator=none"]
+    arguments = ["prediction=on", *fast, f"artifacts_gb={setting}", f"results={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["deltalab", "edit=expo", *arguments])
+    cli.main()
+    found = {entry.kind for entry in eviction.entries(tmp_path / "artifacts")}
+    assert found & {"gradient"} == kinds
+    assert len(list((tmp_path / "records").glob("*.json"))) == 1
+
+
 def test_what_is_read_or_made_is_not_evicted(tmp_path):
     filled(tmp_path)
     Store(tmp_path, {"number": 1}).tensors("gradient", lambda: pytest.fail("it is there"))

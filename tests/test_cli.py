@@ -84,6 +84,8 @@ def cli_zoo():
         (["evaluator._target_=deltalab.run.subprocess.run"], ["only targets of deltalab"]),
         (["+hydra.callbacks.x._target_=os.system"], ["hydra.callbacks.x._target_=os.system"]),
         (["-m", "edit=dare", "seed=range(0,1000000000)"], ["more than most_points=10000"]),
+        (["artifacts_gb=-1"], ["artifacts_gb=-1: must be 0 or more, or null"]),
+        (["artifacts_gb=20GB"], ["artifacts_gb=20GB: must be a number or null"]),
         (["-m", "edit=dare", "seed=range(5,1)"], ["an axis of a sweep without a value"]),
         (["-m", "sweeps=3"], ["sweeps=3: must be a list of grids"]),
     ],
