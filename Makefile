@@ -31,11 +31,8 @@ check: $(VENV)/.dev ## formatting, lint, types, tests with doctests
 	@$(BIN)/pytest -n 2
 
 slurm: $(VENV)/.dev ## sweeps on a real SLURM of one node (root, Debian)
-	@if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	  echo "slurm: skipped, needs root and apt-get"; \
-	elif ! command -v slurmctld >/dev/null && ! experiments/slurm/one_node.sh install; then \
-	  echo "slurm: skipped, cannot be installed here"; \
-	else $(BIN)/pytest -m slurm tests/test_slurm.py -n0 -s; fi
+	@if experiments/slurm/one_node.sh install; then $(BIN)/pytest -m slurm tests/test_slurm.py -n0 -x; \
+	else echo "slurm: skipped, it cannot be installed or started here"; fi
 
 ray: $(VENV)/.dev ## sweeps on a real Ray
 	@$(BIN)/pytest -m ray tests/test_ray.py -n0 -s

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(
         os.geteuid() != 0 or not shutil.which("slurmctld") or not shutil.which("munged"),
         reason="needs root and a SLURM: experiments/slurm/one_node.sh install",
@@ -74,7 +74,7 @@ def sweep(results, environment, *arguments):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=900)
+    out, err = process.communicate(timeout=280)
     print(out, err)
     return process.returncode, out, err
 

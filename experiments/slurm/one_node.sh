@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real SLURM of one node for tests: root, Debian's packages, no systemd, no cgroups, loopback only.
 #
-#   experiments/slurm/one_node.sh install        apt-get install slurm-wlm and munge
+#   experiments/slurm/one_node.sh install        apt-get install slurm-wlm and munge, and try them
 #   eval "$(experiments/slurm/one_node.sh start DIR)"
 #   experiments/slurm/one_node.sh stop DIR
 #
@@ -31,7 +31,7 @@ SlurmctldPort=${SLURM_TEST_PORT:-16917}
 SlurmdPort=$((${SLURM_TEST_PORT:-16917} + 1))
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$socket,cred_expire=20
+AuthInfo=socket=$socket,cred_expire=10
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
 SlurmctldPidFile=$dir/slurmctld.pid
@@ -79,6 +79,17 @@ END
     chmod +x "$dir/bin/sacct"
 }
 
+install() {
+    local name patience=(-o Acquire::Retries=1 -o Acquire::http::Timeout=20)
+    if command -v slurmctld munged > /dev/null; then return; fi
+    for name in id apt-get timeout; do command -v $name > /dev/null || fail "needs $name"; done
+    [ "$(id -u)" = 0 ] || fail "must be root"
+    export DEBIAN_FRONTEND=noninteractive
+    timeout 120 apt-get "${patience[@]}" update -qq || fail "apt-get update"
+    timeout 240 apt-get "${patience[@]}" install -qq -y --no-install-recommends \
+        slurm-wlm munge > /dev/null || fail "apt-get install slurm-wlm munge"
+}
+
 start() {
     [ "$(id -u)" = 0 ] || fail "must be root"
     command -v slurmctld munged > /dev/null || fail "needs slurm-wlm and munge: $0 install"
@@ -122,8 +133,11 @@ stop() {
 
 case "${1:-}" in
     install)
-        export DEBIAN_FRONTEND=noninteractive
-        apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null
+        install
+        trial=$(mktemp -d)
+        trap 'rm -rf "$trial"' EXIT
+        "$0" start "$trial" > /dev/null
+        "$0" stop "$trial"
         ;;
     start | stop) "$1" "${2:?DIR}" ;;
     *) fail "usage: one_node.sh install | start DIR | stop DIR" ;;
