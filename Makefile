@@ -2,13 +2,18 @@
 VENV    := .venv
 BIN     := $(VENV)/bin
 UV      := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q -c constraints.txt
-RESULTS ?= results
+SCALE   ?= demo
+RESULTS ?= $(if $(filter demo,$(SCALE)),results,results/$(SCALE)-scale)
+SWEEP   ?= hydra/launcher=$(if $(filter demo,$(SCALE)),workers,gpus)
+PAPER   := table1 fig1 fig2 fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12 fig13
+STUDIES := intensity rules predict
 export HF_HUB_OFFLINE ?= 1
 # Some containers forbid Python to keep bytecode: importing torch then takes twice as long each time.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-llm test check slurm ray fuzz audit bench format report results clean
+.PHONY: reproduce $(PAPER) $(STUDIES)
 
 help: ## show this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,6 +25,16 @@ demo: $(VENV)/.user ## install, sweep every kind of edit over the embedded pairs
 demo-llm: $(VENV)/.user ## the same on small language models, scored by lm-eval
 	@$(BIN)/deltalab -m experiment=demo_llm results=$(RESULTS)
 	@$(BIN)/deltalab-report results=$(RESULTS) experiment=demo_llm
+
+$(PAPER) $(STUDIES): $(VENV)/.user
+	@$(BIN)/deltalab -m experiment=$@ scale=$(SCALE) results=$(RESULTS) $(SWEEP)
+	@$(BIN)/python -m experiments.paper $@ scale=$(SCALE) results=$(RESULTS)
+
+# One after the other, those first whose points others share.
+reproduce: $(VENV)/.user ## every table, figure and study of the paper at SCALE=demo (or paper), the page
+	@for name in fig8 fig11 fig12 $(filter-out fig8 fig11 fig12,$(PAPER)) $(STUDIES); do \
+	  $(MAKE) --no-print-directory $$name || exit; done
+	@$(BIN)/deltalab-report results=$(RESULTS) >/dev/null
 
 test: $(VENV)/.dev ## install the dev tools, run the whole test suite
 	@$(BIN)/pytest -n 2

@@ -1,0 +1,164 @@
+"""Figs. 6, 7 and 13: interpolation and extrapolation along the delta."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from deltalab.figures.style import HATCHES, looks, panels
+from deltalab.outcomes import Outcome, number, plain
+from deltalab.tables import signed
+from experiments.paper.drawing import curve, zero
+from experiments.paper.found import Found, Table, check, end, metrics, models, scored
+
+PAPER_END = 0.6
+"""Where the paper's Fig. 6 ends."""
+
+DIRECTIONS = {"interpolation": -1, "extrapolation": 1}
+
+
+def _by_alpha(points: Sequence[Outcome]) -> dict[float, Outcome]:
+    return {number(p.settings["alpha"]) or 0.0: p for p in points}
+
+
+def expo_term(points: Sequence[Outcome]) -> Found:
+    """Check that ExPO's term falls and then rises above 0 (Fig. 6)."""
+    by = _by_alpha(points)
+    alphas = sorted(by)
+    value = {r: [by[a].terms[r].value or 0.0 for a in alphas] for r in ("left", "gauss")}
+    value["measured"] = [by[a].change or 0.0 for a in alphas]
+    inside = [i for i, a in enumerate(alphas) if a <= PAPER_END + 1e-9]
+    low = {name: min(range(len(alphas)), key=v.__getitem__) for name, v in value.items()}
+    checks = [
+        check("the term falls below 0 at first", [value["left"][i] < 0 for i in inside[1:2]]),
+        check(f"its minimum lies inside the paper's range, before {PAPER_END}",
+              [0 < low["left"] < inside[-1]]),
+        check(f"it is above 0 at alpha = {PAPER_END}", [value["left"][inside[-1]] > 0]),
+        check("further out it rises above 0", [value["left"][-1] > 0]),
+    ]  # fmt: skip
+    crossing = {
+        n: next((a for a, x in zip(alphas, v, strict=True) if x > 0), None)
+        for n, v in value.items()
+    }
+    told = ", ".join(
+        f"{name} lowest {signed(v[low[name]])} at alpha = {plain(alphas[low[name]])}, first above 0"
+        f" at {plain(crossing[name])}"
+        for name, v in value.items()
+    )
+    drawn, ((axes,),) = panels(1, 1, 5.6, 3.4)
+    titles = {"left": "paper's term (left, 5)", "gauss": "gauss, 3", "measured": "measured change"}
+    for index, (name, v) in enumerate(value.items()):
+        curve(axes, alphas, [[x] for x in v], index, titles[name])
+    zero(axes)
+    axes.axvline(PAPER_END, color="#666666", lw=0.8, ls=":")
+    axes.text(PAPER_END, 0.97, " paper's range", fontsize=8, va="top",
+              transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set(xlabel="alpha", ylabel="DPO loss change, nats")
+    axes.legend()
+    rows = [[plain(a), *(signed(v[i]) for v in value.values())] for i, a in enumerate(alphas)]
+    return Found(
+        sentence=f"DPO loss over alpha: {told}.",
+        checks=checks,
+        tables=[Table("Change of the DPO loss, nats", ["alpha", *titles.values()], rows)],
+        figures=[
+            ("", drawn, "ExPO's term on the DPO loss of held-out preferences, against alpha.")
+        ],
+    )
+
+
+def gains(points: Sequence[Outcome]) -> Found:
+    """Check that the better direction differs between tasks (Fig. 7), or models (Fig. 13)."""
+    rows: list[list[Any]] = []
+    best: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for model in models(points):
+        by = _by_alpha([p for p in points if p.model == model])
+        own = list(by.values())
+        for metric in scored(own):
+            post = end(own, "post", metric)
+            found = best.setdefault((model, metric), {})
+            for name, sign in DIRECTIONS.items():
+                side = [(by[a].metrics[metric] - post, -abs(a), a) for a in by if a * sign > 0]
+                gain, _, at = max(side)
+                found[name] = gain, at
+            error = metrics([by[0.0]], f"{metric}_error") or [float("nan")]
+            sides = [f"{100 * gain:+.1f} at {plain(at)}" for gain, at in found.values()]
+            rows.append([model, metric, f"{100 * post:.1f} ± {100 * error[0]:.1f}", *sides])
+    better = {
+        at: _better({name: gain for name, (gain, _) in found.items()}) for at, found in best.items()
+    }
+    tasks = {model: {b for (m, _), b in better.items() if m == model} for model in models(points)}
+    checks = [
+        check(
+            "some task gains by one of the directions",
+            [any(b != "neither" for b in better.values())],
+        ),
+        check(
+            "the better direction differs between tasks or models", [len(set(better.values())) > 1]
+        ),
+    ]
+    told = "; ".join(
+        f"{model} {metric}: {better[model, metric]} ("
+        + ", ".join(f"{name} {100 * gain:+.1f}" for name, (gain, _) in found.items())
+        + ")"
+        for (model, metric), found in best.items()
+    )
+    note = (
+        "The best alpha is chosen on the documents that are reported, as in the paper: gains within"
+        " two standard errors of post's score may be luck."
+    )
+    drawn = _bars(best)
+    return Found(
+        sentence=f"Better direction: {told} points at the best alpha.",
+        checks=checks,
+        notes=[note, *(f"{m}: {', '.join(sorted(t))}." for m, t in tasks.items())],
+        tables=[Table("Best gain over post in each direction, points", [
+            "model", "score", "post, %", *DIRECTIONS], rows)],
+        figures=[
+            ("", drawn, "Best gain over the post-trained score, by direction."),
+            ("_alpha", _lines(points), (
+                "Score change against alpha: -1 is the pre-trained model, 0 the post-trained one."
+            )),
+        ],
+    )  # fmt: skip
+
+
+def _better(gain: dict[str, float]) -> str:
+    """Name the direction that gains more, or neither where none gains."""
+    top = max(gain.values())
+    if top <= 0:
+        return "neither"
+    names = [name for name, value in gain.items() if value == top]
+    return names[0] if len(names) == 1 else "both alike"
+
+
+def _bars(best: dict[tuple[str, str], dict[str, tuple[float, float]]]) -> Any:
+    drawn, ((axes,),) = panels(1, 1, max(4.6, 1.5 * len(best)), 3.2)
+    for index, name in enumerate(DIRECTIONS):
+        heights = [100 * found[name][0] for found in best.values()]
+        places = [i + (index - 0.5) * 0.4 for i in range(len(best))]
+        look = {"color": looks(index)[0], "hatch": HATCHES[index], "edgecolor": "white"}
+        bars = axes.bar(places, heights, 0.38, label=name, **look)
+        labels = [f"at {plain(found[name][1])}" for found in best.values()]
+        axes.bar_label(bars, labels, fontsize=7, padding=2)
+    zero(axes)
+    axes.set_xticks(
+        range(len(best)), [f"{model}\n{metric.split('/')[0]}" for model, metric in best]
+    )
+    axes.set(ylabel="best gain, points")
+    axes.margins(y=0.18)
+    axes.legend()
+    return drawn
+
+
+def _lines(points: Sequence[Outcome]) -> Any:
+    names = models(points)
+    drawn, grid = panels(1, len(names), max(4.6, 3.8 * len(names)), 3.0)
+    for axes, model in zip(grid.flat, names, strict=True):
+        by = _by_alpha([p for p in points if p.model == model])
+        for index, metric in enumerate(scored(list(by.values()))):
+            post = end(list(by.values()), "post", metric)
+            alphas = sorted(by)
+            values = [[100 * (by[a].metrics[metric] - post)] for a in alphas]
+            curve(axes, alphas, values, index, metric.split("/")[0])
+        zero(axes)
+        axes.set(title=model, xlabel="alpha", ylabel="change of the score, points")
+        axes.legend()
+    return drawn

@@ -1,0 +1,146 @@
+"""An artefact on disk: its card as JSON, its figures, and one line a point as CSV."""
+
+import csv
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltalab.figures.style import STYLE
+from deltalab.outcomes import Outcome, plain
+from deltalab.settings import conf_dir
+from experiments.paper.artefacts import ARTEFACTS
+from experiments.paper.found import Found, models
+
+ROLES = {
+    "llama3": "LLaMA-3-8B",
+    "mistral": "Mistral-7B",
+    "qwen2": "Qwen2-7B",
+    "zephyr": "Zephyr-7B-DPO",
+}
+
+
+def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tuple[Path, Found]:
+    """Make one artefact from its points and write it below `results/paper/`."""
+    import matplotlib
+
+    folder = results / "paper"
+    folder.mkdir(parents=True, exist_ok=True)
+    artefact = ARTEFACTS[name]
+    figures = []
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        found = artefact.find(points)
+        for suffix, figure, caption in found.figures:
+            path = folder / f"{name}{suffix}.png"
+            figure.savefig(path, dpi=160, metadata={"Software": None})
+            svg = path.with_suffix(".svg")
+            figure.savefig(svg, metadata={"Date": None, "Creator": None})
+            figures.append({"file": svg.name, "png": path.name, "caption": caption})
+    _csv(folder / f"{name}.csv", points)
+    tables = [
+        {"title": t.title, "columns": [*t.columns], "rows": [[*r] for r in t.rows]}
+        for t in found.tables
+    ]
+    if found.checks:
+        rows = [[c.claim, c.held, c.cases] for c in found.checks]
+        tables.insert(
+            0, {"title": "What was checked", "columns": ["check", "holds in", "of"], "rows": rows}
+        )
+    card = {
+        "name": name,
+        "title": artefact.title,
+        "kind": artefact.kind,
+        "claim": artefact.claim,
+        "verdict": found.verdict,
+        "sentence": found.sentence,
+        "notes": [*found.notes],
+        "command": f"make {name}" + ("" if scale == "demo" else f" SCALE={scale}"),
+        "paper_command": f"make {name} SCALE=paper",
+        "stand_ins": _stand_ins(scale, models(points)),
+        "points": len(points),
+        "seeds": sorted({p.seed for p in points if p.seed is not None}),
+        **_origin(points, results),
+        "figures": figures,
+        "tables": tables,
+        "csv": f"{name}.csv",
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path, found
+
+
+def _origin(points: Sequence[Outcome], results: Path) -> dict[str, Any]:
+    """Return where the points were computed, when, by what, and how long it took in all."""
+    paths = [results / "records" / f"{p.key}.json" for p in points]
+    latest = max(paths, key=lambda path: path.stat().st_mtime)
+    record: Mapping[str, Any] = json.loads(latest.read_text(encoding="utf-8"))
+    minutes = sum(p.seconds or 0.0 for p in points) / 60
+    return {
+        "minutes": round(minutes, 1),
+        "hardware": hardware(str(record["device"])),
+        "versions": record["versions"],
+        "date": time.strftime("%Y-%m-%d", time.gmtime(latest.stat().st_mtime)),
+        "commit": str(record["git"] or "")[:7],
+    }
+
+
+def hardware(device: str) -> str:
+    """Name the machine: its processor and cores, and the device that computed.
+
+    >>> hardware("NVIDIA H100, driver 1")
+    'NVIDIA H100, driver 1'
+    """
+    if not device.startswith("cpu"):
+        return device
+    names = [platform.machine()]
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        ] or names
+    return f"{os.cpu_count()} cores, {names[0]}"
+
+
+def _stand_ins(scale: str, names: Sequence[str]) -> str:
+    """Say which models stand for which of the paper's."""
+    from omegaconf import OmegaConf
+
+    if scale == "paper":
+        return "the paper's own models"
+    roles = OmegaConf.load(conf_dir() / "scale" / f"{scale}.yaml")
+    told = [f"{title} -> {roles[role]}" for role, title in ROLES.items() if roles[role] in names]
+    rest = [n for n in names if n not in {roles[role] for role in ROLES}]
+    if rest:
+        told.append(f"CLIP ViT-B/32 -> {', '.join(rest)}")
+    return "; ".join(told)
+
+
+def _csv(path: Path, points: Sequence[Outcome]) -> None:
+    """Write the summaries of all records, one line each, numbers with six figures."""
+    rules = list(dict.fromkeys(rule for p in points for rule in p.terms))
+    names = sorted({name for p in points for name in p.metrics if not name.endswith("_error")})
+    head = [
+        "key",
+        "experiment",
+        "model",
+        "edit",
+        "settings",
+        "seed",
+        "select",
+        "class",
+        "change",
+        "error",
+    ]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*head, *(f"term_{rule}" for rule in rules), "gradients", *names])
+        for p in points:
+            settings = p.label.partition(" ")[2]
+            origin = [p.key, p.experiment, p.model, p.edit, settings, p.seed, p.select, p.classed]
+            values = [p.terms[r].value if r in p.terms else None for r in rules]
+            scores = [p.metrics.get(name) for name in names]
+            numbers = [p.change, p.error, *values, p.gradient_evaluations, *scores]
+            writer.writerow([*origin, *("" if v is None else plain(v) for v in numbers)])

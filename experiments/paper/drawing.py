@@ -1,0 +1,45 @@
+"""What the paper's figures share: curves with bands, and lines for the unedited models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deltalab.figures.style import looks
+from experiments.paper.found import mean, spread
+
+
+def curve(
+    axes: Any,
+    xs: Sequence[float],
+    values: Sequence[Sequence[float]],
+    index: int,
+    label: str,
+    **kw: Any,
+) -> None:
+    """Draw the means of repetitions, and a band of one standard deviation."""
+    colour, marker = looks(index)
+    middle = [mean(each) for each in values]
+    look = {"color": colour, "marker": marker, "markersize": 4, "lw": 1.3, **kw}
+    axes.plot(xs, middle, label=label, **look)
+    if any(len(each) > 1 for each in values):
+        low = [m - spread(v) for m, v in zip(middle, values, strict=True)]
+        high = [m + spread(v) for m, v in zip(middle, values, strict=True)]
+        axes.fill_between(xs, low, high, color=look["color"], alpha=0.18, lw=0)
+
+
+def reference(axes: Any, heights: Mapping[str, float]) -> None:
+    """Draw the unedited models' scores: post dashed, pre dotted, named at the right margin."""
+    beside = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left"}
+    for name, height in heights.items():
+        axes.axhline(height, color="black", lw=1, ls="--" if name == "post" else ":", zorder=1)
+        axes.text(1.01, height, name, fontsize=8, **beside)
+
+
+def zero(axes: Any) -> None:
+    """Draw the line of no change."""
+    axes.axhline(0, color="black", lw=0.8, zorder=1)
+
+
+def one_legend(figure: Any, axes: Any, columns: int) -> None:
+    """Put one legend below all panels, as all have the same curves."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)

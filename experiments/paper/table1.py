@@ -1,0 +1,146 @@
+"""Table 1: three ways to choose which deltas get k, and what the loss says of each."""
+
+from collections.abc import Sequence
+
+from deltalab.figures.style import panels
+from deltalab.outcomes import Outcome, number, plain
+from deltalab.tables import signed
+from experiments.paper.drawing import curve, reference, zero
+from experiments.paper.found import (
+    NEAR,
+    Found,
+    Table,
+    cell,
+    check,
+    end,
+    grouped,
+    mean,
+    metrics,
+    scored,
+)
+
+WAYS = {
+    "dare": "at random",
+    "biased_sign": "by sign of delta",
+    "biased_product": "by sign of product",
+}
+PAPER = {
+    0.5: (76.35, 74.15, 0.0), 0.7: (75.89, 75.36, 0.0), 0.9: (76.19, 76.04, 26.76),
+    1.1: (75.89, 75.59, 0.15), 1.3: (75.36, 74.91, 0.0), 1.5: (75.59, 74.83, 0.0),
+}  # fmt: skip
+"""GSM8K, 5-shot, LLaMA-3-8B-Instruct: k -> the three ways in their order (arXiv 2410.13841)."""
+
+ACCOUNTS = {
+    "first_order": "first order",
+    "left": "paper's term (left, 5)",
+    "adaptive": "accurate term",
+}
+By = dict[tuple[str, float], list[Outcome]]
+
+
+def table(points: Sequence[Outcome]) -> Found:
+    """Check that the first two ways keep the score and the third destroys it."""
+    by: By = {
+        (edit, number(k) or 0.0): same
+        for edit in WAYS
+        for (k,), same in grouped([p for p in points if p.edit == edit], "k").items()
+    }
+    ks = sorted({k for _, k in by})
+    metric = scored(points)[0]
+    post = end(points, "post", metric)
+    score = {at: metrics(same, metric) for at, same in by.items()}
+    checks = [
+        check(f"chosen {WAYS[edit]}: within {100 * NEAR:.0f} points of post",
+              [abs(mean(score[edit, k]) - post) <= NEAR for k in ks])
+        for edit in ("dare", "biased_sign")
+    ]  # fmt: skip
+    checks.append(check("chosen by sign of product: less than half of post",
+                        [mean(score["biased_product", k]) < post / 2 for k in ks]))  # fmt: skip
+    worst = {edit: min((mean(score[edit, k]), k) for k in ks) for edit in WAYS}
+    sentence = (
+        f"Post scores {100 * post:.1f}; "
+        + ", ".join(
+            f"{WAYS[e]} it is {100 * s:.1f} at the least (k = {k:g})" for e, (s, k) in worst.items()
+        )
+        + "."
+    )
+    return Found(
+        sentence=sentence,
+        checks=checks,
+        notes=[_signs(by, ks)],
+        tables=[_scores(score, ks, metric), *_terms(by, ks)],
+        figures=[("", _figure(by, score, ks, metric, points), (
+            "Left: score against k for three ways to choose the entries that get k. Right: the"
+            " third way's measured loss change and three accounts of it; an account has the wrong"
+            " sign where it falls on the other side of 0."
+        ))],
+    )  # fmt: skip
+
+
+def _account(same: Sequence[Outcome], name: str) -> float:
+    if name == "change":
+        return mean([p.change for p in same if p.change is not None])
+    return mean([v for p in same if (v := p.terms[name].value) is not None])
+
+
+def _signs(by: By, ks: Sequence[float]) -> str:
+    """Say whether each account has the measured change's sign in the third column, for k > 1."""
+    above = [k for k in ks if k > 1]
+    third = {k: by["biased_product", k] for k in above}
+    wrong = {
+        title: sum(_account(third[k], name) * _account(third[k], "change") < 0 for k in above)
+        for name, title in ACCOUNTS.items()
+    }
+    told = ", ".join(f"{title} {count} of {len(above)}" for title, count in wrong.items())
+    changes = ", ".join(f"{_account(third[k], 'change'):+.3g} (k = {k:g})" for k in above)
+    return (
+        f"Third column, k > 1: the loss changes by {changes}. Of the wrong sign are: {told}. The"
+        " first-order argument predicts an improvement for every k > 1, as (1 - k) times a positive"
+        " number."
+    )
+
+
+def _scores(score: dict[tuple[str, float], list[float]], ks: Sequence[float], metric: str) -> Table:
+    ways = list(WAYS.items())
+    columns = ["k", *(title for _, title in ways), *(f"paper, {title}" for _, title in ways)]
+    rows = [
+        [
+            plain(k),
+            *(cell(score[edit, k]) for edit, _ in ways),
+            *(f"{v:.2f}" for v in PAPER.get(k, ())),
+        ]
+        for k in ks
+    ]
+    return Table(f"{metric}, %, beside the paper's GSM8K of LLaMA-3-8B-Instruct", columns, rows)
+
+
+def _terms(by: By, ks: Sequence[float]) -> list[Table]:
+    columns = ["k", *ACCOUNTS.values(), "measured change"]
+    return [
+        Table(
+            f"Loss change, chosen {title}",
+            columns,
+            [
+                [plain(k), *(signed(_account(by[edit, k], a)) for a in (*ACCOUNTS, "change"))]
+                for k in ks
+            ],
+        )
+        for edit, title in WAYS.items()
+    ]
+
+
+def _figure(by: By, score, ks, metric, points):  # type: ignore[no-untyped-def]
+    drawn, ((left, right),) = panels(1, 2, 8.4, 3.3)
+    for index, (edit, title) in enumerate(WAYS.items()):
+        curve(left, ks, [score[edit, k] for k in ks], index, title)
+    reference(left, {name: end(points, name, metric) for name in ("post", "pre")})
+    left.set(xlabel="multiplier k", ylabel=metric)
+    left.legend()
+    for index, (name, title) in enumerate([*ACCOUNTS.items(), ("change", "measured change")], 3):
+        values = [[_account(by["biased_product", k], name)] for k in ks]
+        curve(right, ks, values, index, title)
+    zero(right)
+    right.set_yscale("symlog", linthresh=1e-3)
+    right.set(xlabel="multiplier k", ylabel="loss change, nats", title="chosen by sign of product")
+    right.legend()
+    return drawn
