@@ -13,9 +13,10 @@ from typing import Any
 
 import deltalab
 from deltalab.outcomes import Outcome
-from deltalab.page.cards import VERDICTS, Card, Warn, read_cards
+from deltalab.page.cards import VERDICTS, Card, Warn
 from deltalab.page.chart import chart
-from deltalab.page.libraries import datatables, digest, packed, vega
+from deltalab.page.libraries import datatables, digest, vega
+from deltalab.page.parsing import read_cards
 from deltalab.page.plain import without_card
 from deltalab.page.points import MOST_POINTS, Points, gather, tabulate
 from deltalab.page.views import shown
@@ -33,7 +34,8 @@ def write(directory: Path, points: Sequence[Outcome], warn: Warn) -> Path:
     every = gather(points, cards, warn)
     cards += without_card(directory, points, [name for card in cards for name in card.experiments])
     path = directory / "index.html"
-    path.write_text(render(cards, tabulate(every), len(points)), encoding="utf-8")
+    records = len({point.key for point in points})
+    path.write_text(render(cards, tabulate(every), records), encoding="utf-8")
     return path
 
 
@@ -62,8 +64,8 @@ def render(cards: Sequence[Card], points: Points, records: int) -> str:
         f" form-action 'none'; script-src blob: {digest(script)}",
         rows=_json({"fields": fields, "rows": points.rows}) if points.rows else None,
         chart=_json(specification) if specification else None,
-        vega=Markup(packed(vega())) if specification else None,
-        datatables=Markup(packed(datatables())),
+        vega=Markup(vega()) if specification else None,
+        datatables=Markup(datatables()),
         script=Markup(script),
     )
 

@@ -76,7 +76,9 @@ def _choices(points: Points, shown: Sequence[str]) -> list[dict[str, Any]]:
     every = [name for names in points.values("experiment") for name in names.split(", ")]
     models, experiments = sorted(set(points.values("model"))), sorted({*every})
     titles = [points.terms[rule] for rule in shown]
+    groups = {name: sorted(set(points.values(name))) for name in GROUPS.values()}
     return [
+        {"name": "groups", "value": groups},
         choice("rule", "term by ", shown, titles),
         choice("colour_by", "colour by ", list(GROUPS.values()), list(GROUPS)),
         choice("one_model", "model ", [EVERY, *models], ["all", *models]),
@@ -119,6 +121,8 @@ def _marks(axis: dict[str, Any]) -> dict[str, Any]:
         "symbolOpacity": 1,
         "symbolLimit": 56,
     }
+    # A group keeps its colour whatever else is shown; a legend of nothing would be an error.
+    every = {"domain": {"expr": "groups[colour_by]"}}
     sized = {"field": "group", "type": "nominal", "legend": legend}
     return {
         "mark": {"type": "point", "filled": True, "size": 44, "strokeWidth": 0.5},
@@ -137,8 +141,8 @@ def _marks(axis: dict[str, Any]) -> dict[str, Any]:
         "encoding": {
             "x": {"field": "change", "type": "quantitative", "title": "measured change", **axis},
             "y": {"field": "term", "type": "quantitative", "title": "term", **axis},
-            "color": {**sized, "scale": {"range": [*COLOURS]}},
-            "shape": {**sized, "scale": {"range": [*SHAPES]}},
+            "color": {**sized, "scale": {"range": [*COLOURS], **every}},
+            "shape": {**sized, "scale": {"range": [*SHAPES], **every}},
             "opacity": {"condition": {"param": "chosen", "value": 0.75}, "value": 0.06},
             "tooltip": [{"field": name, "title": title} for name, title in tips.items()],
         },

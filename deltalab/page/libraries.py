@@ -21,15 +21,16 @@ def missing() -> list[str]:
 
 @cache
 def vega() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, packed."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    return packed(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
+@cache
 def datatables() -> str:
-    """Return DataTables with its jQuery as one module."""
-    return files("itables").joinpath("html/dt_bundle.js").read_text(encoding="utf-8")
+    """Return DataTables with its jQuery as one module, packed."""
+    return packed(files("itables").joinpath("html/dt_bundle.js").read_text(encoding="utf-8"))
 
 
 def packed(script: str) -> str:

@@ -94,14 +94,13 @@ def _outcome(line: Mapping[str, Any]) -> Outcome:
 
     terms = {name: name[len("term_") :] for name in line if name and name.startswith("term_")}
     settings = (setting.partition("=") for setting in (line.get("settings") or "").split())
-    seed = numbers("seed")
     return Outcome(
         model=line["model"] or "",
         edit=line["edit"] or "",
         settings={name: value for name, _, value in settings},
         experiment=line.get("experiment") or "",
         key=line["key"] or "",
-        seed=None if seed is None else int(seed),
+        seed=int(line["seed"]) if line.get("seed") else None,
         select=line.get("select") or None,
         terms={rule: Term(rule, None, numbers(name)) for name, rule in terms.items() if line[name]},
         change=numbers("change"),

@@ -47,7 +47,9 @@ if (read("points-data")) {
 if (read("chart")) {
   await library("vega");
   const chart = JSON.parse(read("chart"));
-  chart.datasets = { points: JSON.parse(read("points-data")).rows };
-  await window.vegaEmbed("#scatter", chart, { actions: false, ast: true });
+  const { rows } = JSON.parse(read("points-data"));
+  chart.datasets = { points: rows };
+  const renderer = rows.length > 3000 ? "canvas" : "svg";
+  await window.vegaEmbed("#scatter", chart, { actions: false, ast: true, renderer });
 }
 document.documentElement.dataset.ready = "yes";
