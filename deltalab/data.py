@@ -63,7 +63,7 @@ class Packaged:
     """Images that ship with the package, for the embedded pairs.
 
     Args:
-        task: `mnist` or `fashion`.
+        task: `mnist`, `fashion` or `digits`.
         split: `test` (for accuracies) or `objective` (for losses and gradients).
         limit: the first so many images only; all when None.
     """
@@ -73,7 +73,7 @@ class Packaged:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in (tasks := ("mnist", "fashion")):
+        if self.task not in (tasks := ("mnist", "fashion", "digits")):
             raise ValueError(f"data.task={self.task}: must be one of {', '.join(tasks)}")
         if self.split not in (splits := ("test", "objective")):
             raise ValueError(f"data.split={self.split}: must be one of {', '.join(splits)}")

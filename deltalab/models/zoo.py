@@ -14,14 +14,17 @@ from deltalab.models.timm_vit import live_pair
 from deltalab.weights import Checkpoint, ModelPair, fingerprint
 
 DIRECTORY = Path(str(files("deltalab"))) / "zoo"
+PRE_OF = {"mnist": "pre", "mnist_early": "pre", "fashion": "pre", "digits": "digits_pre"}
+"""What every post-trained model was trained from."""
 
 
 @dataclass(frozen=True)
 class EmbeddedVit:
-    """The common generalist and one of its fine-tuned descendants.
+    """A generalist and one of its fine-tuned descendants.
 
     Args:
-        post: `mnist`, `mnist_early` or `fashion`.
+        post: `mnist`, `mnist_early`, `fashion` or `digits` (whose generalist is one that never saw
+            the held-out digits).
         task: the packaged image task that the post-trained model is for.
         device: as for `TimmPair`.
     """
@@ -31,17 +34,18 @@ class EmbeddedVit:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not (DIRECTORY / f"{self.post}.safetensors").is_file():
-            known = sorted(p.stem for p in DIRECTORY.glob("*.safetensors") if p.stem != "pre")
-            raise ValueError(f"model.post={self.post}: must be one of {', '.join(known)}")
+        if self.post not in PRE_OF:
+            raise ValueError(f"model.post={self.post}: must be one of {', '.join(sorted(PRE_OF))}")
+
+    @property
+    def pre(self) -> str:
+        """The name of the model that `post` was trained from."""
+        return PRE_OF[self.post]
 
     @property
     def fingerprints(self) -> tuple[str, str]:
         """Content fingerprints of both checkpoints."""
-        return (
-            fingerprint(DIRECTORY / "pre.safetensors"),
-            fingerprint(DIRECTORY / f"{self.post}.safetensors"),
-        )
+        return fingerprint(_weights(self.pre)), fingerprint(_weights(self.post))
 
     def open(self) -> ModelPair:
         """Return the pair; consecutive calls with an equal spec share it."""
@@ -51,6 +55,10 @@ class EmbeddedVit:
         """Return the architecture on the meta device: names and shapes, no memory."""
         with torch.device("meta"):
             return _architecture(_recipe())
+
+
+def _weights(name: str) -> Path:
+    return DIRECTORY / f"{name}.safetensors"
 
 
 def _recipe() -> dict[str, Any]:
@@ -77,8 +85,8 @@ def _open(spec: EmbeddedVit) -> ModelPair:
 
     return live_pair(
         _architecture(recipe),
-        Checkpoint(DIRECTORY / "pre.safetensors"),
-        Checkpoint(DIRECTORY / f"{spec.post}.safetensors"),
+        Checkpoint(_weights(spec.pre)),
+        Checkpoint(_weights(spec.post)),
         spec.device,
         "float32",
         normalise,
