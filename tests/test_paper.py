@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from experiments.paper import alpha, bits, curves, intensity, log, parts, rules,
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.found import Check, verdict
 
-RESULTS = Path(__file__).parent.parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
 ENDS = {"post": {"gsm/exact_match_strict": 0.9}, "pre": {"gsm/exact_match_strict": 0.1}}
 
 
@@ -164,3 +168,29 @@ def test_every_artefact_is_committed_with_its_numbers(name):
 def test_the_log_is_what_the_cards_say():
     page = (RESULTS / "README.md").read_text()
     assert log.with_table(page, log.cards(RESULTS)) == page
+
+
+def test_fig6_comes_out_as_committed(tmp_path):
+    """The whole way of one artefact, in a folder of its own: sweep, records, verdict, numbers."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for command in (
+        ["-m", "deltalab", "-m", "experiment=fig6", f"results={tmp_path}"],
+        ["-m", "experiments.paper", "fig6", f"results={tmp_path}"],
+    ):
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
+    made, kept = (json.loads((d / "paper" / "fig6.json").read_text()) for d in (tmp_path, RESULTS))
+    assert made["verdict"] == kept["verdict"]
+    assert [row[0] for row in made["tables"][0]["rows"]] == [
+        row[0] for row in kept["tables"][0]["rows"]
+    ]
+    made, kept = (numbers(d / "paper" / "fig6.csv") for d in (tmp_path, RESULTS))
+    assert made.keys() == kept.keys()
+    for at, values in kept.items():
+        assert made[at] == pytest.approx(values, rel=1e-3, abs=1e-6), at
+
+
+def numbers(path):
+    """Return change and terms of every point of a summary, by what the point is."""
+    names = ("change", "error", "term_left", "term_gauss")
+    with open(path) as file:
+        return {row["settings"]: [float(row[n]) for n in names] for row in csv.DictReader(file)}

@@ -1,12 +1,14 @@
 """Make artefacts from finished points: `python -m experiments.paper fig1 fig2 results=results`.
 
-Without names: all artefacts whose points are there. Exit code 1 where points failed or are missing.
+Without names: all that have been swept. Exit code 1 where points failed or are missing.
 """
 
 import sys
 from pathlib import Path
 
 from deltalab.reading import read
+from deltalab.sweeps import listed
+from experiments.paper import log
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.card import write
 
@@ -20,21 +22,29 @@ def main(arguments: list[str]) -> int:
         print(f"{unknown[0]}: no such artefact; there are {', '.join(ARTEFACTS)}", file=sys.stderr)
         return 2
     points = read(results, warn=lambda line: print(f"warning: {line}", file=sys.stderr))
+    wanted = _wanted(results)
     lacking = False
-    for name in names or ARTEFACTS:
-        own = [p for p in points if p.experiment == name]
-        done = [p for p in own if p.failure is None]
-        if len(own) > len(done):
-            print(f"{name}: {len(own) - len(done)} points failed", file=sys.stderr)
+    for name in names or wanted:
+        done = [p for p in points if p.experiment == name and p.failure is None]
+        if len(done) < wanted.get(name, 1):
+            told = f"{len(done)} of {wanted.get(name, 'its')} points are done"
+            print(f"{name}: {told}; run deltalab -m experiment={name}", file=sys.stderr)
             lacking = True
-        if not done:
-            lacking |= bool(names)
-            if names:
-                print(f"{name}: no points; run deltalab -m experiment={name}", file=sys.stderr)
             continue
         path, found = write(name, done, results, scale)
         print(f"{name}: {found.verdict}. {found.sentence}\n  {path}")
+    log.main(results)
     return int(lacking)
+
+
+def _wanted(results: Path) -> dict[str, int]:
+    """Return how many points the latest sweep of every artefact has."""
+    wanted: dict[str, int] = {}
+    for sweep in listed(results):
+        for name in ARTEFACTS:
+            if f"experiment={name}" in sweep.command:
+                wanted.setdefault(name, len(sweep.points))
+    return wanted
 
 
 if __name__ == "__main__":

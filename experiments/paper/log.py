@@ -1,4 +1,7 @@
-"""`results/README.md`: every artefact in a line, from the cards: `python -m experiments.paper.log`."""
+"""`results/README.md`: every artefact in a line, from its card: `python -m experiments.paper.log`.
+
+The text around the table is written by hand.
+"""
 
 import json
 import sys
