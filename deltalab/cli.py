@@ -72,11 +72,13 @@ def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], b
 
 def plan(configs: Sequence[tuple[DictConfig, Any]]) -> str:
     """Return what points would cost, given their configs and the options chosen in them."""
+    from deltalab.hours import Device
     from deltalab.preview import preview
     from deltalab.run import prepare
 
     points = [prepare(*_plain(cfg, chosen)) for cfg, chosen in configs]
-    return preview(points, configs[0][0].results)
+    first = configs[0][0]
+    return preview(points, first.results, Device(first.device_tflops))
 
 
 def _plain(cfg: DictConfig, chosen: Any) -> tuple[dict[str, Any], Any]:

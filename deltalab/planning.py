@@ -1,7 +1,7 @@
 """What a run will cost, worked out from shapes alone: also for a module on the meta device."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,20 @@ class Plan:
     def bytes(self, engine: str) -> int:
         """Return the bytes that a run with this engine needs."""
         return sum(self.held.values()) + self.engines[engine]
+
+    def joined(self, other: "Plan") -> "Plan":
+        """Return the cost of two sweeps of one model: evaluations add up, memory does not."""
+        held, engines = (
+            {name: max(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}}
+            for a, b in ((self.held, other.held), (self.engines, other.engines))
+        )
+        return replace(
+            self,
+            evaluations=self.evaluations + other.evaluations,
+            held=held,
+            engines=engines,
+            activations=self.activations and other.activations,
+        )
 
     def check(self, engine: str, available: int, where: str) -> None:
         """Raise `ValueError` where a run would not fit, naming the engines that would.

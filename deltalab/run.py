@@ -27,6 +27,7 @@ from deltalab.engine import Engine
 from deltalab.evaluators.accuracy import Scores
 from deltalab.extras import Extras
 from deltalab.keys import determining
+from deltalab.models.hub import Absent
 from deltalab.objectives import Loss, Measured, change, classify, measure
 from deltalab.prediction import Predict
 from deltalab.provenance import commit, device_name, peak_memory, versions
@@ -36,7 +37,7 @@ from deltalab.weights import ModelPair, Weights, loaded
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale",
-    "most_points",
+    "most_points", "device_tflops",
 )  # fmt: skip
 BUILT = ("objective", "evaluator", "riemann", "prediction")
 
@@ -162,8 +163,18 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         artifacts=settings["artifacts"],
         artifacts_gb=settings["artifacts_gb"],
         objective_name=choices.objective,
-        key=records.key_of(determinants | {"inputs": model.fingerprints}),
+        key=_key(determinants, model, settings["plan"]),
     )
+
+
+def _key(determinants: Mapping[str, Any], model: Any, planning: bool) -> str:
+    """Return a point's key; empty in a plan where the models cannot be asked for their commits."""
+    try:
+        return records.key_of({**determinants, "inputs": model.fingerprints})
+    except Absent:
+        if not planning:
+            raise
+        return ""
 
 
 def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:

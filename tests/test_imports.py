@@ -39,6 +39,7 @@ LAYERS = (
         "lines",
         "passes",
         "planning",
+        "hours",
         "prediction",
         "riemann",
         "tracking",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from deltalab.models import hub, vocabulary
+from deltalab.models import facts, hub, vocabulary
 from deltalab.models.aligned import MISMATCH
 from deltalab.models.causal import architecture, configuration, differences, filled, generation
 from deltalab.models.timm_vit import device_of
@@ -92,10 +92,17 @@ class HfPair:
         return _open(self)
 
     def skeleton(self) -> nn.Module:
-        """Return the architecture on the meta device: names and shapes, no memory."""
+        """Return the architecture on the meta device: names and shapes, no memory.
+
+        Where the hub cannot be asked, a preset's is built from what its publisher says of it.
+        """
         code = self.trust_remote_code
-        post = hub.described(self.post, "model.post", self.post_revision, code)
-        config = configuration(post, "model.post", code)
+        try:
+            post = hub.described(self.post, "model.post", self.post_revision, code)
+            config = configuration(post, "model.post", code)
+        except hub.Absent:
+            if (config := facts.configuration(self.post)) is None:
+                raise
         module: nn.Module = architecture(config, self.dtype, "meta", "eager", code)
         return module
 

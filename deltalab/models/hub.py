@@ -28,6 +28,11 @@ AROUND = (
 )
 """The files beside the weights that determine what a language model computes."""
 
+
+class Absent(FileNotFoundError):
+    """What a hub id names is neither here nor to be had from the hub now."""
+
+
 _BESIDE = ["*.json", "*.txt", "*.model", "*.jinja"]
 _IGNORED = ["*/*", "consolidated*"]  # the same weights again, in another layout
 
@@ -168,18 +173,18 @@ def _asked(fetch: Any, source: str, setting: str, **options: Any) -> str:
     try:
         return str(fetch(local_files_only=not _reachable(), **options))
     except GatedRepoError:
-        raise FileNotFoundError(
+        raise Absent(
             f"{setting}={source}: the hub hands it out to those who accepted its licence only;"
             " accept it on the model's page and log in with `hf auth login`"
         ) from None
     except LocalEntryNotFoundError:
-        raise FileNotFoundError(
+        raise Absent(
             f"{setting}={source}: no such path here, not in the cache, and the hub cannot be"
             " reached; name a local directory"
         ) from None
     except Exception as error:  # several libraries stand between here and the hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
+        raise Absent(
             f"{setting}={source}: no such path here, and not to be had from the hub ({reason})"
         ) from None
     finally:
