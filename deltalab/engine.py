@@ -1,5 +1,6 @@
 """One pair under one objective: all that its points share, and every account of a loss change."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,8 @@ from deltalab.passes import gradient
 from deltalab.prediction import Predict, Predictor
 from deltalab.riemann import Riemann, Term
 from deltalab.weights import LazyWeights, ModelPair, Weights, delta
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Engine:
     loss: Loss
     store: Store
     _made: list[int] = field(default_factory=list, init=False)
+    _told: list[bool] = field(default_factory=list, init=False)
     _predictors: dict[Predict, Predictor] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -88,6 +92,12 @@ class Engine:
         module, post = self.pair.module, self.pair.post
         first = self.gradient if settings.starts_at_post or predict.enabled else None
         line = line_of(edit) if _exact(post, shift) else None
+        if settings.rule is not None and not _exact(post, shift) and not self._told:
+            self._told.append(True)
+            log.warning(
+                "the term is taken in 16 bits, which round every node on the way from W_post to"
+                " W_edit: its size may be off however many nodes it has; model.dtype=float32 is not"
+            )
         terms = approximate(
             settings,
             self.lines,

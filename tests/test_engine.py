@@ -87,11 +87,13 @@ def test_fixed_rules_without_prediction_need_no_gradient_at_post():
     assert all((c.terms, c.gradient_evaluations) == ({}, 0) for c, _ in off)
 
 
-def test_rounded_weights_share_no_line():
+def test_rounded_weights_share_no_line_and_are_told_of_once(caplog):
     found = sweep(Store(None, {}), Riemann("adaptive"), dtype=torch.bfloat16)
     made = [changes.gradient_evaluations for changes, _ in found]
     assert min(made[:4]) >= 2
     assert made[4] == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "model.dtype=float32" in caplog.text
 
 
 @pytest.mark.parametrize("file", [*CONF.glob("riemann/*.yaml"), *CONF.glob("prediction/*.yaml")])
