@@ -87,6 +87,8 @@ def cli_zoo():
         (["artifacts_gb=-1"], ["artifacts_gb=-1: must be 0 or more, or null"]),
         (["artifacts_gb=20GB"], ["artifacts_gb=20GB: must be a number or null"]),
         (["-m", "edit=dare", "seed=range(5,1)"], ["an axis of a sweep without a value"]),
+        (["-m", "sweeps=[{edit: dare}, {edit: expo, edit.q: '1'}]"], ["edit.q"]),
+        (["-m", "edit=dare", "grid=none", "seed=range(0,2000)", "edit.pp=1"], ["edit.pp"]),
         (["-m", "sweeps=3"], ["sweeps=3: must be a list of grids"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -62,7 +62,8 @@ def sleeper(tmp_path, cluster):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "usercustomize.py").write_text("")
     (tmp_path / "site" / "sitecustomize.py").write_text(SLEEPER)
-    return cluster | {"PYTHONPATH": str(tmp_path / "site"), "SLEEP": str(tmp_path / "sleep")}
+    paths = filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")])
+    return cluster | {"PYTHONPATH": os.pathsep.join(paths), "SLEEP": str(tmp_path / "sleep")}
 
 
 def sweep(results, environment, *arguments):

@@ -45,6 +45,16 @@ def done_in(results):
     return sorted(r["edit"]["p"] for r in found)
 
 
+def test_points_that_stand_for_all_when_a_sweep_is_checked():
+    from hydra_plugins.deltalab_sweeper import representatives
+
+    points = [[f"edit={edit}", f"seed={n}"] for edit in ("dare", "expo") for n in range(1000)]
+    points += [["edit=dare", "+seed=1"], ["~edit"], ["data@data.test=a"], ["data@data.test=b"]]
+    points += [["edit=dare", "seed=1", f"hydra.job.name={name}"] for name in "ab"]
+    found = list(representatives(points, {"edit", "data"}))
+    assert found == [points[0], points[1000], *points[2000:]]
+
+
 def test_two_sweeps_share_the_points(tmp_path):
     both = [start(tmp_path), start(tmp_path)]
     lines = [line for sweep in both for line in sweep.communicate()[0].splitlines()]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Container, Dict, Iterable, Iterator, List, Optional, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 log = logging.getLogger(__name__)
 MOST = 10_000  # points of a sweep, unless most_points says otherwise
-VALIDATED = 500  # points of a sweep that are composed before the first one starts
 
 
 @dataclass
@@ -102,8 +101,8 @@ class PointsSweeper(BasicSweeper):
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, directory / "multirun.yaml")
         sweeps.write(directory, list(arguments), points)
-        if len(points) <= VALIDATED:
-            self.validate_batch_is_legal(points)
+        groups = set(self.config.hydra.runtime.choices)
+        self.validate_batch_is_legal(list(representatives(points, groups)))
         with console.sweep(len(points)):
             results = list(self._launched(points))
         closing.sweep_ended(self.config, directory)
@@ -145,6 +144,26 @@ class PointsSweeper(BasicSweeper):
                 del cfg["hydra"]
             configs.append((cfg, chosen))
         print(cli.plan(configs))
+
+
+def representatives(points: Iterable[Sequence[str]], groups: Container[str]) -> Iterator[List[str]]:
+    """Yield points that fail to compose if any does: one for every set of options and settings.
+
+    Whether Hydra can compose a point depends on the options chosen from config groups and on the
+    names of the other settings. Their values are checked when a point begins, except those of
+    Hydra's own and of `results`, which are checked here.
+    """
+    seen = set()
+    for point in points:
+        kind = set()
+        for override in point:
+            name = override.split("=")[0]
+            key = name.lstrip("+~").split("@")[0]
+            whole = key in groups or key.startswith(("hydra", "results"))
+            kind.add(override if whole else name)
+        if frozenset(kind) not in seen:
+            seen.add(frozenset(kind))
+            yield list(point)
 
 
 def _size(override: Any, most: int) -> int:
