@@ -14,7 +14,7 @@ from deltalab import page, reading
 from deltalab.page.chart import chart
 from deltalab.page.parsing import read_cards
 from deltalab.page.plain import without_card
-from deltalab.page.points import gather, tabulate
+from deltalab.page.points import gather, read_csv, tabulate
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">{{7*7}}\''
@@ -24,7 +24,7 @@ SVG = (
 )
 
 
-def card(folder: Path, name: str, **more: Any) -> dict:
+def card(folder: Path, name: str, /, **more: Any) -> dict:
     """Write a whole card of that name, with its figure and its points; return it."""
     folder = folder / "paper"
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,9 +141,9 @@ def test_points_come_from_records_and_csv_files(full: Path) -> None:
     one = next(r for r in records if r["loss"])
     row = by_key[one["key"]]
     assert row["measured change"] == pytest.approx(one["loss"]["change"], rel=1e-5)
-    assert row["left"] == pytest.approx(one["terms"]["left"]["value"], rel=1e-5)
+    assert row["term left"] == pytest.approx(one["terms"]["left"]["value"], rel=1e-5)
     told = by_key["fig21"]
-    assert (told["edit"], told["seed"], told["gauss-3"], told["left"]) == (
+    assert (told["edit"], told["seed"], told["term gauss-3"], told["term left"]) == (
         "dare p=0.5 k=0",
         1,
         None,
@@ -160,6 +160,13 @@ def test_a_point_is_there_once_and_names_all_its_experiments(tmp_path: Path) -> 
     twice = [first, reading.replace(first, experiment="fig7")]
     found = gather(twice, read_cards(tmp_path, refuse), refuse)
     assert {(p.key, p.experiment) for p in found} == {(one["key"], "demo, fig7"), ("other", "fig1")}
+
+
+def test_settings_of_a_csv_file_read_as_in_a_record(tmp_path: Path) -> None:
+    for settings in ("", "p=0.5 k=-1", "of=[1,2] text=two words on=true", "a=b=c"):
+        points_csv(tmp_path / "a.csv", ["a"], settings=settings)
+        (point,) = read_csv(tmp_path / "a.csv")
+        assert point.label == f"dare {settings}".strip()
 
 
 def test_cards_alone_and_records_alone_and_nothing(tmp_path: Path) -> None:
@@ -206,12 +213,14 @@ def test_the_page_covers_all_whichever_experiment_is_asked_for(tmp_path: Path) -
     assert 'id="demo"' in text
 
 
-def test_every_field_may_be_absent(tmp_path: Path) -> None:
-    full = card(tmp_path, "fig1")
-    for field in full:
-        for value in (None, "", [], {}):
-            (tmp_path / "paper" / "fig1.json").write_text(json.dumps(full | {field: value}))
-            assert 'id="fig1"' in written(tmp_path), field
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_every_field_may_be_absent(tmp_path: Path, value: Any) -> None:
+    fields = list(card(tmp_path, "fig0"))
+    for index, field in enumerate(fields[1:], start=1):
+        card(tmp_path, f"fig{index}", **{field: value})
+    card(tmp_path, "fig99", name=value)
+    ids = [a["id"] for a in Elements(written(tmp_path)).found["article"]]
+    assert ids == [*(f"fig{index}" for index in range(len(fields))), "fig99"]
     (tmp_path / "paper" / "fig1.json").write_text("{}")
     assert 'id="fig1"' in written(tmp_path)
 
@@ -476,7 +485,7 @@ def test_scatter_shows_the_chosen_points_and_what_they_are(visit, tmp_path: Path
     marks = view.locator("#scatter svg .mark-symbol.role-mark path")
     assert marks.count() == 2
     places = [mark.get_attribute("transform") for mark in marks.all()]
-    view.locator("#choices select").first.select_option(label="gauss-3")
+    view.locator("#choices select").first.select_option(label="term gauss-3")
     until(lambda: marks.first.get_attribute("transform") == places[0], False)
     view.locator("#choices select").nth(2).select_option(label="mnist_vit")
     until(marks.count, 1)

@@ -79,7 +79,7 @@ def _choices(points: Points, shown: Sequence[str]) -> list[dict[str, Any]]:
     groups = {name: sorted(set(points.values(name))) for name in GROUPS.values()}
     return [
         {"name": "groups", "value": groups},
-        choice("rule", "term by ", shown, titles),
+        choice("rule", "show ", shown, titles),
         choice("colour_by", "colour by ", list(GROUPS.values()), list(GROUPS)),
         choice("one_model", "model ", [EVERY, *models], ["all", *models]),
         choice("one_experiment", "experiment ", [EVERY, *experiments], ["all", *experiments]),

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from deltalab.outcomes import Outcome, Term, rules, sort_key
 from deltalab.page.cards import Card, Warn
 
+_SETTING = re.compile(r"(\S+?)=(.*?)(?= \S+?=|$)")
 MOST_POINTS = 10_000
 """Points that a page holds; of more, it holds this many, evenly chosen."""
 
@@ -93,11 +95,10 @@ def _outcome(line: Mapping[str, Any]) -> Outcome:
         return float(line[name]) if line.get(name) else None
 
     terms = {name: name[len("term_") :] for name in line if name and name.startswith("term_")}
-    settings = (setting.partition("=") for setting in (line.get("settings") or "").split())
     return Outcome(
         model=line["model"] or "",
         edit=line["edit"] or "",
-        settings={name: value for name, _, value in settings},
+        settings=dict(_SETTING.findall(line.get("settings") or "")),
         experiment=line.get("experiment") or "",
         key=line["key"] or "",
         seed=int(line["seed"]) if line.get("seed") else None,
@@ -123,9 +124,9 @@ def tabulate(points: Sequence[Outcome], most: int = MOST_POINTS) -> Points:
         "edit": Field("edit"),
         "family": Field("kind of edit", hidden=True),
         "seed": Field("seed", numeric=True),
-        **{f"term_{rule}": Field(title, numeric=True) for rule, title in titles.items()},
         "change": Field("measured change", numeric=True),
         "error": Field("± error", numeric=True),
+        **{f"term_{rule}": Field(f"term {title}", numeric=True) for rule, title in titles.items()},
         "class": Field("class"),
         "select": Field("tensors"),
         "experiment": Field("experiment"),
@@ -141,9 +142,9 @@ def _row(point: Outcome, titles: Mapping[str, str]) -> list[float | str | None]:
         point.label,
         point.edit,
         point.seed,
-        *(None if term is None else short(term.value) for term in terms),
         short(point.change),
         short(point.error),
+        *(None if term is None else short(term.value) for term in terms),
         "failed" if point.failure is not None else point.classed or "",
         point.select or "",
         point.experiment,
