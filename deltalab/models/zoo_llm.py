@@ -1,4 +1,4 @@
-"""The embedded language models: one small Llama, post-trained three ways, with its tokenizer."""
+"""The embedded language models: small Llamas of two sizes, post-trained, with one tokenizer."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 DIRECTORY = Path(str(files("deltalab"))) / "zoo" / "llm"
-PRE_OF = {"sft": "base", "far": "base", "dpo": "sft"}
+PRE_OF = {"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"}
 """What every post-trained model was trained from."""
 
-AROUND = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+AROUND = ("config.json", *TOKENIZER)
+"""What a directory of one of the larger models needs beside its weights."""
 
 
 @dataclass(frozen=True)
 class EmbeddedLlm:
-    """A pair of the small Llamas that ship with the package, with 2.0 million parameters.
+    """A pair of the small Llamas that ship with the package, with 2.0 or 1.0 million parameters.
 
     Args:
-        post: `sft` (base -> fine-tuned on word problems), `far` (the same with a large delta) or
-            `dpo` (sft -> preferences).
+        post: `sft` (base -> fine-tuned on word problems), `far` (the same with a large delta),
+            `dpo` (sft -> preferences) or `small_sft` (base -> fine-tuned, narrower, another seed).
         device: as for `TimmPair`.
 
     Raises:
@@ -55,7 +57,8 @@ class EmbeddedLlm:
     @property
     def fingerprints(self) -> tuple[str, str]:
         """Content fingerprints of both models, tokenizer and architecture included."""
-        around = b"".join((DIRECTORY / name).read_bytes() for name in AROUND)
+        names = (_config_name(self.post), *TOKENIZER)
+        around = b"".join((DIRECTORY / name).read_bytes() for name in names)
         pre, post = (
             hashlib.sha256(fingerprint(_weights(name)).encode() + around).hexdigest()[:16]
             for name in (self.pre, self.post)
@@ -69,14 +72,14 @@ class EmbeddedLlm:
     def skeleton(self) -> nn.Module:
         """Return the architecture on the meta device: names and shapes, no memory."""
         with torch.device("meta"):
-            return _architecture(_config())
+            return _architecture(_config(self.post))
 
 
 @lru_cache(maxsize=1)
 def _open(spec: EmbeddedLlm) -> ModelPair:
     from transformers import AutoTokenizer
 
-    config = _config()
+    config = _config(spec.post)
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, local_files_only=True)
     return live_pair(
         _architecture(config),
@@ -92,10 +95,14 @@ def _weights(name: str) -> Path:
     return DIRECTORY / f"{name}.safetensors"
 
 
-def _config() -> "LlamaConfig":
+def _config_name(model: str) -> str:
+    return "small_config.json" if model.startswith("small_") else "config.json"
+
+
+def _config(model: str) -> "LlamaConfig":
     from transformers import LlamaConfig
 
-    return LlamaConfig.from_pretrained(DIRECTORY, local_files_only=True)
+    return LlamaConfig.from_pretrained(DIRECTORY / _config_name(model), local_files_only=True)
 
 
 def _architecture(config: "LlamaConfig") -> nn.Module:
