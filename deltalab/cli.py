@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -70,15 +70,17 @@ def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], b
     return run(values, choices, group, begun)
 
 
-def plan(configs: Sequence[tuple[DictConfig, Any]]) -> str:
+def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     """Return what points would cost, given their configs and the options chosen in them."""
     from deltalab.hours import Device
     from deltalab.preview import preview
     from deltalab.run import prepare
 
-    points = [prepare(*_plain(cfg, chosen)) for cfg, chosen in configs]
-    first = configs[0][0]
-    return preview(points, first.results, Device(first.device_tflops))
+    points = []
+    for cfg, chosen in configs:
+        values, choices = _plain(cfg, chosen)
+        points.append(prepare(values, choices))
+    return preview(points, values["results"], Device(values["device_tflops"]))
 
 
 def _plain(cfg: DictConfig, chosen: Any) -> tuple[dict[str, Any], Any]:
