@@ -11,7 +11,7 @@ import pytest
 from test_report import demo_records, record, save
 
 from deltalab import page, reading
-from deltalab.page.chart import chart
+from deltalab.page.chart import chart, is_symlog
 from deltalab.page.parsing import read_cards
 from deltalab.page.plain import without_card
 from deltalab.page.points import gather, read_csv, tabulate
@@ -372,7 +372,8 @@ def test_both_axes_are_alike_and_hold_all_points(sizes: tuple[float, ...]) -> No
     assert marks["x"]["scale"] == marks["y"]["scale"]
     low, high = marks["x"]["scale"]["domain"]
     assert all(low < size < high for size in sizes)
-    assert low < 0 < high
+    assert low <= 0 <= high
+    assert is_symlog(made) == (max(map(abs, sizes)) > 20 * min(map(abs, sizes)) > 0)
     ticks = marks["x"]["axis"].get("values", [0.0])
     assert ticks == sorted(set(ticks))
     assert len(ticks) <= 10

@@ -14,7 +14,7 @@ from typing import Any
 import deltalab
 from deltalab.outcomes import Outcome
 from deltalab.page.cards import VERDICTS, Card, Warn
-from deltalab.page.chart import chart
+from deltalab.page.chart import chart, is_symlog
 from deltalab.page.libraries import datatables, digest, vega
 from deltalab.page.parsing import read_cards
 from deltalab.page.plain import without_card
@@ -63,6 +63,7 @@ def render(cards: Sequence[Card], points: Points, records: int) -> str:
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none';"
         f" form-action 'none'; script-src blob: {digest(script)}",
         rows=_json({"fields": fields, "rows": points.rows}) if points.rows else None,
+        symlog=specification is not None and is_symlog(specification),
         chart=_json(specification) if specification else None,
         vega=Markup(vega()) if specification else None,
         datatables=Markup(datatables()),

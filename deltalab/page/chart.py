@@ -22,8 +22,8 @@ GROUPS = {"kind of edit": "family", "model": "model", "experiment": "experiment"
 def chart(points: Points) -> dict[str, Any] | None:
     """Specify the scatter; the page adds the rows as the data `points`. None without any term.
 
-    Both axes are symmetric-logarithmic and alike: linear near zero, where a logarithm would
-    stretch noise, and by powers of ten beyond.
+    Both axes are alike. Where the values are of many sizes they are symmetric-logarithmic: linear
+    near zero, where a logarithm would stretch noise, and by powers of ten beyond.
     """
     changes = points.values("change")
     pairs = {
@@ -61,6 +61,11 @@ def chart(points: Points) -> dict[str, Any] | None:
             "legend": {"labelFontSize": 12, "titleFontSize": 12, "labelLimit": 260},
         },
     }
+
+
+def is_symlog(chart: dict[str, Any]) -> bool:
+    """Tell whether a scatter's axes are logarithmic beyond their middle."""
+    return bool(chart["layer"][-1]["encoding"]["x"]["scale"]["type"] == "symlog")
 
 
 def _choices(points: Points, shown: Sequence[str]) -> list[dict[str, Any]]:
@@ -164,18 +169,22 @@ def _axis(values: Sequence[float]) -> dict[str, Any]:
     >>> axis = _axis([1e-4, -1e-4, 0.5, 1.0])
     >>> axis["scale"]["constant"], axis["axis"]["values"]
     (0.0001, [0.0, 0.001, 0.01, 0.1, 1.0])
+    >>> _axis([-0.5, 1.0])["scale"]["type"]
+    'linear'
     """
     sizes = sorted(abs(value) for value in values if value) or [1.0]
     small, large = sizes[len(sizes) // 5], sizes[-1]
-    power = max(math.floor(math.log10(small)), math.floor(math.log10(large)) - 6)
     low, high = min([*values, 0.0]), max([*values, 0.0])
+    look: dict[str, Any] = {"grid": True, "gridColor": "#eeeeee", "domain": False}
+    if large <= 20 * small:
+        room = 0.08 * ((high - low) or 1.0)
+        scale = {"type": "linear", "domain": [low - room, high + room], "nice": False}
+        return {"scale": scale, "axis": {**look, "tickCount": MOST_TICKS}}
+    power = max(math.floor(math.log10(small)), math.floor(math.log10(large)) - 6)
     room = 10.0**power / 2
     domain = [1.4 * low - room, 1.4 * high + room]
-    look: dict[str, Any] = {"grid": True, "gridColor": "#eeeeee", "domain": False}
-    if large > 20 * small:
-        look |= {"values": _ticks(low, high, power), "format": "~r"}
     scale = {"type": "symlog", "constant": 10.0**power, "domain": domain, "nice": False}
-    return {"scale": scale, "axis": look}
+    return {"scale": scale, "axis": {**look, "values": _ticks(low, high, power), "format": "~r"}}
 
 
 def _ticks(low: float, high: float, first: int) -> list[float]:

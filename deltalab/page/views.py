@@ -31,6 +31,7 @@ def shown(cards: Sequence[Card]) -> list[dict[str, Any]]:
                 "minutes": "" if card.minutes is None else f"{card.minutes:.3g}",
                 "page": quote(card.page),
                 "tables": [_table(table) for table in card.tables],
+                "title": _beyond(card.label, card.title if card.title != card.name else ""),
             }
         )
     return found
@@ -40,6 +41,15 @@ def _anchor(name: str, taken: set[str]) -> str:
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "card"
     names = (plain, *(f"{plain}-{number}" for number in range(2, len(taken) + 3)))
     return next(name for name in names if name not in taken)
+
+
+def _beyond(label: str, title: str) -> str:
+    """Return what a title says beyond the label that stands before it.
+
+    >>> _beyond("Fig. 6", "Fig. 6: the term falls"), _beyond("Fig. 6", "The term falls")
+    ('the term falls', 'The term falls')
+    """
+    return title.removeprefix(label).lstrip(" :.,") if title.startswith(label) else title
 
 
 def _figure(figure: Figure, card: Card) -> dict[str, str]:
