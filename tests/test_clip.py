@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from deltalab.models import clip, clip_heads, clip_names
 from deltalab.models.clip import ClipPair
-from deltalab.weights import Checkpoint
+from deltalab.weights import Checkpoint, part_of
 
 NAME = "vit_base_patch32_clip_quickgelu_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -120,6 +120,7 @@ def test_features_and_logits_are_those_of_transformers(pair, tmp_path):
     # it nor the head is a weight that an edit could touch.
     assert all(name.startswith("visual.") for name in opened.post)
     assert set(opened.module.state_dict()) == set(opened.post)
+    assert {part_of(n) for n in opened.post} == {"attention", "mlp", "norm", "embedding"}
 
 
 def test_the_published_size_against_transformers(tmp_path):
@@ -192,6 +193,7 @@ def test_open_clip_names_load_as_timm_loads_them(pair, tmp_path, before):
     # Fine-tuned with the tower, the projection is a weight, and part of the head.
     assert clip_names.PROJECTION in opened.post
     assert opened.post[clip_names.PROJECTION].shape == (DIM, 48)
+    assert part_of(clip_names.PROJECTION) == "head"
 
 
 def test_an_image_tower_without_any_prefix(pair, tmp_path):
@@ -282,6 +284,8 @@ def test_a_head_from_a_file(pair, tmp_path):
     torch.save({"heads": head}, file)
     with pytest.raises(ValueError, match="must hold a matrix 'weight' alone, has heads"):
         spec(*pair[:2], head=str(file), scale=70.0).open()
+    with pytest.raises(FileNotFoundError, match=r"model\.head=nowhere\.pt: no such file"):
+        spec(*pair[:2], head="nowhere.pt").open()
     torch.save(torch.nn.Linear(2, 2), file)
     with pytest.raises(ValueError, match="refused"):
         spec(*pair[:2], head=str(file), scale=80.0).open()

@@ -91,6 +91,8 @@ def from_file(path: Path, classes: int | None) -> Tensor:
         FileNotFoundError: no such file.
         ValueError: damaged, other tensors, or another number of classes.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"model.head={path}: no such file")
     held = Checkpoint(path)
     if list(held) != ["weight"] or len(held.shape("weight")) != 2:
         names = plain(", ".join(held)[:200])
