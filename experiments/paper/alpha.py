@@ -7,7 +7,17 @@ from deltalab.figures.style import HATCHES, looks, panels
 from deltalab.outcomes import Outcome, number, plain
 from deltalab.tables import signed
 from experiments.paper.drawing import curve, zero
-from experiments.paper.found import Found, Table, check, end, metrics, models, scored
+from experiments.paper.found import (
+    Found,
+    Table,
+    check,
+    end,
+    is_loss,
+    losses,
+    metrics,
+    models,
+    scored,
+)
 
 PAPER_END = 0.6
 """Where the paper's Fig. 6 ends."""
@@ -64,60 +74,77 @@ def expo_term(points: Sequence[Outcome]) -> Found:
     )
 
 
+Best = dict[tuple[str, str], dict[str, tuple[float, float]]]
+"""Of every model and metric the best gain in each direction, and the alpha it is at."""
+
+
 def gains(points: Sequence[Outcome]) -> Found:
     """Check that the better direction differs between tasks (Fig. 7), or models (Fig. 13)."""
-    rows: list[list[Any]] = []
-    best: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    best: Best = {}
+    rows = []
     for model in models(points):
         by = _by_alpha([p for p in points if p.model == model])
         own = list(by.values())
-        for metric in scored(own):
-            post = end(own, "post", metric)
-            found = best.setdefault((model, metric), {})
-            for name, sign in DIRECTIONS.items():
-                side = [(by[a].metrics[metric] - post, -abs(a), a) for a in by if a * sign > 0]
-                gain, _, at = max(side)
-                found[name] = gain, at
+        for metric in [*scored(own), *losses(own)]:
+            found = best[model, metric] = _best(by, metric)
             error = metrics([by[0.0]], f"{metric}_error") or [float("nan")]
-            sides = [f"{100 * gain:+.1f} at {plain(at)}" for gain, at in found.values()]
-            rows.append([model, metric, f"{100 * post:.1f} ± {100 * error[0]:.1f}", *sides])
+            rows.append([
+                model, metric, _value(end(own, "post", metric), metric), _value(error[0], metric),
+                *(f"{_gain(gain, metric)} at {plain(at)}" for gain, at in found.values()),
+            ])  # fmt: skip
     better = {
-        at: _better({name: gain for name, (gain, _) in found.items()}) for at, found in best.items()
+        at: _better({n: gain for n, (gain, _) in found.items()}) for at, found in best.items()
     }
-    tasks = {model: {b for (m, _), b in better.items() if m == model} for model in models(points)}
     checks = [
-        check(
-            "some task gains by one of the directions",
-            [any(b != "neither" for b in better.values())],
-        ),
-        check(
-            "the better direction differs between tasks or models", [len(set(better.values())) > 1]
-        ),
-    ]
+        check("some task gains in one direction", [any(b != "neither" for b in better.values())]),
+        check("the better direction differs between tasks or models", [len(set(better.values())) > 1]),
+    ]  # fmt: skip
     told = "; ".join(
         f"{model} {metric}: {better[model, metric]} ("
-        + ", ".join(f"{name} {100 * gain:+.1f}" for name, (gain, _) in found.items())
+        + ", ".join(f"{name} {_gain(gain, metric)}" for name, (gain, _) in found.items())
         + ")"
         for (model, metric), found in best.items()
     )
-    note = (
-        "The best alpha is chosen on the documents that are reported, as in the paper: gains within"
-        " two standard errors of post's score may be luck."
-    )
-    drawn = _bars(best)
     return Found(
-        sentence=f"Better direction: {told} points at the best alpha.",
+        sentence=f"Better direction, by the gain at its best alpha: {told}.",
         checks=checks,
-        notes=[note, *(f"{m}: {', '.join(sorted(t))}." for m, t in tasks.items())],
-        tables=[Table("Best gain over post in each direction, points", [
-            "model", "score", "post, %", *DIRECTIONS], rows)],
+        notes=[
+            "The best alpha is chosen on the documents that are reported, as in the paper: gains"
+            " within two standard errors of post's score may be luck. Scores gain in points; a loss"
+            " gains what it falls, in nats."
+        ],
+        tables=[Table("Best gain over post in each direction", [
+            "model", "metric", "post", "its standard error", *DIRECTIONS], rows)],
         figures=[
-            ("", drawn, "Best gain over the post-trained score, by direction."),
+            ("", _bars(best), "Best gain of each score over the post-trained one, by direction."),
             ("_alpha", _lines(points), (
-                "Score change against alpha: -1 is the pre-trained model, 0 the post-trained one."
+                "Change of the scores (above) and of the answers' loss (below, where there is one)"
+                " against alpha: -1 is the pre-trained model, 0 the post-trained one."
             )),
         ],
     )  # fmt: skip
+
+
+def _best(by: dict[float, Outcome], metric: str) -> dict[str, tuple[float, float]]:
+    """Return the largest gain in each direction, and the smallest alpha that has it."""
+    post = end(list(by.values()), "post", metric)
+    worth = -1 if is_loss(metric) else 1
+    found = {}
+    for name, sign in DIRECTIONS.items():
+        side = [
+            (worth * (p.metrics[metric] - post), -abs(a), a) for a, p in by.items() if a * sign > 0
+        ]
+        gain, _, at = max(side)
+        found[name] = gain, at
+    return found
+
+
+def _value(value: float, metric: str) -> str:
+    return f"{value:.3f}" if is_loss(metric) else f"{100 * value:.1f}"
+
+
+def _gain(gain: float, metric: str) -> str:
+    return f"{gain:+.3f} nats" if is_loss(metric) else f"{100 * gain:+.1f}"
 
 
 def _better(gain: dict[str, float]) -> str:
@@ -129,19 +156,18 @@ def _better(gain: dict[str, float]) -> str:
     return names[0] if len(names) == 1 else "both alike"
 
 
-def _bars(best: dict[tuple[str, str], dict[str, tuple[float, float]]]) -> Any:
-    drawn, ((axes,),) = panels(1, 1, max(4.6, 1.5 * len(best)), 3.2)
+def _bars(best: Best) -> Any:
+    shown = {at: found for at, found in best.items() if not is_loss(at[1])}
+    drawn, ((axes,),) = panels(1, 1, max(4.6, 1.5 * len(shown)), 3.2)
     for index, name in enumerate(DIRECTIONS):
-        heights = [100 * found[name][0] for found in best.values()]
-        places = [i + (index - 0.5) * 0.4 for i in range(len(best))]
+        heights = [100 * found[name][0] for found in shown.values()]
+        places = [i + (index - 0.5) * 0.4 for i in range(len(shown))]
         look = {"color": looks(index)[0], "hatch": HATCHES[index], "edgecolor": "white"}
         bars = axes.bar(places, heights, 0.38, label=name, **look)
-        labels = [f"at {plain(found[name][1])}" for found in best.values()]
+        labels = [f"at {plain(found[name][1])}" for found in shown.values()]
         axes.bar_label(bars, labels, fontsize=7, padding=2)
     zero(axes)
-    axes.set_xticks(
-        range(len(best)), [f"{model}\n{metric.split('/')[0]}" for model, metric in best]
-    )
+    axes.set_xticks(range(len(shown)), [f"{model}\n{m.split('/')[0]}" for model, m in shown])
     axes.set(ylabel="best gain, points")
     axes.margins(y=0.18)
     axes.legend()
@@ -150,15 +176,21 @@ def _bars(best: dict[tuple[str, str], dict[str, tuple[float, float]]]) -> Any:
 
 def _lines(points: Sequence[Outcome]) -> Any:
     names = models(points)
-    drawn, grid = panels(1, len(names), max(4.6, 3.8 * len(names)), 3.0)
-    for axes, model in zip(grid.flat, names, strict=True):
+    kinds = [scored, losses] if losses(points) else [scored]
+    drawn, grid = panels(len(kinds), len(names), max(4.6, 3.8 * len(names)), 2.8 * len(kinds))
+    for column, model in enumerate(names):
         by = _by_alpha([p for p in points if p.model == model])
-        for index, metric in enumerate(scored(list(by.values()))):
-            post = end(list(by.values()), "post", metric)
-            alphas = sorted(by)
-            values = [[100 * (by[a].metrics[metric] - post)] for a in alphas]
-            curve(axes, alphas, values, index, metric.split("/")[0])
-        zero(axes)
-        axes.set(title=model, xlabel="alpha", ylabel="change of the score, points")
-        axes.legend()
+        for row, kind in enumerate(kinds):
+            axes = grid[row][column]
+            for index, metric in enumerate(kind(list(by.values())), 2 * row):
+                post = end(list(by.values()), "post", metric)
+                factor = 1 if is_loss(metric) else 100
+                values = [[factor * (by[a].metrics[metric] - post)] for a in sorted(by)]
+                curve(axes, sorted(by), values, index, metric)
+            zero(axes)
+            axes.set(title=model, xlabel="alpha")
+            axes.set_ylabel("change, nats (lower is better)" if row else "change, points")
+            if row:
+                axes.set_yscale("symlog", linthresh=1)
+            axes.legend()
     return drawn

@@ -14,6 +14,9 @@ NEAR = 0.02
 ENOUGH = 0.95
 """The share of a check's cases that must hold for the check to hold."""
 
+LOSSES = ("nats",)
+"""Metrics that are losses: shown beside the scores, the lower the better, and not checked."""
+
 PRIMARY = ("exact_match_strict", "acc_norm", "pass@1", "prompt_level_strict_acc", "acc", "accuracy")
 
 
@@ -95,14 +98,29 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def cell(values: Sequence[float], digits: int = 1, factor: float = 100.0) -> str:
-    """Write a mean with the standard deviation over seeds, by default in per cent.
+def cell(values: Sequence[float], metric: str = "") -> str:
+    """Write a mean with the standard deviation over seeds: scores in per cent, losses as they are.
 
-    >>> cell([0.95, 0.97]), cell([0.5])
-    ('96.0 ± 1.4', '50.0')
+    >>> cell([0.95, 0.97]), cell([0.5]), cell([0.5], "gsm/nats")
+    ('96.0 ± 1.4', '50.0', '0.500')
     """
+    factor, digits = (1.0, 3) if is_loss(metric) else (100.0, 1)
     text = f"{factor * mean(values):.{digits}f}"
     return f"{text} ± {factor * spread(values):.{digits}f}" if len(values) > 1 else text
+
+
+def is_loss(metric: str) -> bool:
+    """Tell whether a metric is a loss.
+
+    >>> is_loss("gsm/nats"), is_loss("gsm/acc")
+    (True, False)
+    """
+    return metric.rpartition("/")[2] in LOSSES
+
+
+def losses(points: Sequence[Outcome]) -> list[str]:
+    """Return the metrics of some points that are losses."""
+    return [n for n in dict.fromkeys(n for p in points for n in p.metrics) if is_loss(n)]
 
 
 def scored(points: Sequence[Outcome]) -> list[str]:
