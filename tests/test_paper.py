@@ -117,7 +117,7 @@ def test_the_better_direction():
     up = [point("expo", 0.9 + 0.05 * a, alpha=a) for a in (-1.0, -0.5, 0.0, 0.5, 1.0)]
     found = alpha.gains(up)
     assert "extrapolation +5.0" in found.sentence
-    assert found.tables[0].rows[0][3:] == ["-2.5 at -0.5", "+5.0 at 1"]
+    assert found.tables[0].rows[0][4:] == ["-2.5 at -0.5", "+5.0 at 1"]
 
 
 def test_intensity_compares_what_has_the_same():

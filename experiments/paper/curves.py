@@ -109,8 +109,8 @@ def _gaps(found: Sequence[Panel]) -> list[tuple[float, float, float]]:
 
 def _found(found: Sequence[Panel], checks: Sequence[Check]) -> Found:
     caption = (
-        "Score against DARE's drop rate p, one curve for each k: mean over the seeds, the band is one"
-        " standard deviation; the lines are the unedited models."
+        "Score against DARE's drop rate p, one curve for each k: mean over the seeds, the band is"
+        " one standard deviation; the lines are the unedited models."
     )
     return Found(
         sentence="; ".join(f"{c.held} of {c.cases} cells: {c.claim}" for c in checks) + ".",
