@@ -1,11 +1,12 @@
 """A sweep of many points of a trivial edit: what each costs, and what the commands do with them.
 
-    python -m experiments.scale.many [POINTS]        (default: 10,000; about half an hour)
+    python -m experiments.scale.many [POINTS [SEEN [ROUNDS]]]   (default: 10,000; half an hour)
 
 The edit is `keep` on the smallest pair, without term and metrics, so that what is measured is the
 machinery. Hydra's own cost is that of the same sweep with a job that does nothing and a config that
-nobody checks, less what one point costs. Times are of the processor, which other programs on the
-machine change little, beside the wall's. Memory is the peak of the process, from the system.
+nobody checks, less what one point costs. Times are of the processor, beside the wall's: the least
+of so many rounds, since other programs on the machine can only add to them. Memory is the peak of
+the process, from the system.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +85,11 @@ def measured(what: str, *arguments: str) -> Cost:
     return Cost(wall, float(processor), int(memory) / 2**20, text)
 
 
+def least(rounds: Sequence[Sequence[Cost]]) -> list[Cost]:
+    """Return of each command the round that took the least time of the processor."""
+    return [min(costs, key=lambda cost: cost.processor) for costs in zip(*rounds, strict=True)]
+
+
 def sweep(results: Path, points: int) -> list[str]:
     """Return the arguments of a sweep of `keep` over so many seeds."""
     seeds = f"seed=range(0,{points})"
@@ -96,24 +103,34 @@ def size_of(directory: Path) -> tuple[int, float]:
     return len(files), sum(file.stat().st_blocks * 512 for file in files) / 1e6
 
 
-def main(points: int = 10_000, seen: int = 10_000) -> None:
+def main(points: int = 10_000, seen: int = 10_000, rounds: int = 1) -> None:
     """Run the sweep, then the commands that look at it, and print one line for each.
 
     Args:
         points: of the sweep that is run.
         seen: points that status and report look at; beyond those of the sweep, copies of its
             records with another seed and key.
+        rounds: how often the sweep is run, each time into another directory.
     """
     with tempfile.TemporaryDirectory() as place:
         results = Path(place) / "results"
-        one, few = (
-            measured("nothing", *sweep(Path(place) / f"{n}", n)) for n in (1, min(EMPTY, points))
-        )
-        own = 1000 * (few.processor - one.processor) / max(min(EMPTY, points) - 1, 1)
-        growth = (few.memory - one.memory) * 2**20 / max(min(EMPTY, points) - 1, 1)
+        few_points = min(EMPTY, points)
+        found = [
+            [
+                measured(what, *sweep(results if last else Path(place) / f"{what}-{n}-{round_}", n))
+                for what, n, last in (
+                    ("nothing", 1, False),
+                    ("nothing", few_points, False),
+                    ("seconds", 1, False),
+                    ("seconds", points, round_ == rounds - 1),
+                )
+            ]
+            for round_ in range(rounds)
+        ]
+        one, few, first, all_ = least(found)
+        own = 1000 * (few.processor - one.processor) / max(few_points - 1, 1)
+        growth = (few.memory - one.memory) * 2**20 / max(few_points - 1, 1)
         print(f"Hydra with an empty job: {own:.1f} ms and {growth:.0f} kB a point", flush=True)
-        first = measured("seconds", *sweep(Path(place) / "first", 1))
-        all_ = measured("seconds", *sweep(results, points))
         each = 1000 * (all_.processor - first.processor) / max(points - 1, 1)
         inside = 1000 * (_spent(all_) - _spent(first)) / max(points - 1, 1)
         print(
