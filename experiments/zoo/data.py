@@ -6,7 +6,9 @@ Sources, all read from installed packages or a named directory, never from a net
 * MNIST's official 10,000 test images (IDX files) for the test and objective splits.
 * Fashion-MNIST, 60,000 training and 10,000 test images: the Debian package
   ``dataset-fashion-mnist``.
-* 1,797 digits of 8x8 pixels, scaled up: ``sklearn.datasets.load_digits`` (pre-training only).
+* 1,797 digits of 8x8 pixels, scaled up: ``sklearn.datasets.load_digits``. They serve twice: all
+  of them in the training of ``pre``, and, cut into splits, as the task ``digits``, whose pair
+  starts from a generalist of its own that saw the training split alone.
 
 All tasks share one 20-way head: a digit ``d`` has label ``d``, a Fashion class ``c`` label
 ``10 + c``.
@@ -28,6 +30,7 @@ CLASSES_PER_TASK = 10
 TEST_SIZE = 2000
 OBJECTIVE_SIZE = 512
 VALIDATION_SIZE = {"mnist": 1000, "fashion": 2000}
+DIGITS_SIZE = {"test": 500, "objective": 256, "validation": 200}
 FASHION_DIR = Path("/usr/share/datasets/fashion-mnist")
 IDX_UBYTE = {1: 0x0801, 3: 0x0803}
 
@@ -192,13 +195,21 @@ def make_task(training: Images, official_test: Images, validation_size: int) -> 
     return Task(train, validation, objective, test)
 
 
+def cut_digits(digits: Images) -> Task:
+    """Cut the one source of 8x8 digits into disjoint splits, free of exact duplicates."""
+    splits, rest = {}, digits
+    for name, size in DIGITS_SIZE.items():
+        splits[name], rest = take_balanced(rest, size, frozenset())
+    return Task(train=rest, **splits)
+
+
 def load_tasks(mnist_test_dir: Path, fashion_dir: Path = FASHION_DIR) -> dict[str, Task]:
-    """Return the tasks ``mnist`` and ``fashion``."""
+    """Return the tasks ``mnist``, ``fashion`` and ``digits``."""
     mnist = make_task(mnist_digits(), mnist_test(mnist_test_dir), VALIDATION_SIZE["mnist"])
     clothes = make_task(
         fashion("train", fashion_dir), fashion("t10k", fashion_dir), VALIDATION_SIZE["fashion"]
     )
-    return {"mnist": mnist, "fashion": clothes}
+    return {"mnist": mnist, "fashion": clothes, "digits": cut_digits(small_digits())}
 
 
 def write_task(task: Task, path: Path) -> None:

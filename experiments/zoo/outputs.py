@@ -12,7 +12,16 @@ from experiments.zoo.checks import PARTS, check_pair, relative_delta
 from experiments.zoo.data import Images, Task, write_task
 from experiments.zoo.train import ARCHITECTURE, ARGS, MEAN, STD, load_shipped, make_model, score
 
-MODEL_TASKS = {"mnist": "mnist", "mnist_early": "mnist", "fashion": "fashion"}
+PRE_OF = {"mnist": "pre", "mnist_early": "pre", "fashion": "pre", "digits": "digits_pre"}
+# What a model is scored on; not `pre` on the digits, all of which it was trained on.
+TASKS_OF = {
+    "pre": ("mnist", "fashion"),
+    "mnist": ("mnist",),
+    "mnist_early": ("mnist",),
+    "fashion": ("fashion",),
+    "digits_pre": ("digits",),
+    "digits": ("digits",),
+}
 
 # Rows of (phase, step, mean batch loss, task, validation loss, validation accuracy).
 Curve = list[tuple[str, int, float, str, float, float]]
@@ -27,24 +36,30 @@ def measure(
     scores = []
     for name in weights:
         load_shipped(model, weights[name])
-        for task_name, task in tasks.items():
-            if MODEL_TASKS.get(name, task_name) != task_name:
-                continue
+        for task_name in TASKS_OF[name]:
             for split in ("validation", "objective", "test"):
-                images: Images = getattr(task, split)
+                images: Images = getattr(tasks[task_name], split)
                 loss, accuracy = score(model, images)
                 row = {"model": name, "task": task_name, "split": split}
                 scores.append({**row, "images": len(images), "loss": loss, "accuracy": accuracy})
     deltas, edits = {}, {}
-    for name, task_name in MODEL_TASKS.items():
+    for name in (name for name in weights if name in PRE_OF):
+        pre, task = full[PRE_OF[name]], tasks[TASKS_OF[name][0]]
         deltas[name] = {
-            part or "all": relative_delta(full["pre"], full[name], part) for part in (None, *PARTS)
+            part or "all": relative_delta(pre, full[name], part) for part in (None, *PARTS)
         }
-        task = tasks[task_name]
-        rows = check_pair(model, full["pre"], full[name], task.validation, task.objective)
+        rows = check_pair(model, pre, full[name], task.validation, task.objective)
         edits[name] = [{**asdict(row), "agrees": row.agrees} for row in rows]
-    parameters = sum(w.numel() for w in weights["pre"].values())
+    parameters = sum(w.numel() for w in next(iter(weights.values())).values())
     return {"parameters": parameters, "scores": scores, "deltas": deltas, "edits": edits}
+
+
+def merged(run: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's figures with those of the models in ``more`` added or replaced."""
+    models = {row["model"] for row in more["scores"]}
+    kept = [row for row in run["scores"] if row["model"] not in models]
+    whole = {key: (run[key] or {}) | more[key] for key in ("deltas", "edits", "bytes", "seconds")}
+    return {**more, **whole, "scores": kept + more["scores"]}
 
 
 def write_data(out: Path, tasks: dict[str, Task]) -> None:
@@ -62,6 +77,13 @@ def write_weights(out: Path, weights: dict[str, dict[str, Tensor]]) -> None:
         (out / f"{name}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     description = {"architecture": ARCHITECTURE, "args": ARGS, "mean": MEAN, "std": STD}
     (out / "vit.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_curve(results: Path) -> Curve:
+    """Return the rows of ``curves.csv``."""
+    with (results / "curves.csv").open(newline="") as file:
+        _, *rows = csv.reader(file)
+    return [(p, int(s), float(b), t, float(v), float(a)) for p, s, b, t, v, a in rows]
 
 
 def write_curve(curve: Curve, results: Path) -> None:

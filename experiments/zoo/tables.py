@@ -24,17 +24,27 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def scores_table(runs: Sequence[Run]) -> str:
-    """Return loss and accuracy per model and split, one pair of columns per run."""
+    """Return loss and accuracy per model and split, one pair of columns per run.
+
+    A model that a later run did not train has a dash there.
+    """
     header = ["model", "task", "split", "images"]
     for i in range(len(runs)):
         header += [f"loss{_run(i, runs)}", f"accuracy{_run(i, runs)}"]
     rows = []
-    for entries in zip(*(run["scores"] for run in runs), strict=True):
-        row = [entries[0][key] for key in ("model", "task", "split", "images")]
-        for entry in entries:
-            row += [f"{entry['loss']:.4f}", f"{entry['accuracy']:.2%}"]
+    for entry in runs[0]["scores"]:
+        row = [entry[key] for key in ("model", "task", "split", "images")]
+        for run in runs:
+            same = _entry(run, entry)
+            row += [f"{same['loss']:.4f}", f"{same['accuracy']:.2%}"] if same else ["-", "-"]
         rows.append(row)
     return table(header, rows)
+
+
+def _entry(run: Run, like: dict[str, Any]) -> dict[str, Any] | None:
+    keys = ("model", "task", "split")
+    found = (e for e in run["scores"] if all(e[key] == like[key] for key in keys))
+    return next(found, None)
 
 
 def _run(i: int, runs: Sequence[Run]) -> str:
@@ -81,12 +91,17 @@ def render(runs: Sequence[Run]) -> str:
     """Return the whole document; the first run is the one whose weights are shipped."""
     first = runs[0]
     settings = ", ".join(f"{key} {value}" for key, value in first["settings"].items())
-    timed = [r["seconds"] for r in runs if r["seconds"]]
-    seconds = " and ".join(f"{t['training']} s ({t['all']} s)" for t in timed) or "not timed"
+    times = [run["seconds"] or {} for run in runs]
+    families = dict.fromkeys(family for each in times for family in each)
+    seconds = ", ".join(
+        f"{family} and its descendants "
+        + " and ".join(f"{each[family]} s" for each in times if family in each)
+        for family in families
+    )
     text = [
         "# The embedded ViT pairs",
         f"`python -m experiments.zoo.vit`, {settings}; {first['parameters']:,} parameters. "
-        f"Training (everything): {seconds}. All figures are of the weights as shipped, rounded "
+        f"Training: {seconds}. All figures are of the weights as shipped, rounded "
         "to float16 and evaluated in float32; losses in nats per image over the 20-way head.",
         "## Scores",
         scores_table(runs),
@@ -95,8 +110,8 @@ def render(runs: Sequence[Run]) -> str:
         worst = max(
             abs(a["accuracy"] - b["accuracy"])
             for other in runs[1:]
-            for a, b in zip(first["scores"], other["scores"], strict=True)
-            if a["split"] == "test"
+            for a in first["scores"]
+            if a["split"] == "test" and (b := _entry(other, a))
         )
         text.append(f"Largest difference in test accuracy between runs: {100 * worst:.2f} points.")
     text += [
