@@ -76,11 +76,17 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     from deltalab.preview import preview
     from deltalab.run import prepare
 
-    points = []
+    points, leave = [], False
     for cfg, chosen in configs:
         values, choices = _plain(cfg, chosen)
+        evaluator = values["evaluator"] or {}
+        if any(str(task).startswith("humaneval") for task in evaluator.get("tasks") or ()):
+            leave |= not evaluator["run_code"]
+            evaluator["run_code"] = True  # a plan runs nothing
         points.append(prepare(values, choices))
-    return preview(points, values["results"], Device(values["device_tflops"]))
+    text = preview(points, values["results"], Device(values["device_tflops"]))
+    asks = "\n\nleave        the run itself needs evaluator.run_code=true: HumanEval runs code"
+    return text + asks * leave
 
 
 def _plain(cfg: DictConfig, chosen: Any) -> tuple[dict[str, Any], Any]:

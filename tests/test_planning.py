@@ -255,6 +255,14 @@ def test_an_8b_preset_is_planned_without_a_hub(planned):
     assert float(rest[1]) > float(rest[2])
 
 
+def test_a_plan_of_humaneval_runs_nothing_and_says_what_the_run_asks_for(planned):
+    out = planned("model=mistral_7b", "edit=dare", "evaluator/tasks=humaneval")
+    assert "humaneval" in out.split("hours")[1]
+    assert "the run itself needs evaluator.run_code=true" in out
+    arguments = ("evaluator/tasks=humaneval", "evaluator.run_code=true")
+    assert "run_code=true:" not in planned("model=mistral_7b", "edit=dare", *arguments)
+
+
 def test_the_clip_pairs_are_planned_without_a_hub(planned):
     out = planned("-m", "model=clip_dtd,clip_svhn", "edit=dare", "edit.p=0.5", "edit.k=0")
     assert "2, of which 0 are finished" in out
