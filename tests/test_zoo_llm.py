@@ -10,6 +10,7 @@ import torch
 
 from deltalab.models.zoo_llm import DIRECTORY, PRE_OF, EmbeddedLlm
 from deltalab.weights import Checkpoint, check_same_layout
+from experiments.zoo import llm
 from experiments.zoo.llm_checks import PARTS, relative_delta, tried_edits
 from experiments.zoo.llm_data import SIZES, calculate, choice, draw_split, spoilt
 from experiments.zoo.llm_forms import FORBIDDEN, FORMS, answer_of, base_text, prompt_of, question_of
@@ -25,7 +26,7 @@ from experiments.zoo.llm_problems import (
 )
 from experiments.zoo.llm_score import encoded, exact_match, flexible, sequence_losses, strict
 from experiments.zoo.llm_tokens import make_tokenizer
-from experiments.zoo.llm_train import Phase, batches, collate, generate, make_model, train
+from experiments.zoo.llm_train import SMALL, Phase, batches, collate, generate, make_model, train
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 VALUE = {
@@ -58,6 +59,11 @@ def pair():
     return EmbeddedLlm("sft").open()
 
 
+@pytest.fixture(scope="module")
+def small():
+    return EmbeddedLlm("small_sft").open()
+
+
 def shipped(pair, name):
     weights = Checkpoint(DIRECTORY / f"{name}.safetensors")
     pair.module.load_state_dict({key: weights[key].float() for key in weights})
@@ -67,11 +73,24 @@ def shipped(pair, name):
 # What ships
 
 
-@pytest.mark.parametrize("name", ["base", "sft", "far", "dpo"])
-def test_checkpoints_are_small_and_of_one_layout(name):
-    path = DIRECTORY / f"{name}.safetensors"
-    assert path.stat().st_size <= 6e6
-    check_same_layout(Checkpoint(DIRECTORY / "base.safetensors"), Checkpoint(path))
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("sft", "base"), ("far", "base"), ("dpo", "base"), ("small_sft", "small_base")],
+)
+def test_checkpoints_are_small_and_of_one_layout(name, base):
+    paths = [DIRECTORY / f"{n}.safetensors" for n in (base, name)]
+    assert all(path.stat().st_size <= 6e6 for path in paths)
+    check_same_layout(*map(Checkpoint, paths))
+
+
+def test_the_small_size_is_at_most_a_million_parameters_and_its_own_config(small):
+    assert sum(w.numel() for w in small.post.values()) <= 1_000_000
+    config = small.module.config
+    assert {key: getattr(config, key) for key in SMALL if key != "rope_theta"} == {
+        key: value for key, value in SMALL.items() if key != "rope_theta"
+    }
+    both = {EmbeddedLlm(post).fingerprints for post in ("sft", "small_sft")}
+    assert len({mark for pair in both for mark in pair}) == 4
 
 
 @pytest.mark.parametrize("post", sorted(PRE_OF))
@@ -103,7 +122,9 @@ def test_the_pairs_share_the_model_that_two_are_trained_from():
 
 
 def test_an_unknown_model_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"model.post=base: must be one of dpo, far, sft"):
+    with pytest.raises(
+        ValueError, match=r"model.post=base: must be one of dpo, far, sft, small_sft"
+    ):
         EmbeddedLlm("base")
 
 
@@ -118,6 +139,18 @@ def test_base_cannot_answer_and_sft_can(pair):
     assert right["base"] < 0.15 * 40
     assert right["sft"] >= 0.85 * 40
     assert right["far"] >= 0.7 * 40
+
+
+def test_the_small_base_cannot_answer_and_its_sft_can(small):
+    problems, tokenizer = draw_split("test", 40, 0), small.transform.tokenizer
+    right = {
+        name: sum(exact_match(shipped(small, name), tokenizer, problems)[0])
+        for name in ("small_base", "small_sft")
+    }
+    assert right["small_base"] < 0.15 * 40
+    assert right["small_sft"] >= 0.6 * 40
+    base, sft = (Checkpoint(DIRECTORY / f"small_{n}.safetensors") for n in ("base", "sft"))
+    assert 0.01 < relative_delta(base, sft) < 0.2
 
 
 def test_the_far_delta_is_larger(pair):
@@ -190,6 +223,15 @@ def test_problems_are_the_same_for_the_same_seed():
     first, again, other = (draw_split("train", 20, seed) for seed in (0, 0, 1))
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_seed_of_training_draws_what_is_held_out(seed):
+    rng = random.Random(f"{seed}:sft:0")
+    drawn = {question_of(draw_problem(rng, "train")) for _ in range(800)}
+    for name in SIZES:
+        field = "prompt" if name == "preferences" else "question"
+        assert not drawn & {row[field] for row in rows(name)}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -375,6 +417,33 @@ def test_edits_keep_and_discard():
     assert torch.equal(edits["keep"](delta), delta)
     assert not edits["discard"](delta).any()
     assert torch.equal(edits["expo +0.5"](delta), 1.5 * delta)
+
+
+def test_the_small_models_have_a_size_and_a_seed_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(llm, "CURVE_PROBLEMS", 2)
+    recipe = llm.Recipe(tmp_path, 0)
+    large, small = recipe.fresh("sft"), recipe.fresh("small_sft")
+    assert (recipe.seed_of("sft"), recipe.seed_of("small_sft")) == (0, 1)
+    assert large.config.hidden_size > small.config.hidden_size
+    assert large.config.num_hidden_layers == small.config.num_hidden_layers
+    seeds = []
+    monkeypatch.setattr(llm, "train", lambda model, draw, phase, seed, *_: seeds.append(seed))
+    monkeypatch.setattr(llm.Recorder, "problems", lambda self: None)
+    for name in ("base", "small_base"):
+        recipe.train(name)
+    assert seeds == ["0:base", "1:base"]
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(llm, "CURVE_PROBLEMS", 2)
+    recipe = llm.Recipe(tmp_path, 0)
+    (tmp_path / "small_sft.safetensors").write_bytes(
+        (DIRECTORY / "small_sft.safetensors").read_bytes()
+    )
+    monkeypatch.setattr(llm, "train", None)  # any training fails
+    model = recipe.model("small_sft")
+    shipped = Checkpoint(DIRECTORY / "small_sft.safetensors")
+    assert all(torch.equal(w, shipped[n].float()) for n, w in model.state_dict().items())
 
 
 def test_the_recipe_explains_itself(capsys):

@@ -7,6 +7,7 @@ Stages, each kept in ``--work`` as soon as it is done and skipped when it is the
 * ``sft``: question and answer, short and at a low rate;
 * ``far``: the same, long and at a high rate, for a large delta;
 * ``dpo``: from ``sft``, preferences between its own right and wrong samples;
+* ``small_base``, ``small_sft``: the same at half the size and from the next seed;
 * ``edits``: what edits do to each pair, on validation problems, then once on test problems.
 
 A stage that is cut off continues from its last checkpoint. Cost: results/zoo/llm.md has the time
@@ -35,7 +36,7 @@ from experiments.zoo.llm_prefer import Preference, margins, reward, sampled, tra
 from experiments.zoo.llm_problems import draw_problem
 from experiments.zoo.llm_score import answer_loss, encoded_problem, exact_match, told_match
 from experiments.zoo.llm_tokens import make_tokenizer
-from experiments.zoo.llm_train import Phase, Sequence_, make_model, train
+from experiments.zoo.llm_train import ARCHITECTURE, SMALL, Phase, Sequence_, make_model, train
 from experiments.zoo.train import as_shipped, load_shipped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,11 +45,24 @@ PHASES = {
     "sft": Phase(steps=150, rate=4e-4, batch=32, warmup=20),
     "far": Phase(steps=800, rate=4e-3, batch=16, warmup=50),
     "dpo": Phase(steps=80, rate=2.5e-4, batch=16, warmup=10, horizon=100),
+    "small_base": Phase(
+        steps=2500, rate=3e-3, warmup=200, horizon=4000, cool=500, decay=0.05, fast=True
+    ),
+    "small_sft": Phase(steps=150, rate=6e-4, batch=32, warmup=20),
 }
-FROM = {"sft": "base", "far": "base", "dpo": "sft"}
-CURVE_EVERY = {"base": 500, "sft": 50, "far": 200, "dpo": 20}
+FROM = {"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"}
+CURVE_EVERY = {"base": 500, "sft": 50, "far": 200, "dpo": 20, "small_base": 500, "small_sft": 50}
 CURVE_PROBLEMS = 100
 SAMPLED = {"train": 1600, "validation": 500, "preferences": 600}  # problems, for preferences
+
+
+def is_small(name: str) -> bool:
+    """Return whether a model is of the small size.
+
+    >>> is_small("small_sft"), is_small("sft")
+    (True, False)
+    """
+    return name.startswith("small_")
 
 
 class Recipe:
@@ -75,9 +89,18 @@ class Recipe:
     def model(self, name: str) -> nn.Module:
         """Return a model, in float32 as evaluated."""
         weights = self.weights(name)
-        model = make_model(self.tokenizer, self.seed)
+        model = self.fresh(name)
         load_shipped(model, weights)
         return model
+
+    def fresh(self, name: str) -> nn.Module:
+        """Return a model of a name's size, randomly initialised."""
+        architecture = SMALL if is_small(name) else ARCHITECTURE
+        return make_model(self.tokenizer, self.seed_of(name), architecture)
+
+    def seed_of(self, name: str) -> int:
+        """Return the seed of a model's training; the small ones have the next one."""
+        return self.seed + is_small(name)
 
     def kept(self, name: str) -> Any:
         """Return a finished stage's figures, or None."""
@@ -92,14 +115,15 @@ class Recipe:
 
     def train(self, name: str) -> tuple[nn.Module, Curve]:
         """Train one model; return it with its curve."""
-        phase, seed = PHASES[name], f"{self.seed}:{'base' if name == 'base' else 'sft'}"
-        start = self.model(FROM[name]) if name in FROM else make_model(self.tokenizer, self.seed)
+        told = name not in FROM
+        phase, seed = PHASES[name], f"{self.seed_of(name)}:{'base' if told else 'sft'}"
+        start = self.fresh(name) if told else self.model(FROM[name])
         record = Recorder(name, start, self)
         if name == "dpo":
             train_dpo(start, self.tokenizer, self.pairs("train"), phase, f"{self.seed}:dpo", record)
         else:
             checkpoint = self.work / f"{name}.ck"
-            draw = self.draw_text if name == "base" else self.draw_answer
+            draw = self.draw_text if told else self.draw_answer
             train(start, draw, phase, seed, record, checkpoint)
         return start, record.rows
 
@@ -133,7 +157,7 @@ class Recorder:
     def problems(self) -> Callable[[], tuple[float, float]]:
         """Return a function that gives answer loss and exact match on validation problems."""
         problems, tokenizer = self.recipe.validation, self.recipe.tokenizer
-        tale = self.phase == "base"  # base is followed in its own form
+        tale = self.phase not in FROM  # base is followed in its own form
 
         def score() -> tuple[float, float]:
             if tale:
@@ -177,7 +201,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1)
     add(
         "--until",
-        choices=("base", "sft", "far", "dpo", "publish", "edits"),
+        choices=(*PHASES, "publish", "edits"),
         default="edits",
         help="the last stage to run; publish writes weights, tokenizer and data to --out",
     )

@@ -22,7 +22,14 @@ from experiments.zoo.llm_tables import render
 if TYPE_CHECKING:
     from experiments.zoo.llm import Recipe
 
-MODELS = ("base", "sft", "far", "dpo")
+PAIRS = {
+    "tiny_llm": ("base", "sft"),
+    "tiny_llm_far": ("base", "far"),
+    "tiny_llm_dpo": ("sft", "dpo"),
+    "tiny_llm_small": ("small_base", "small_sft"),
+}
+MODELS = ("base", "sft", "far", "dpo", "small_base", "small_sft")
+CONFIGS = {"base": "config.json", "small_base": "small_config.json"}
 SPLITS = ("validation", "test", "unseen")
 SCORED = {"validation": 100, "test": 250, "unseen": 100}
 DROPS = {"validation": 2, "test": 1}  # draws of the dropping edits
@@ -40,9 +47,10 @@ def publish(recipe: "Recipe", out: Path) -> None:
         data = save(recipe.weights(name), metadata={"format": "pt"})
         (out / f"{name}.safetensors").write_bytes(data)
     write_tokenizer(recipe.tokenizer, out)
-    model = recipe.model("base")
-    model.config.dtype = torch.float16  # as stored
-    (out / "config.json").write_text(model.config.to_json_string())
+    for name, file in CONFIGS.items():
+        config: Any = recipe.model(name).config
+        config.dtype = torch.float16  # as stored
+        (out / file).write_text(config.to_json_string())
     write_problems(out, recipe.seed)
     pairs = recipe.pairs("preferences")[: SIZES["preferences"]]
     write_lines(out / "preferences.jsonl", [preference_row(pair) for pair in pairs])
@@ -67,24 +75,23 @@ def measure(recipe: "Recipe") -> dict[str, Any]:
         key = f"scores.{name}"
         scores += recipe.kept(key) or recipe.keep(key, score_model(recipe, name, problems))
     full = {n: {k: w.float() for k, w in recipe.weights(n).items()} for n in MODELS}
-    couples = {"tiny_llm": ("base", "sft"), "tiny_llm_far": ("base", "far")}
-    couples["tiny_llm_dpo"] = ("sft", "dpo")
-    model, edits = recipe.model("base"), {}
-    for pair, (pre, post) in couples.items():
+    edits = {}
+    for pair, (pre, post) in PAIRS.items():
         for split, draws in DROPS.items():
             name, couple = f"edits.{pair}.{split}", (full[pre], full[post])
             print(name, flush=True)
             few = FEW if post == "dpo" else ()
             edits[f"{pair} {split}"] = recipe.kept(name) or recipe.keep(
-                name, try_edits(model, tokenizer, couple, problems[split], draws, few)
+                name, try_edits(recipe.model(pre), tokenizer, couple, problems[split], draws, few)
             )
     return {
         "parameters": sum(w.numel() for w in full["base"].values()),
+        "small parameters": sum(w.numel() for w in full["small_base"].values()),
         "vocabulary": len(tokenizer),
         "scores": scores,
-        "deltas": {pair: deltas(full[a], full[b]) for pair, (a, b) in couples.items()},
+        "deltas": {pair: deltas(full[a], full[b]) for pair, (a, b) in PAIRS.items()},
         "edits": edits,
-        "preferences": preferences(recipe, model, full),
+        "preferences": preferences(recipe, full),
         "settings": {"seed": recipe.seed, "torch": torch.__version__},
     }
 
@@ -101,8 +108,11 @@ def score_model(recipe: "Recipe", name: str, problems: dict[str, Any]) -> list[d
     return rows
 
 
-def preferences(recipe: "Recipe", model: torch.nn.Module, full: dict[str, Any]) -> dict[str, Any]:
+def preferences(recipe: "Recipe", full: dict[str, Any]) -> dict[str, Any]:
     """Return the DPO pair's reward figures on validation and held-out preferences."""
+    if (kept := recipe.kept("preferences")) is not None:
+        return dict(kept)
+    model = recipe.model("sft")
     figures: dict[str, Any] = {"training pairs": len(recipe.pairs("train"))}
     for split in ("validation", "preferences"):
         pairs = recipe.pairs(split)[: SIZES["preferences"]] if split == "preferences" else None
@@ -114,7 +124,7 @@ def preferences(recipe: "Recipe", model: torch.nn.Module, full: dict[str, Any]) 
         figures[split] = {"pairs": len(pairs), "loss": loss, "accuracy": accuracy}
         couple = (full["sft"], full["dpo"])
         figures[f"{split} line"] = dpo_line(model, recipe.tokenizer, couple, pairs)
-    return figures
+    return dict(recipe.keep("preferences", figures))
 
 
 def report(recipe: "Recipe", out: Path, results: Path) -> str:
@@ -142,7 +152,8 @@ def write_curves(rows: list[Any], results: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("phase", "step", "batch_loss", "validation_loss", "validation_score"))
         writer.writerows((p, s, f"{b:.5f}", f"{v:.5f}", f"{a:.4f}") for p, s, b, v, a in rows)
-    figure, axes = pyplot.subplots(2, 4, figsize=(12, 5), constrained_layout=True, squeeze=False)
+    size = {"figsize": (3 * len(MODELS), 5), "constrained_layout": True, "squeeze": False}
+    figure, axes = pyplot.subplots(2, len(MODELS), **size)
     for column, phase in enumerate(MODELS):
         part = [row for row in rows if row[0] == phase]
         steps = [row[1] for row in part]

@@ -76,13 +76,15 @@ def render(run: Run) -> str:
         "\n\n".join(
             [
                 "# The embedded language models",
-                f"`python -m experiments.zoo.llm`, {settings}; {run['parameters']:,} parameters, "
-                f"{run['vocabulary']} tokens. Training: {seconds}. All figures are of the weights "
-                "as shipped, rounded to float16, evaluated in float32; losses in nats per answer "
-                "token; exact match by greedy generation with GSM8K's strict filter "
-                "`#### (\\-?[0-9\\.\\,]+)`, and its flexible one (the last number). Curves: "
-                "`llm_curves.png`.",
+                f"`python -m experiments.zoo.llm`, {settings}, the small ones seed "
+                f"{run['settings']['seed'] + 1}; {run['parameters']:,} and "
+                f"{run['small parameters']:,} parameters, {run['vocabulary']} tokens. "
+                f"Training: {seconds}. All figures are of the weights as shipped, rounded to "
+                "float16, evaluated in float32; losses in nats per answer token; exact match by "
+                "greedy generation with GSM8K's strict filter `#### (\\-?[0-9\\.\\,]+)`, and its "
+                "flexible one (the last number). Curves: `llm_curves.png`.",
                 "## Scores",
+                "`sft` and `far` are from `base`, `dpo` from `sft`, `small_sft` from `small_base`. "
                 "`unseen` are problems of whole templates that no training text of any model has.",
                 scores_table(run),
                 "## |delta| / |W|",

@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,11 @@ ARCHITECTURE = {
     # an edit of the head alone; with 507 words it costs a twentieth of the parameters.
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
+}
+SMALL = ARCHITECTURE | {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_attention_heads": 4,
 }
 POOL = 16  # batches that are drawn together and sorted by length
 
@@ -69,7 +74,9 @@ class Phase:
         return self.rate * left * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def make_model(tokenizer: Any, seed: int) -> nn.Module:
+def make_model(
+    tokenizer: Any, seed: int, architecture: Mapping[str, Any] = ARCHITECTURE
+) -> nn.Module:
     """Build the randomly initialised Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,7 +86,7 @@ def make_model(tokenizer: Any, seed: int) -> nn.Module:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **ARCHITECTURE,
+        **architecture,
     )
     # Written out, attention is twice as fast in bfloat16 on a processor as torch's fused one.
     config._attn_implementation = "eager"
