@@ -16,17 +16,19 @@ from deltalab.outcomes import Outcome, rules
 from deltalab.reading import read
 
 USAGE = """\
-usage: deltalab-report [results=DIR] [experiment=NAME] [compare='EDIT;EDIT']
+usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [compare='EDIT;EDIT']
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
 DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
 
   results=DIR      where the records are and the report goes (default: results)
   experiment=NAME  report this experiment alone (default: every one there is)
+  from=wandb       read what tracker=wandb has logged, DIR/wandb/*run-*, instead of DIR/records
   compare='A;B'    instead, compare two points document by document: each named by its key or as
                    the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
 """
-SETTINGS = {"results": "results", "experiment": "", "compare": ""}
+SETTINGS = {"results": "results", "experiment": "", "from": "records", "compare": ""}
+SOURCES = {"records": "records/*.json", "wandb": "wandb/*run-*/run-*.wandb"}
 
 
 LEGEND = (
@@ -55,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     try:
-        report(**settings(arguments))
+        given = settings(arguments)
+        report(source=given.pop("from"), **given)
     except (UserError, OSError) as mistake:
         print(f"deltalab-report: {mistake}", file=sys.stderr)
         return 2
@@ -66,7 +69,7 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     """Read `key=value` arguments over the defaults.
 
     >>> settings(["results=out"])
-    {'results': 'out', 'experiment': '', 'compare': ''}
+    {'results': 'out', 'experiment': '', 'from': 'records', 'compare': ''}
     """
     found = dict(SETTINGS)
     for argument in arguments:
@@ -80,14 +83,14 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def report(results: str, experiment: str = "", compare: str = "") -> None:
+def report(results: str, experiment: str = "", compare: str = "", source: str = "records") -> None:
     """Write and print the report of one experiment, or of all (`experiment` empty)."""
     directory = Path(results).expanduser()
     if not directory.is_dir():
         raise UserError(f"results={results}: no such directory")
-    points = read(directory, _warn)
+    points = _points(directory, source)
     if not points and (experiment or compare or not any((directory / "paper").glob("*.json"))):
-        _no_records(results, directory)
+        _no_records(results, directory, source)
     names = sorted({point.experiment for point in points})
     if experiment and experiment not in names:
         raise UserError(f"experiment={experiment}: no record of it; there are {', '.join(names)}")
@@ -103,6 +106,19 @@ def report(results: str, experiment: str = "", compare: str = "") -> None:
         _show(own, name)
         print(f"wrote {write(own, name, directory, figures=figures)}")
     _page(points, directory)
+
+
+def _points(directory: Path, source: str) -> list[Outcome]:
+    if source not in SOURCES:
+        raise UserError(f"from={source}: must be one of {', '.join(SOURCES)}")
+    if source == "records":
+        return read(directory, _warn)
+    from deltalab import offline
+
+    try:
+        return offline.read(directory, _warn)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _warn(line: str) -> None:
@@ -136,9 +152,9 @@ def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
     print(markdown(table(found, (first.label, second.label))))
 
 
-def _no_records(results: str, directory: Path) -> NoReturn:
-    kind = "readable record" if any((directory / "records").glob("*.json")) else "record"
-    raise UserError(f"results={results}: no {kind} in {directory / 'records'}/*.json")
+def _no_records(results: str, directory: Path, source: str) -> NoReturn:
+    kind = "readable record" if any(directory.glob(SOURCES[source])) else "record"
+    raise UserError(f"results={results}: no {kind} in {directory}/{SOURCES[source]}")
 
 
 def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figures: bool) -> Path:

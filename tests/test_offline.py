@@ -141,6 +141,24 @@ def test_runs_that_were_sent_at_once_are_read_too(tmp_path, logged) -> None:
     assert offline.read(tmp_path, pytest.fail) == whole
 
 
+def test_a_report_is_the_same_from_either_source(tmp_path, logged, capsys) -> None:
+    from deltalab import report
+
+    shutil.copytree(logged / "wandb", tmp_path / "wandb")
+    assert report.main([f"results={tmp_path}"]) == 2
+    assert "no record in" in capsys.readouterr().err
+    assert report.main([f"results={tmp_path}", "from=wandb"]) == 0
+    theirs = (tmp_path / "runs.md").read_bytes()
+    for number in range(3):
+        metrics = {f"task{i}/accuracy": i / 7 for i in range(700 * number)}
+        records.write(tmp_path, record(f"{number:016x}", metrics=metrics))
+    assert report.main([f"results={tmp_path}"]) == 0
+    assert (tmp_path / "runs.md").read_bytes() == theirs
+    capsys.readouterr()
+    assert report.main([f"results={tmp_path}", "from=cloud"]) == 2
+    assert "from=cloud: must be one of records, wandb" in capsys.readouterr().err
+
+
 def test_a_run_that_was_cut_short_is_told_and_the_others_are_read(tmp_path, logged) -> None:
     shutil.copytree(logged / "wandb", tmp_path / "wandb")
     whole = offline.read(tmp_path, pytest.fail)
