@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, Container, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -103,8 +103,8 @@ class PointsSweeper(BasicSweeper):
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, directory / "multirun.yaml")
         sweeps.write(directory, list(arguments), points)
-        groups = set(self.config.hydra.runtime.choices)
-        self.validate_batch_is_legal(list(representatives(points, groups)))
+        is_group = self.hydra_context.config_loader.repository.group_exists
+        self.validate_batch_is_legal(list(representatives(points, is_group)))
         with console.sweep(len(points)):
             results = list(self._launched(points))
         closing.sweep_ended(self.config, directory)
@@ -174,7 +174,9 @@ def _is_value(override: Any) -> bool:
     return plain and override.type == OverrideType.CHANGE and not override.is_hydra_override()
 
 
-def representatives(points: Iterable[Sequence[str]], groups: Container[str]) -> Iterator[List[str]]:
+def representatives(
+    points: Iterable[Sequence[str]], is_group: Callable[[str], bool]
+) -> Iterator[List[str]]:
     """Yield points that fail to compose if any does: one for every set of options and settings.
 
     Whether Hydra can compose a point depends on the options chosen from config groups and on the
@@ -187,7 +189,7 @@ def representatives(points: Iterable[Sequence[str]], groups: Container[str]) -> 
         for override in point:
             name = override.split("=")[0]
             key = name.lstrip("+~").split("@")[0]
-            whole = key in groups or key.startswith(("hydra", "results"))
+            whole = key.startswith(("hydra", "results")) or is_group(key)
             kind.add(override if whole else name)
         if frozenset(kind) not in seen:
             seen.add(frozenset(kind))
