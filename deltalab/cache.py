@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltalab import eviction
+from deltalab.commands import command
 
 USAGE = """\
 usage: deltalab-cache [results=DIR] [artifacts=DIR] [kind=NAME] [max-size=SIZE | clear]
@@ -27,16 +28,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 on success and 2 on a user's mistake, told in one line."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return 0
-    try:
-        cache(arguments)
-    except (ValueError, OSError) as mistake:
-        print(f"deltalab-cache: {mistake}", file=sys.stderr)
-        return 2
-    return 0
+    return command("deltalab-cache", USAGE, cache, argv)
 
 
 def cache(arguments: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from deltalab.commands import command
 from deltalab.outcomes import Outcome, rules
 from deltalab.reading import read
 
@@ -46,23 +47,14 @@ MOST_ROWS = 500
 """Points that the terminal shows; the page has all."""
 
 
-class UserError(Exception):
-    """What a user can put right; its message is one line."""
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 on success and 2 on a user's mistake, told in one line."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return 0
-    try:
-        given = settings(arguments)
-        report(source=given.pop("from"), **given)
-    except (UserError, OSError) as mistake:
-        print(f"deltalab-report: {mistake}", file=sys.stderr)
-        return 2
-    return 0
+    return command("deltalab-report", USAGE, _report, argv)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    given = settings(arguments)
+    report(source=given.pop("from"), **given)
 
 
 def settings(arguments: Sequence[str]) -> dict[str, str]:
@@ -76,9 +68,9 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, value = argument.partition("=")
         if name not in SETTINGS or not equals:
             known = ", ".join(f"{key}=..." for key in SETTINGS)
-            raise UserError(f"unknown argument {argument!r}: must be one of {known}")
+            raise ValueError(f"unknown argument {argument!r}: must be one of {known}")
         if not value:
-            raise UserError(f"{argument!r}: needs a value")
+            raise ValueError(f"{argument!r}: needs a value")
         found[name] = value
     return found
 
@@ -87,13 +79,13 @@ def report(results: str, experiment: str = "", compare: str = "", source: str = 
     """Write and print the report of one experiment, or of all (`experiment` empty)."""
     directory = Path(results).expanduser()
     if not directory.is_dir():
-        raise UserError(f"results={results}: no such directory")
+        raise ValueError(f"results={results}: no such directory")
     points = _points(directory, source)
     if not points and (experiment or compare or not any((directory / "paper").glob("*.json"))):
         _no_records(results, directory, source)
     names = sorted({point.experiment for point in points})
     if experiment and experiment not in names:
-        raise UserError(f"experiment={experiment}: no record of it; there are {', '.join(names)}")
+        raise ValueError(f"experiment={experiment}: no record of it; there are {', '.join(names)}")
     if compare:
         own = [p for p in points if p.failure is None and experiment in ("", p.experiment)]
         _compare(own, compare, directory)
@@ -110,15 +102,12 @@ def report(results: str, experiment: str = "", compare: str = "", source: str = 
 
 def _points(directory: Path, source: str) -> list[Outcome]:
     if source not in SOURCES:
-        raise UserError(f"from={source}: must be one of {', '.join(SOURCES)}")
+        raise ValueError(f"from={source}: must be one of {', '.join(SOURCES)}")
     if source == "records":
         return read(directory, _warn)
     from deltalab import offline
 
-    try:
-        return offline.read(directory, _warn)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return offline.read(directory, _warn)
 
 
 def _warn(line: str) -> None:
@@ -141,20 +130,17 @@ def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
     from deltalab.tables import markdown
 
     if len(pair := [name.strip() for name in names.split(";")]) != 2:
-        raise UserError(f"compare={names!r}: must name two points, as 'A;B'")
-    try:
-        first, second = (chosen(points, name) for name in pair)
-        found = compare(documents(directory, first), documents(directory, second))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        raise ValueError(f"compare={names!r}: must name two points, as 'A;B'")
+    first, second = (chosen(points, name) for name in pair)
+    found = compare(documents(directory, first), documents(directory, second))
     if not found:
-        raise UserError(f"compare={names!r}: these points share no documents")
+        raise ValueError(f"compare={names!r}: these points share no documents")
     print(markdown(table(found, (first.label, second.label))))
 
 
 def _no_records(results: str, directory: Path, source: str) -> NoReturn:
     kind = "readable record" if any(directory.glob(SOURCES[source])) else "record"
-    raise UserError(f"results={results}: no {kind} in {directory}/{SOURCES[source]}")
+    raise ValueError(f"results={results}: no {kind} in {directory}/{SOURCES[source]}")
 
 
 def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figures: bool) -> Path:

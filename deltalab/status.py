@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltalab import locks, sweeps
+from deltalab.commands import command
 
 USAGE = """\
 usage: deltalab-status [results=DIR] [sweep=NAME] [list=STATE] [--retry-failed]
@@ -39,15 +40,7 @@ class Point:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 on success and 2 on a user's mistake, told in one line."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
-        return 0
-    try:
-        return status(**settings(arguments))
-    except (ValueError, OSError) as mistake:
-        print(f"deltalab-status: {mistake}", file=sys.stderr)
-        return 2
+    return command("deltalab-status", USAGE, lambda arguments: status(**settings(arguments)), argv)
 
 
 def settings(arguments: Sequence[str]) -> dict[str, str]:
@@ -199,10 +192,10 @@ def _retry(failed: Sequence[Point], results: str) -> int:
         print("no point has failed")
     codes = []
     for point in failed:
-        command = [sys.executable, "-m", "deltalab", *point.overrides]
+        again = [sys.executable, "-m", "deltalab", *point.overrides]
         if not any(override.startswith("results=") for override in point.overrides):
-            command.append(f"results={results}")
-        codes.append(subprocess.run(command).returncode)
+            again.append(f"results={results}")
+        codes.append(subprocess.run(again).returncode)
     return max(codes, default=0)
 
 

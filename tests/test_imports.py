@@ -6,7 +6,7 @@ from pathlib import Path
 import deltalab
 
 LAYERS = (
-    ("eviction", "files", "headers", "locks", "pickles", "provenance", "settings"),
+    ("commands", "eviction", "files", "headers", "locks", "pickles", "provenance", "settings"),
     ("finite", "quadrature", "threshold", "rng", "weights", "outcomes", "passes", "factor"),
     (
         "answers",
@@ -98,7 +98,7 @@ def test_the_package_never_imports_the_experiments():
 
 def test_reports_need_neither_torch_nor_the_machinery():
     light = {"outcomes", "tables", "figures", "report", "console", "records", "reading", "summary"}
-    light |= {"comparison", "files", "offline", "page"}
+    light |= {"commands", "comparison", "files", "offline", "page"}
     for module, path in sources():
         if module in light:
             assert set(imported(path)) <= light
