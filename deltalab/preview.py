@@ -117,9 +117,9 @@ def _sizes(title: str, sizes: dict[str, int | None]) -> list[str]:
 
 def _spent(spent: hours.Hours, device: hours.Device) -> list[str]:
     """Return the lines that tell the hours."""
-    parts = ", ".join(f"{name} {value:.2g}" for name, value in spent.parts.items() if value)
+    parts = ", ".join(f"{name} {_hours(value)}" for name, value in spent.parts.items() if value)
     lines = [
-        f"hours        about {spent.total:.2g} on one GPU at device_tflops={device.tflops:g}"
+        f"hours        about {_hours(spent.total)} on one GPU at device_tflops={device.tflops:g}"
         f" ({parts or 'nothing'}), without loading and editing weights"
     ]
     if spent.unknown:
@@ -138,3 +138,12 @@ def _grouped(points: Iterable[Point], key: Any) -> list[list[Point]]:
 def _selections(points: Sequence[Point]) -> list[Any]:
     """Return the different selections of the points."""
     return list({repr(p.select): p.select for p in points}.values())
+
+
+def _hours(value: float) -> str:
+    """Write hours to two figures.
+
+    >>> _hours(0.0123), _hours(160.4)
+    ('0.012', '160')
+    """
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"

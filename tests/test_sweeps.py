@@ -100,3 +100,10 @@ def test_sigterm_stops_after_the_point_at_hand(tmp_path):
     again = start(tmp_path)
     assert again.communicate()[0].count("done before") == len(done)
     assert done_in(tmp_path) == RATES
+
+
+def test_a_grid_may_set_null(tmp_path):
+    sweeps = "sweeps=[{edit: twin, edit.rank: null, edit.rate: '0.5,0.9'}]"
+    command = [sys.executable, "-m", "deltalab", "-m", sweeps, "plan=true", f"results={tmp_path}"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("points       2, of which 0 are finished")

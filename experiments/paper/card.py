@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
         "notes": [*found.notes],
         "command": f"make {name}" + ("" if scale == "demo" else f" SCALE={scale}"),
         "paper_command": f"make {name} SCALE=paper",
+        "paper_hours": _paper_hours(name),
         "stand_ins": _stand_ins(scale, models(points)),
         "points": len(points),
         "seeds": sorted({p.seed for p in points if p.seed is not None}),
@@ -70,6 +72,13 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
     path = folder / f"{name}.json"
     path.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path, found
+
+
+def _paper_hours(name: str) -> str | None:
+    """Return the GPU hours that the head of an experiment tells for the paper's scale."""
+    head = (conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    found = re.search(r"SCALE=paper about ([\d.]+) GPU hours", head)
+    return found and f"about {found[1]} (estimated by plan=true, not measured)"
 
 
 def _origin(points: Sequence[Outcome], results: Path) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class PointsSweeper(BasicSweeper):
             if not isinstance(axes, (dict, DictConfig)):
                 raise ValueError(f"sweeps=[{axes}]: every grid must map settings to values")
             params = {**self.params, **axes}
-            grid = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+            values = {key: "null" if value is None else value for key, value in params.items()}
+            grid = parser.parse_overrides([f"{key}={value}" for key, value in values.items()])
             self._guard(grid + given)
             self._check_size(grid + given, len(points))
             for point in self.split_arguments(grid + given, None)[0]:
