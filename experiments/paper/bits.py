@@ -121,7 +121,7 @@ def statistic(points: Sequence[Outcome]) -> Found:
 
 
 def _grid(count: int) -> tuple[Any, list[Any]]:
-    columns = min(count, COLUMNS)
+    columns = 2 if count == 4 else min(count, COLUMNS)
     rows = math.ceil(count / columns)
     drawn, grid = panels(rows, columns, max(4.2, 3.2 * columns), 2.7 * rows + 0.4)
     for axes in grid.flat[count:]:

@@ -151,9 +151,9 @@ def _figure(found: Sequence[Panel]) -> Any:
         for index, k in enumerate(panel.factors):
             values = [panel.values[p, k] for p in panel.rates]
             curve(axes, panel.rates, values, index, f"k = {plain(k)}")
-        reference(axes, {"post": panel.post, "pre": panel.pre})
         axes.set(title=panel.model, xlabel="drop rate p", ylabel=panel.metric)
         if is_loss(panel.metric):
             axes.set(yscale="log", ylabel=f"{panel.metric} (lower is better)")
+        reference(axes, {"post": panel.post, "pre": panel.pre})
     one_legend(drawn, grid.flat[0], 5)
     return drawn

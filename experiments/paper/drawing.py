@@ -6,6 +6,9 @@ from typing import Any
 from deltalab.figures.style import looks
 from experiments.paper.found import mean, spread
 
+CLOSE = 0.07
+"""Lines closer than this share of the axis have their names beside each other."""
+
 
 def curve(
     axes: Any,
@@ -27,11 +30,24 @@ def curve(
 
 
 def reference(axes: Any, heights: Mapping[str, float]) -> None:
-    """Draw the unedited models' scores: post dashed, pre dotted, named at the right margin."""
-    beside = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left"}
+    """Draw the unedited models' scores: post dashed, pre dotted, named at the right margin.
+
+    Called after the curves: where both lines nearly meet, their names step apart.
+    """
     for name, height in heights.items():
         axes.axhline(height, color="black", lw=1, ls="--" if name == "post" else ":", zorder=1)
+    places = [_place(axes, height) for height in heights.values()]
+    for name, height in heights.items():
+        above = height == max(heights.values())
+        apart = ("bottom" if above else "top") if max(places) - min(places) < CLOSE else "center"
+        beside = {"transform": axes.get_yaxis_transform(), "va": apart, "ha": "left"}
         axes.text(1.01, height, name, fontsize=8, **beside)
+
+
+def _place(axes: Any, height: float) -> float:
+    """Return where a height is on the axis, 0 at its lower and 1 at its upper end."""
+    point = axes.transData.transform((axes.get_xlim()[0], height))
+    return float(axes.transAxes.inverted().transform(point)[1])
 
 
 def zero(axes: Any) -> None:
