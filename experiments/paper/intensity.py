@@ -55,7 +55,8 @@ def intensity(points: Sequence[Outcome]) -> Found:
     notes.append(
         "Compared are means over the seeds, inside the range of the noise that was tried and where"
         " both changes are positive. Sign flips also shrink the delta, by 2 f of it, which"
-        " intensity does not count."
+        " intensity does not count. Where v is small and the delta too, a change is mostly the"
+        " first-order term of the very draw, so that factors there are also those of chance."
     )
     return Found(
         sentence="Rank correlation of intensity and loss change, and how far DARE lies from noise"
