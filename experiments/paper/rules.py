@@ -109,5 +109,6 @@ def _figure(near: Sequence[Outcome], far: Sequence[Outcome]) -> Any:
             axes.plot(mean([p.gradient_evaluations or 0.0 for p in own]), middle, "kx", ms=7,
                       label="adaptive")  # fmt: skip
         axes.set(title=title, xlabel="gradients", ylabel="relative error", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     one_legend(drawn, left, 7)
     return drawn
