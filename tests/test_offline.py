@@ -55,16 +55,8 @@ def logged(tmp_path_factory):
     settings = wandb.Settings(silent=True, console="off")
     with wandb.init(project="other", mode="offline", dir=directory, settings=settings) as other:
         other.log({"record": 1.0})
-    read_unless_foreign(directory, 3)
+    read(directory, 3)
     return directory
-
-
-def read_unless_foreign(directory: Path, count: int) -> list:
-    end = time.monotonic() + 20
-    while len(found := offline.read(directory, lambda line: None)) < count:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found
 
 
 def test_a_sweep_read_back_is_the_sweep_read_from_its_records(tmp_path, monkeypatch) -> None:

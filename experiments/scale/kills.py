@@ -173,7 +173,8 @@ def disturb(harness: Harness, kills: int, points: int, chance: random.Random) ->
             elif ends[slot] and time.monotonic() > ends[slot]:
                 number = chance.choices((signal.SIGKILL, signal.SIGTERM), (0.7, 0.3))[0]
                 code = harness.kill(pid, number)
-                assert code in (0, -number, 128 + number), f"{number.name} ended with {code}"
+                told = (harness.results / "output").read_text()[-2000:]
+                assert code in (0, -number, 128 + number), f"{number.name}: {code}\n{told}"
                 running[slot] = 0
                 if chance.random() < DAMAGED:
                     harness.damage(chance)
