@@ -86,6 +86,11 @@ class Harness:
             file.write_bytes(content[: chance.randrange(len(content))])
             self.damaged += 1
 
+    def told(self) -> str:
+        """Return the last that the processes have printed."""
+        output = self.results / "output"
+        return output.read_text()[-2000:] if output.exists() else ""
+
     def begun(self, pid: int) -> int:
         """Return how many points a process has begun."""
         log = self.results / "evaluations"
@@ -173,8 +178,8 @@ def disturb(harness: Harness, kills: int, points: int, chance: random.Random) ->
             elif ends[slot] and time.monotonic() > ends[slot]:
                 number = chance.choices((signal.SIGKILL, signal.SIGTERM), (0.7, 0.3))[0]
                 code = harness.kill(pid, number)
-                told = (harness.results / "output").read_text()[-2000:]
-                assert code in (0, -number, 128 + number), f"{number.name}: {code}\n{told}"
+                expected = code in (0, -number, 128 + number)
+                assert expected, f"{number.name}: {code}\n{harness.told()}"
                 running[slot] = 0
                 if chance.random() < DAMAGED:
                     harness.damage(chance)
