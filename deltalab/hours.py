@@ -9,16 +9,15 @@ tokens there are, `estimates.yaml` says.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torch import nn
+
+from deltalab.settings import packaged
 
 FORWARD, GRADIENT, PRODUCT = 2, 6, 12
 """Operations a parameter and token; a Hessian-vector product is two gradients."""
+ESTIMATES = "estimates.yaml"
 BATCH = 32
 """Sequences generated together, where the evaluator does not say."""
 DECODED = 150
@@ -188,14 +187,14 @@ def of_evaluator(evaluator: Any, model: Model) -> dict[str, Work]:
     if hasattr(evaluator, "data"):
         return {"accuracy": _of_data(evaluator.data, None, model)}
     name = type(evaluator).__module__.rsplit(".", 1)[-1]
-    known = name in _estimates()["tasks"]
+    known = name in packaged(ESTIMATES)["tasks"]
     return {name: _of_task(name, 0, None, evaluator) if known else Work(unknown=(name,))}
 
 
 def _of_tasks(evaluator: Any) -> dict[str, Work]:
     found = {}
     for task in evaluator.tasks:
-        if task.name not in _estimates()["tasks"]:
+        if task.name not in packaged(ESTIMATES)["tasks"]:
             found[task.name] = Work(unknown=(task.name,))
             continue
         for shots in task.shots:
@@ -205,7 +204,7 @@ def _of_tasks(evaluator: Any) -> dict[str, Work]:
 
 
 def _of_task(name: str, shots: int, limit: int | None, evaluator: Any) -> Work:
-    task = _estimates()["tasks"][name]
+    task = packaged(ESTIMATES)["tasks"][name]
     limit = limit or getattr(evaluator, "limit", None)
     documents = min(limit or task["documents"], task["documents"])
     size = evaluator.batch_size
@@ -221,7 +220,7 @@ def _of_task(name: str, shots: int, limit: int | None, evaluator: Any) -> Work:
 
 def _of_data(data: Any, limit: int | None, model: Model) -> Work:
     path = str(getattr(data, "path", None) or getattr(data, "dir", ""))
-    known = _estimates()["data"].get(path, {})
+    known = packaged(ESTIMATES)["data"].get(path, {})
     limits = [limit, getattr(data, "limit", None), known.get(getattr(data, "split", None))]
     count = min((n for n in limits if n is not None), default=None)
     tokens = known.get("tokens", model.patches)
@@ -266,11 +265,4 @@ def of_points(
         hours = gradients * passes(work, model, device, GRADIENT)
         hours += products * passes(work, model, device, PRODUCT)
         found = Hours({"terms": hours}).plus(found)
-    return found
-
-
-@lru_cache(maxsize=1)
-def _estimates() -> dict[str, Any]:
-    table = OmegaConf.load(Path(str(files("deltalab"))) / "estimates.yaml")
-    found: dict[str, Any] = OmegaConf.to_container(table)  # type: ignore[assignment]
     return found

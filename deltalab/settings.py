@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -31,6 +32,16 @@ def conf_dir() -> Path:
     package = Path(__file__).parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
+
+
+@cache
+def packaged(name: str) -> dict[str, Any]:
+    """Return a table that ships with the package, such as `estimates.yaml`; not to be changed."""
+    from omegaconf import OmegaConf
+
+    table = OmegaConf.load(Path(__file__).parent / name)
+    found: dict[str, Any] = OmegaConf.to_container(table)  # type: ignore[assignment]
+    return found
 
 
 def near(word: str, known: Iterable[str]) -> str:

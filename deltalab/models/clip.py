@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltalab.models import clip_heads, clip_names, hub
-from deltalab.models.timm_vit import created, device_of, frozen_args, live_pair, transform_of
+from deltalab.models.timm_vit import (
+    check_dtype,
+    created,
+    device_of,
+    frozen_args,
+    live_pair,
+    transform_of,
+)
 from deltalab.weights import Checkpoint, LazyWeights, ModelPair
 
 log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
 
 
@@ -59,8 +65,7 @@ class ClipPair:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", frozen_args(self.args))
-        if self.dtype not in DTYPES:
-            raise ValueError(f"model.dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
         if self.head is None and self.task not in (known := clip_heads.tasks()):
             raise ValueError(
                 f"model.task={self.task}: must be one of {', '.join(known)}, or give model.head"

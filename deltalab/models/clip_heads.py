@@ -1,24 +1,21 @@
 """Classification heads of CLIP: from class names by its text tower, or from a file."""
 
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deltalab.headers import plain
 from deltalab.models import vocabulary
 from deltalab.models.causal import configuration
+from deltalab.settings import packaged
 from deltalab.weights import Checkpoint
 
 BATCH = 256
 
 
-@lru_cache(maxsize=1)
 def tasks() -> dict[str, dict[str, list[str]]]:
     """Return class names and prompt templates of every task that the package knows.
 
@@ -26,9 +23,7 @@ def tasks() -> dict[str, dict[str, list[str]]]:
     (['cars', 'dtd', 'eurosat', 'gtsrb', 'mnist', 'resisc45', 'sun397', 'svhn'], \
 ['a photo of the number: "{}".'])
     """
-    table = OmegaConf.load(Path(str(files("deltalab"))) / "models" / "clip_tasks.yaml")
-    found: dict[str, dict[str, list[str]]] = OmegaConf.to_container(table)  # type: ignore[assignment]
-    return found
+    return packaged("models/clip_tasks.yaml")
 
 
 def prompts(task: str) -> list[list[str]]:

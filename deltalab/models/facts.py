@@ -1,13 +1,11 @@
 """What is known of published models without asking the hub: to plan with, never to run."""
 
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+
+from deltalab.settings import packaged
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ def known(source: str) -> Facts | None:
     >>> known("Qwen/Qwen2-7B").bytes / 1e9, known("org/name")
     (15.231233024, None)
     """
-    found = _all().get(source)
+    found = packaged("models/hub_facts.yaml").get(source)
     return Facts(**found) if found else None
 
 
@@ -48,10 +46,3 @@ def configuration(source: str) -> Any:
     if facts is None or facts.config is None:
         return None
     return AutoConfig.for_model(**facts.config)
-
-
-@lru_cache(maxsize=1)
-def _all() -> dict[str, Any]:
-    table = OmegaConf.load(Path(str(files("deltalab"))) / "models" / "hub_facts.yaml")
-    found: dict[str, Any] = OmegaConf.to_container(table)  # type: ignore[assignment]
-    return found

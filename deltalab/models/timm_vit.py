@@ -21,6 +21,7 @@ from deltalab.weights import (
 )
 
 log = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class TimmPair:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", frozen_args(self.args))
-        if self.dtype not in (names := ("float32", "bfloat16", "float16", "float64")):
-            raise ValueError(f"model.dtype={self.dtype}: must be one of {', '.join(names)}")
+        check_dtype(self.dtype)
 
     @property
     def fingerprints(self) -> tuple[str, str]:
@@ -99,6 +99,12 @@ def transform_of(module: torch.nn.Module, args: Mapping[str, Any], **changes: An
         height, width = (size, size) if isinstance(size, int) else size
         data["input_size"] = (args.get("in_chans", channels), height, width)
     return timm.data.create_transform(**data)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise `ValueError` for a dtype in which no image model is evaluated."""
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype={dtype}: must be one of {', '.join(DTYPES)}")
 
 
 def frozen_args(given: Any) -> tuple[tuple[str, Any], ...] | None:

@@ -1,12 +1,9 @@
 """Figs. 4, 5 and 12: how many magnitudes BitDelta needs, and which."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
-from deltalab.figures.style import panels
 from deltalab.outcomes import Outcome, number, plain
-from experiments.paper.drawing import curve, one_legend, reference
+from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.found import (
     NEAR,
     Check,
@@ -27,7 +24,6 @@ BACK = 0.01
 """How far below post a score may be to have come back to it."""
 
 KINDS = {"mean": "one value", "normal": "normal", "uniform": "uniform"}
-COLUMNS = 3
 
 
 def blocks(points: Sequence[Outcome]) -> Found:
@@ -46,7 +42,7 @@ def blocks(points: Sequence[Outcome]) -> Found:
         f"{model} {metric} {cell(s[0])} with none, {cell(s[FOUR])} with four, post {100 * post:.1f}"
         for model, metric, s, post, _ in panel
     )
-    drawn, grid = _grid(len(panel))
+    drawn, grid = tiles(len(panel))
     for axes, (model, metric, s, post, pre) in zip(grid, panel, strict=False):
         curve(axes, sorted(s), [s[b] for b in sorted(s)], 0, "multibit")
         reference(axes, {"post": post, "pre": pre})
@@ -95,7 +91,7 @@ def statistic(points: Sequence[Outcome]) -> Found:
         f" {cell(s['uniform'][1.0])}, post {100 * post:.1f}"
         for (model, metric, s, post, _), b in zip(panel, best, strict=True)
     )
-    drawn, grid = _grid(len(panel))
+    drawn, grid = tiles(len(panel))
     for axes, (model, metric, s, post, pre) in zip(grid, panel, strict=False):
         for index, (kind, title) in enumerate(KINDS.items()):
             at = sorted(s[kind])
@@ -118,12 +114,3 @@ def statistic(points: Sequence[Outcome]) -> Found:
             " over the seeds)."
         ))],
     )  # fmt: skip
-
-
-def _grid(count: int) -> tuple[Any, list[Any]]:
-    columns = 2 if count == 4 else min(count, COLUMNS)
-    rows = math.ceil(count / columns)
-    drawn, grid = panels(rows, columns, max(4.2, 3.2 * columns), 2.7 * rows + 0.4)
-    for axes in grid.flat[count:]:
-        axes.remove()
-    return drawn, list(grid.flat)

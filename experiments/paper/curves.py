@@ -1,13 +1,11 @@
 """Figs. 1, 2 and 8 to 11: score against drop rate p, a curve for every multiplier k."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.figures.style import panels
 from deltalab.outcomes import Outcome, number, plain
-from experiments.paper.drawing import curve, one_legend, reference
+from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.found import (
     NEAR,
     Check,
@@ -27,8 +25,6 @@ from experiments.paper.found import (
 
 SMALL = 0.3
 """The largest p that the checks call small."""
-
-COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -142,12 +138,8 @@ def _table(panel: Panel) -> Table:
 
 
 def _figure(found: Sequence[Panel]) -> Any:
-    columns = min(len(found), COLUMNS)
-    rows = math.ceil(len(found) / columns)
-    drawn, grid = panels(rows, columns, max(4.2, 3.2 * columns), 2.7 * rows + 0.4)
-    for axes in grid.flat[len(found) :]:
-        axes.remove()
-    for axes, panel in zip(grid.flat, found, strict=False):
+    drawn, grid = tiles(len(found))
+    for axes, panel in zip(grid, found, strict=True):
         for index, k in enumerate(panel.factors):
             values = [panel.values[p, k] for p in panel.rates]
             curve(axes, panel.rates, values, index, f"k = {plain(k)}")
@@ -155,5 +147,5 @@ def _figure(found: Sequence[Panel]) -> Any:
         if is_loss(panel.metric):
             axes.set(yscale="log", ylabel=f"{panel.metric} (lower is better)")
         reference(axes, {"post": panel.post, "pre": panel.pre})
-    one_legend(drawn, grid.flat[0], 5)
+    one_legend(drawn, grid[0], 5)
     return drawn

@@ -1,13 +1,25 @@
 """What the paper's figures share: curves with bands, and lines for the unedited models."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltalab.figures.style import looks
+from deltalab.figures.style import looks, panels
 from experiments.paper.found import mean, spread
 
+COLUMNS = 3
 CLOSE = 0.07
 """Lines closer than this share of the axis have their names beside each other."""
+
+
+def tiles(count: int) -> tuple[Any, list[Any]]:
+    """Make a figure of so many panels, three to a row."""
+    columns = 2 if count == 4 else min(count, COLUMNS)
+    rows = math.ceil(count / columns)
+    drawn, grid = panels(rows, columns, max(4.2, 3.2 * columns), 2.7 * rows + 0.4)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    return drawn, list(grid.flat)[:count]
 
 
 def curve(
