@@ -41,7 +41,12 @@ def stored(pre: Tensor, post: Tensor, delta: Tensor, hat: Tensor) -> Tensor:
 
 
 def edited_tensor(
-    pre: Tensor, post: Tensor, edit: Any, kernel: str = "auto", **needs: Any
+    pre: Tensor,
+    post: Tensor,
+    edit: Any,
+    kernel: str = "auto",
+    out: Tensor | None = None,
+    **needs: Any,
 ) -> Tensor:
     """Return one edited tensor, W_pre + F(W_post - W_pre), in W_post's dtype.
 
@@ -51,22 +56,23 @@ def edited_tensor(
         edit: the edit F.
         kernel: "auto" compiles for large tensors, "eager" and "compiled" force either; the bits are
             the same.
+        out: where to put the result, contiguous, of post's shape, dtype and device; None for a new
+            tensor.
         needs: the keyword arguments that the edit declares.
 
     >>> from deltalab.edits.expo import Expo
     >>> edited_tensor(torch.tensor([1.0]), torch.tensor([1.5]), Expo(alpha=1.0))
     tensor([2.])
     """
-    if isinstance(edit, Keep):
-        return post.clone(memory_format=torch.contiguous_format)
-    if isinstance(edit, Discard):
-        return pre.to(post.dtype, copy=True, memory_format=torch.contiguous_format)
-    if fused.wanted(edit, post, kernel):
-        out = fused.edited(pre, post, edit, needs, _edited)
-        if out is not None:
-            return out
+    if out is None:
+        out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
+    if isinstance(edit, Keep | Discard):
+        return out.copy_(post if isinstance(edit, Keep) else pre)
+    if fused.wanted(edit, post, kernel) and fused.edited(pre, post, edit, needs, _edited, out):
+        return out
     with torch.no_grad():
-        return _in_slices(pre, post, edit, needs)
+        _in_slices(pre, post, edit, needs, out)
+    return out
 
 
 def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
@@ -75,24 +81,23 @@ def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tens
     return stored(pre, post, delta, edit(delta, **needs))
 
 
-def _in_slices(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+def _in_slices(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any], out: Tensor) -> None:
     """Edit slice by slice, the same bits in bounded memory; or all at once, if the edit must."""
     if post.ndim == 0 or not post.numel():
-        return _edited(pre, post, edit, needs)
-    out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
+        out.copy_(_edited(pre, post, edit, needs))
+        return
     a, b, into = pre.reshape(-1), post.reshape(-1), out.view(-1)
     if (unit := getattr(edit, "unit", "tensor")) == "tensor":
         hat = _edited_delta(pre, post, edit, needs)
         for part in _slices(post, 1):
             into[part] = stored(a[part], b[part], difference(a[part], b[part]), hat[part])
-        return out
+        return
     width = 1 if unit == "entry" else post[0].numel() if post.ndim > 1 else None
     for part in _slices(post, width):
         shape = (-1,) if unit == "entry" or post.ndim < 2 else (-1, width or 1)
         given = {k: _sliced(k, v, part, shape) for k, v in needs.items()}
         old, new = a[part].reshape(shape), b[part].reshape(shape)
         into[part] = _edited(old, new, edit, given).reshape(-1)
-    return out
 
 
 def _edited_delta(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:

@@ -159,11 +159,15 @@ class Rng(Draws):
         """Return the numbers of the slice that starts `offset` elements further."""
         return replace(self, start=self.start + offset)
 
+    def words(self, stream: int) -> tuple[int, int]:
+        """Return the two key words of a stream that make the first element's counter zero."""
+        high, low = divmod(self.start, _WORD)
+        key0, key1 = key(self.seed, self.name, stream, high)
+        return signed(key0 + low), key1
+
     def keys(self, streams: int) -> Tensor:
         """Return the key words of the first streams for `Keyed`, int32 of shape (streams, 2)."""
-        high, low = divmod(self.start, _WORD)
-        words = [key(self.seed, self.name, stream, high) for stream in range(streams)]
-        return torch.tensor([(signed(a + low), b) for a, b in words], dtype=torch.int32)
+        return torch.tensor([self.words(stream) for stream in range(streams)], dtype=torch.int32)
 
     def bits(self, like: Tensor, stream: int = 0) -> Tensor:
         """Return 32 random bits per element.

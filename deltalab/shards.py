@@ -6,6 +6,7 @@ again, so that streaming a checkpoint needs as much memory as one slice.
 """
 
 import json
+import threading
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -77,12 +78,36 @@ def _header(handle: BinaryIO, file: Path) -> dict[str, Any]:
     return header
 
 
-def read(entry: Entry, start: int = 0, stop: int | None = None) -> Tensor:
-    """Return the entries `start` to `stop` of the flat tensor, or all of it in its shape."""
+class Buffers(threading.local):
+    """Memory that each thread uses again: fresh memory costs more than what is read into it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
+        """Return `count` numbers of this dtype, to be overwritten by the next call for the name."""
+        size = count * dtype.itemsize
+        held = self._held.get(name)
+        if held is None or len(held) < size:
+            held = self._held[name] = torch.empty(size, dtype=torch.uint8)
+        return held[:size].view(dtype)
+
+
+def read(
+    entry: Entry, start: int = 0, stop: int | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Return the entries `start` to `stop` of the flat tensor, or all of it in its shape.
+
+    Args:
+        entry: the tensor.
+        start: first entry.
+        stop: last entry, exclusive; None for all.
+        out: where to put them, flat; None for a new tensor.
+    """
     assert entry.dtype is not None
     whole = start == 0 and stop is None
     stop = prod(entry.shape) if stop is None else stop
-    out = torch.empty(stop - start, dtype=entry.dtype)
+    out = torch.empty(stop - start, dtype=entry.dtype) if out is None else out
     if stop > start:
         with open(entry.file, "rb", buffering=0) as handle:
             handle.seek(entry.begin + start * entry.dtype.itemsize)

@@ -21,17 +21,18 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from deltalab import apply, finite
+from deltalab import apply, console, finite
 from deltalab.edits import needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
-from deltalab.shards import Entry, entries, read
+from deltalab.shards import Buffers, Entry, entries, read
 from deltalab.weights import Checkpoint, LazyWeights, fingerprint, part_of
 
 MISMATCH = ("error", "truncate", "keep_post")
 SLICE = 1 << 22
 """Entries read, edited and written at once."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_buffers = Buffers()
 _UNCOPIED = ("README.md", "deltalab.json", ".gitattributes")
 
 
@@ -208,7 +209,10 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
     deltas = LazyWeights(names, partial(_delta, plan))
     files = dict.fromkeys(entry.file for entry in plan.post.values())
     workers = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        console.steps("tensors", len(plan.post)) as step,
+    ):
         for file in files:
             with open(out / file.name, "wb", buffering=0) as target, open(file, "rb") as source:
                 ours = {n: e for n, e in plan.post.items() if e.file == file}
@@ -218,17 +222,17 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
                     for name, entry in ours.items():
                         kept = plan.rows[name] * _item(entry) if name in plan.pre else 0
                         _copy(source, target, entry.begin + kept, entry.begin + entry.size)
-                        if name not in plan.pre:
-                            continue
-                        given = extras.for_tensor(plan.alias[name], deltas)
-                        for piece, width in _pieces(plan, name, edit):
+                        if name in plan.pre:
+                            given = extras.for_tensor(plan.alias[name], deltas)
                             task = partial(_edit_piece, plan, name, edit, given, kernel, target)
-                            if width:
-                                work.append(pool.submit(task, piece, width))
+                            if width := _width(edit, entry):
+                                for piece in _pieces(plan.rows[name], width):
+                                    work.append(pool.submit(task, piece, width))
+                                    while len(work) > 2 * workers:
+                                        work.popleft().result()
                             else:  # a whole tensor: one at a time, with all threads
-                                task(piece, width)
-                            while len(work) > 2 * workers:
-                                work.popleft().result()
+                                task((0, plan.rows[name]), 0, pool)
+                        step()
                     while work:
                         work.popleft().result()
                 finally:
@@ -237,12 +241,11 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
                     wait(work)  # none may write to a closed file
 
 
-def _pieces(plan: Plan, name: str, edit: Any) -> Iterator[tuple[tuple[int, int], int]]:
-    """Yield the entries of every piece of a tensor and how many of them stay together."""
-    stop, width = plan.rows[name], _width(edit, plan.post[name])
-    step = max(1, SLICE // width) * width if width else max(stop, 1)
+def _pieces(stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Yield the entries of every piece, `width` of which stay together."""
+    step = max(1, SLICE // width) * width
     for start in range(0, stop, step):
-        yield (start, min(start + step, stop)), width
+        yield start, min(start + step, stop)
 
 
 def _edit_piece(
@@ -254,15 +257,34 @@ def _edit_piece(
     target: BinaryIO,
     piece: tuple[int, int],
     width: int,
+    pool: ThreadPoolExecutor | None = None,
 ) -> None:
-    """Read, edit, check and write the entries of one piece."""
-    new = plan.post[name]
-    shape = _shape(new.shape, piece[1] - piece[0], width)
-    a, b = (read(side[name], *piece).reshape(shape) for side in (plan.pre, plan.post))
-    needs = {k: v.at(piece[0]) if k == "rng" else v for k, v in given.items()}
-    made = apply.edited_tensor(a, b, edit, kernel, **needs)
-    finite.check_edited({name: made})
-    _put(target, made, new.begin + piece[0] * _item(new))
+    """Read, edit, check and write the entries of one piece; a pool shares all but the edit."""
+    old, new, (start, stop) = plan.pre[name], plan.post[name], piece
+    a, b, out = (
+        _buffers.take(use, _dtype(entry), stop - start)
+        for use, entry in (("pre", old), ("post", new), ("out", new))
+    )
+
+    def load(part: tuple[int, int]) -> None:
+        for entry, into in ((old, a), (new, b)):
+            read(entry, start + part[0], start + part[1], into[slice(*part)])
+
+    def save(part: tuple[int, int]) -> None:
+        finite.check_edited({name: out[slice(*part)]})
+        _put(target, out[slice(*part)], new.begin + (start + part[0]) * _item(new))
+
+    each = map if pool is None else pool.map
+    parts, shape = list(_pieces(stop - start, 1)), _shape(new.shape, stop - start, width)
+    list(each(load, parts))
+    needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
+    apply.edited_tensor(a.view(shape), b.view(shape), edit, kernel, out.view(shape), **needs)
+    list(each(save, parts))
+
+
+def _dtype(entry: Entry) -> torch.dtype:
+    assert entry.dtype is not None, "only such tensors are edited"
+    return entry.dtype
 
 
 def _item(entry: Entry) -> int:

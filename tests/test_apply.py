@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deltalab import apply, fused, stream
+from deltalab import apply, stream
 from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -47,6 +47,7 @@ FUSED = [
     BiasedProduct(k=0.5, p=None),
     ONE_BIT,
     BitDelta(multiple=1.5, magnitudes="uniform", cv=0.4, axis="tensor"),
+    Chain(steps=[{"dare": {"p": 0.9}}, {"noise": {"sigma": 0.5}}, "expo"]),
 ]
 STREAMED = [
     Dare(p=0.3, k=0.0),
@@ -89,45 +90,6 @@ def test_compiled_and_eager_give_the_same_bits(edit, dtype: torch.dtype, monkeyp
     assert torch.equal(bits(compiled), bits(eager))
     whole = apply._edited(pre, post, edit, needs)
     assert torch.equal(bits(whole), bits(eager)), "slices change the result"
-
-
-def test_a_sweep_compiles_once() -> None:
-    from torch._dynamo.utils import counters
-
-    pre, post = tensor((64, 64)), tensor((64, 64), seed=1)
-    for index, p in enumerate((0.1, 0.25, 0.5, 0.9)):
-        edit = Dare(p=p, k=-0.5 + 0.1 * index)
-        apply.edited_tensor(pre, post, edit, "compiled", rng=Rng(index, f"w{index}"))
-        if index == 0:
-            before = counters["stats"]["unique_graphs"]
-    assert counters["stats"]["unique_graphs"] == before
-
-
-def test_without_a_compiler_edits_run_eagerly_with_one_warning(monkeypatch) -> None:
-    def missing(body, threads):
-        raise RuntimeError("no C++ compiler found")
-
-    monkeypatch.setattr(fused, "_compiled", missing)
-    monkeypatch.setattr(fused, "_broken", [])
-    pre, post = tensor((50, 50)), tensor((50, 50), seed=1)
-    with pytest.warns(UserWarning, match=r"uncompiled.*no C\+\+ compiler found"):
-        out = apply.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
-    assert torch.equal(out, apply.edited_tensor(pre, post, Expo(alpha=0.5), "eager"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        apply.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
-
-
-def test_small_tensors_do_not_compile() -> None:
-    small, large = torch.empty(100), torch.empty(fused.SMALLEST)
-    edit = Expo(alpha=0.5)
-    assert not fused.wanted(edit, small, "auto")
-    assert fused.wanted(edit, large, "auto")
-    assert fused.wanted(edit, small, "compiled")
-    assert not fused.wanted(edit, large, "eager")
-    assert not fused.wanted(Ties(keep=0.5, scope="tensor"), large, "compiled")
-    with pytest.raises(ValueError, match="kernel=fast: must be one of auto, eager, compiled"):
-        fused.wanted(edit, small, "fast")
 
 
 @pytest.mark.parametrize("edit", [*FUSED, *STREAMED], ids=str)

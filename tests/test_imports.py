@@ -21,6 +21,7 @@ LAYERS = (
         "select",
         "formats",
         "keys",
+        "native",
         "offline",
         "rows",
         "runs",

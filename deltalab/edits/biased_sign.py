@@ -52,7 +52,6 @@ def two_multipliers(delta: Tensor, chosen: Tensor, k: float, p: float | None) ->
     """
     if p is not None:
         return torch.where(chosen, k * delta, (1 - k * p) / (1 - p) * delta)
-    total, rows = delta.numel(), chosen.flatten(1) if chosen.ndim > 1 else chosen.reshape(-1, 1)
-    count = rows.to(torch.float32).sum(1).sum(dtype=torch.float64)  # whole numbers: exact
-    others = (total - k * count) / (total - count)  # unused where all are chosen
+    fraction = chosen.mean(dtype=torch.float64)
+    others = (1 - k * fraction) / (1 - fraction)  # unused where all are chosen
     return torch.where(chosen, k * delta, others.float() * delta)

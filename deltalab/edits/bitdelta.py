@@ -66,8 +66,7 @@ class BitDelta:
 def mean_magnitude(delta: Tensor, axis: str) -> Tensor:
     """Return mean |D| over the entries that share a scale, in a shape that broadcasts to delta's.
 
-    Rows are added eight by eight in float32, in a fixed order, and those sums in float64: as exact
-    as the result can hold, and the same however a compiler vectorises it.
+    Added in float64: as exact as the result can hold, in whatever order.
 
     Args:
         delta: at least two dimensions, read as (out, rest).
@@ -83,10 +82,5 @@ def mean_magnitude(delta: Tensor, axis: str) -> Tensor:
         return rows.reshape(-1, *[1] * (delta.ndim - 1))
     if axis == "column":
         return magnitude.mean(0, dtype=torch.float64).float().unsqueeze(0)
-    rows = magnitude.flatten(1)
-    eighth = len(rows) // 8
-    a, b, c, d, e, f, g, h = rows[: 8 * eighth].reshape(8, eighth, rows.shape[1]).unbind()
-    eights = ((a + b) + (c + d)) + ((e + f) + (g + h))
-    total = eights.sum(dtype=torch.float64) + rows[8 * eighth :].sum(dtype=torch.float64)
-    mean: Tensor = (total / delta.numel()).float()
+    mean: Tensor = magnitude.mean(dtype=torch.float64).float()
     return mean

@@ -1,0 +1,177 @@
+"""Edits written in C give the bits that PyTorch gives, or are refused."""
+
+import warnings
+
+import pytest
+import torch
+from test_apply import FUSED, bits, tensor
+from torch import Tensor
+
+from deltalab import apply, fused, native
+from deltalab.edits import needs_of
+from deltalab.edits.biased_product import BiasedProduct
+from deltalab.edits.biased_sign import BiasedSign
+from deltalab.edits.bitdelta import BitDelta
+from deltalab.edits.dare import Dare
+from deltalab.edits.expo import Expo
+from deltalab.edits.ties import Ties
+from deltalab.rng import Rng
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+EDITS = [
+    *FUSED,
+    BiasedSign(k=0.5, p=0.3),
+    BiasedProduct(k=-1, p=0.3),
+    BitDelta(multiple=1.5, magnitudes="normal", cv=0.4, axis="tensor"),
+]
+
+
+def pair(dtype: torch.dtype, other: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Weights with equal, denormal, infinite and zero entries, and a ragged end."""
+    pre = (0.02 * tensor((241, 173))).to(dtype)
+    post = (pre.float() + 1e-3 * tensor((241, 173), seed=1)).to(other or dtype)
+    post[0, :50] = pre[0, :50]
+    pre[1, :50], post[1, :50] = 1e-40, 3e-40
+    pre[2, :9], post[2, :9] = torch.inf, torch.inf
+    pre[3, :9], post[3, :9] = 0.0, -0.0
+    return pre, post
+
+
+def needed(edit, dtype: torch.dtype = F32) -> dict:
+    needs = {"rng": Rng(3, "w"), "grad": tensor((241, 173), seed=2).to(dtype)}
+    return {k: v for k, v in needs.items() if k in needs_of(edit)}
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F16), (F64, F64), (F32, BF16)], ids=str)
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_c_and_eager_give_the_same_bits(edit, dtypes) -> None:
+    (pre, post), needs = pair(*dtypes), needed(edit, dtypes[0])
+    assert fused._native(pre, post, edit, needs, apply._edited), "not translated"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
+    eager = apply.edited_tensor(pre, post, edit, "eager", **needs)
+    assert torch.equal(bits(compiled), bits(eager))
+
+
+@pytest.mark.parametrize("edit", [Dare(p=0.5, k=0.5), EDITS[-1]], ids=str)
+def test_neither_pieces_nor_threads_nor_pages_of_indices_matter(edit, monkeypatch) -> None:
+    (pre, post), threads = pair(BF16), torch.get_num_threads()
+    rng = Rng(3, "w", start=2**32 - 20_000)
+    eager = apply.edited_tensor(pre, post, edit, "eager", rng=rng)
+    monkeypatch.setattr(native, "PIECE", 1000)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            out = torch.empty_like(post)
+            assert apply.edited_tensor(pre, post, edit, "compiled", out, rng=rng) is out
+            assert torch.equal(bits(out), bits(eager))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_sweep_compiles_once() -> None:
+    pre, post = tensor((64, 64)), tensor((64, 64), seed=1)
+    for index, p in enumerate((0.1, 0.25, 0.5, 0.9)):
+        edit = Dare(p=p, k=-0.5 + 0.1 * index)
+        apply.edited_tensor(pre, post, edit, "compiled", rng=Rng(index, f"w{index}"))
+        if index == 0:
+            before = native._compiled.cache_info().misses
+    assert native._compiled.cache_info().misses == before
+
+
+def test_views_are_edited_as_they_read() -> None:
+    pre, post = tensor((40, 60)).T, tensor((60, 80), seed=1)[:, ::2]
+    edit, rng = Dare(p=0.5, k=0.5), Rng(0, "w")
+    compiled = apply.edited_tensor(pre, post, edit, "compiled", rng=rng)
+    assert torch.equal(compiled, apply.edited_tensor(pre, post, edit, "eager", rng=rng))
+
+
+OPERATIONS = {
+    "arithmetic": lambda a, b: (a + b) * (a - 2.5) / (b * b + 0.75) - (1 - a),
+    "integers": lambda a, b: ((a * 1e6).int() * 77777 - (b * 1e6).int() + 5).float(),
+    "long": lambda a, b: ((a * 1e6).long() * 777777777777 - 1 - (b * 1e6).long()).float(),
+    "shifts": lambda a, b: (((a * 1e6).int() << 9) ^ ((b * 1e6).int() >> 3)).float(),
+    "words": lambda a, b: ((a.view(torch.int32) | 5) & b.view(torch.int32)).view(F32),
+    "division": lambda a, b: (a * 9).int() / ((b * 9).int() * 2 + 1),
+    "compared": lambda a, b: torch.where((a < b) | (a == 0) | (b >= 1), a, -b),
+    "not": lambda a, b: torch.where(~(a > b) & (a != b) ^ (b <= 0), a.abs(), 2.0),
+    "masks": lambda a, b: (a < b).float() + (b < 0).double().float(),
+    "filled": lambda a, b: torch.full_like(a, 3).masked_fill(a < 0, 0.5) + torch.zeros_like(b),
+    "narrow": lambda a, b: a.bfloat16().double().half().float() + (a.half() < b.half()).float(),
+    "mean": lambda a, b: a - b.abs().mean(dtype=F64).float() * (1 - a.mean(dtype=F64)),
+    "sum": lambda a, b: a * (a > b).sum() + (b * (a.sum(dtype=F64) > 0)),
+    "twice": lambda a, b: (a - a.mean(dtype=F64).float()).abs().sum(dtype=F64).float() * b,
+    "whole": lambda a, b: a.int().float() + b.double().long().float(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_that_is_translated(name: str) -> None:
+    a, b = 2 * tensor((30, 41)), tensor((30, 41), seed=1)
+    a[0], b[0, ::2] = 0.0, -0.0
+
+    def body(pre, post, edit, needs):
+        return OPERATIONS[name](pre, post)
+
+    out = torch.empty_like(a)
+    native.kernel(None, (), body, F32, F32, matrix=True)(
+        a.view(-1), b.view(-1), None, None, out.view(-1)
+    )
+    assert torch.equal(bits(out), bits(body(a, b, None, {})))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda a, b, *_: torch.sort(a).values, "sort"),
+        (lambda a, b, *_: a.add_(1), "add_"),
+        (lambda a, b, *_: a if bool(a[0, 0] > 0) else b, "select"),
+        (lambda a, b, *_: a.sum(dtype=F64).float() / a.numel() + b, "size of the tensor"),
+        (lambda a, b, *_: a.mean(1, keepdim=True, dtype=F64).float() * b, "mean"),
+        (lambda a, b, *_: a.double(), "a result of torch.float64"),
+        (lambda a, b, *_: a + torch.ones(3), "ones"),
+        (lambda a, b, *_: a.exp(), "exp"),
+        (lambda a, b, *_: (a.half() * b.half()).float(), "mul"),
+    ],
+)
+def test_what_has_no_translation_is_refused(body, reason: str) -> None:
+    with pytest.raises(native.Untranslatable, match=reason):
+        native.kernel(None, (), body, F32, F32, matrix=True)
+
+
+def test_what_has_no_translation_is_left_to_torch() -> None:
+    edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row")
+    (pre, post), needs = pair(F32), needed(edit)
+    assert fused._native(pre, post, edit, needs, apply._edited) is None
+    compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
+    assert torch.equal(compiled, apply.edited_tensor(pre, post, edit, "eager", **needs))
+
+
+@pytest.mark.parametrize(
+    "compiler", ["/no/such/compiler", "false", "sh -c 'echo wrong >&2; exit 1'"]
+)
+def test_without_a_compiler_edits_run_eagerly_with_one_warning(compiler, monkeypatch) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(fused, "_broken", [])
+    native._compiled.cache_clear()
+    pre, post = tensor((50, 50)), tensor((50, 50), seed=1)
+    reason = "wrong" if "wrong" in compiler else compiler
+    with pytest.warns(UserWarning, match=f"edits run uncompiled.*{reason}"):
+        out = apply.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
+    assert torch.equal(out, apply.edited_tensor(pre, post, Expo(alpha=0.5), "eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
+
+
+def test_small_tensors_do_not_compile() -> None:
+    small, large = torch.empty(100), torch.empty(fused.SMALLEST)
+    edit = Expo(alpha=0.5)
+    assert not fused.wanted(edit, small, "auto")
+    assert fused.wanted(edit, large, "auto")
+    assert fused.wanted(edit, small, "compiled")
+    assert not fused.wanted(edit, large, "eager")
+    assert not fused.wanted(Ties(keep=0.5, scope="tensor"), large, "compiled")
+    with pytest.raises(ValueError, match="kernel=fast: must be one of auto, eager, compiled"):
+        fused.wanted(edit, small, "fast")
