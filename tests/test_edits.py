@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from deltalab import apply, select
-from deltalab.edits import needs_of
+from deltalab.edits import multibit, needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -31,7 +31,7 @@ from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
 from deltalab.factor import svd
 from deltalab.rng import Rng
-from deltalab.threshold import ModelThreshold
+from deltalab.threshold import ModelThreshold, ascending
 
 ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
 CONF = Path(__file__).parents[1] / "conf"
@@ -519,6 +519,22 @@ def test_multibit_against_a_plain_reference(bits: int, blocks: str) -> None:
     hat = call(Multibit(bits=bits, blocks=blocks), delta)
     assert torch.allclose(hat.abs().flatten().double(), expected, rtol=1e-6)
     assert torch.equal(hat < 0, (delta < 0) & (hat != 0))
+
+
+@pytest.mark.parametrize("bits", [1, 8, 16])
+@pytest.mark.parametrize("spread", ["wide", "narrow", "denormal"])
+def test_blocks_are_looked_up_as_by_a_search(bits: int, spread: str) -> None:
+    magnitude = tensor((300, 401)).abs()
+    magnitude = {"wide": magnitude, "narrow": 1 + 1e-4 * magnitude, "denormal": 1e-41 * magnitude}[
+        spread
+    ]
+    values = ascending(magnitude)
+    limits, means = multibit._levels(
+        values, Multibit(bits=bits, blocks="equal_count")._ends(values)
+    )
+    found = multibit._looked_up(magnitude, limits, means)
+    block = torch.bucketize(magnitude, torch.from_numpy(limits[:-1]))
+    assert torch.equal(found, torch.from_numpy(means)[block])
 
 
 def test_chain_steps_have_their_own_random_numbers() -> None:
