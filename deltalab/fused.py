@@ -21,7 +21,7 @@ from deltalab.edits import needs_of
 from deltalab.rng import Keyed
 
 KERNELS = ("auto", "eager", "compiled")
-SMALLEST = 1 << 20
+SMALLEST = 1 << 16
 """Elements from which `auto` compiles: below, eager slices cost less than a compiler ever saves."""
 _STREAMS = 4
 _broken: list[str] = []

@@ -103,11 +103,11 @@ def _stepped(magnitude: Array, edges: Array, means: Array, bins: Array) -> Array
     flat = magnitude.reshape(-1)
     out, first, steps = np.empty_like(flat), np.cumsum(bins) - bins, int(bins.max())
     edges = np.append(edges, np.float32(np.inf))
-    keys, blocks = np.empty(_SLICE, np.int32), np.empty(_SLICE, first.dtype)
-    edge, above = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.bool_)
+    types = (np.int32, first.dtype, np.float32, np.bool_)
+    buffers: list[Array] = [np.empty(_SLICE, kind) for kind in types]
     for start in range(0, flat.size, _SLICE):
         part = flat[start : start + _SLICE]
-        key, block, limit, beyond = (x[: part.size] for x in (keys, blocks, edge, above))
+        key, block, limit, beyond = (x[: part.size] for x in buffers)
         np.right_shift(part.view(np.int32), _BIN, out=key)
         np.take(first, key, out=block, mode="clip")
         for _ in range(steps):

@@ -2,42 +2,36 @@
 
 Claim: at most 1.8 times `cat pre post > /dev/null; cp post out`, at least 4 times as fast as
 `mergekit-yaml`, with at most 1 GiB of memory above the imports. Run: `python -m
-experiments.bench.streamed DIR [gigabytes] [repeats]`, where DIR has room for five times as much;
-it is filled with a synthetic Llama pair of two shards each. Cost: some minutes.
+experiments.bench.streamed DIR [gigabytes of a model] [repeats] [cold] [nomergekit]`, where DIR has
+room for five times as much; it is filled with a synthetic Llama pair of two shards each. The files
+are in the page cache, or with `cold` (root, Linux) on the disk alone. Cost: some minutes.
 """
 
 import json
 import shutil
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from experiments.bench.timing import Times, alternate, ratio
+from experiments.bench.timing import alternate, ratio
 
 HIDDEN, INNER, HEADS, KEYS, VOCABULARY = 4096, 14336, 32, 8, 32000
 APPLY = """
-import resource, shutil, sys
+import resource, sys, time
 from pathlib import Path
-import torch
 from deltalab import apply, stream
 from deltalab.edits.dare import Dare
-stream.fingerprint  # everything is imported
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-import time
-pre, post, out = map(Path, sys.argv[1:4])
-seconds = []
-for run in range(int(sys.argv[4])):
-    start = time.perf_counter()
-    stream.stream(pre, post, Path(f"{out}{run or ''}"), Dare(p=0.9, k=0.0), select="all", seed=0)
-    seconds.append(time.perf_counter() - start)
-    if run:
-        shutil.rmtree(f"{out}{run}")
+pre, post, out = map(Path, sys.argv[1:])
+start = time.perf_counter()
+stream.stream(pre, post, out, Dare(p=0.9, k=0.0), select="all", seed=0)
+seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((peak - before) / 2**20, *seconds)
+print((peak - before) / 2**20, seconds)
 """
 
 
@@ -92,80 +86,74 @@ def write(directory: Path, layers: int, seed: int) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def _warm(pre: Path, post: Path, out: Path, repeats: int) -> list[float]:
-    """Return the seconds of runs in a process that has compiled the edit, as for a large model."""
+def commands(pre: Path, post: Path, out: Path, recipe: Path) -> dict[str, list[str]]:
+    """Return the programs to compare, each of which writes `out`."""
+    bin_ = Path(sys.executable).parent
+    copy = f"cat {pre}/* {post}/* > /dev/null; cp -r {post} {out}"
+    model = ["model=hf_llm", f"model.pre={pre}", f"model.post={post}"]
+    found = {
+        "deltalab-apply": [str(bin_ / "deltalab-apply"), *model, "edit=dare", "edit.p=.9"],
+        "floor": ["sh", "-c", copy],
+        "import torch": [sys.executable, "-c", "import torch"],
+    }
+    found["deltalab-apply"] += ["select=all", f"out={out}"]
+    if (bin_ / "mergekit-yaml").exists() and "nomergekit" not in sys.argv:
+        merge = {
+            "merge_method": "dare_linear",
+            "base_model": str(pre),
+            "dtype": "bfloat16",
+            "models": [{"model": str(post), "parameters": {"weight": 1.0, "density": 0.1}}],
+        }
+        recipe.write_text(json.dumps(merge))
+        found["mergekit-yaml"] = [str(bin_ / "mergekit-yaml"), str(recipe), str(out)]
+        found["mergekit-yaml"].append("--no-copy-tokenizer")
+    return found
+
+
+def forget(out: Path) -> None:
+    """Leave neither a result nor, with `cold`, a page of the files in memory, but the programs'."""
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-c", APPLY, *map(str, (pre, post, out, repeats + 1))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return [float(word) for word in done.stdout.split()[2:]]
+    if "cold" in sys.argv:
+        subprocess.run(["sync"], check=True)
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        subprocess.run([sys.executable, "-c", "import torch, hydra, rich.progress"], check=True)
 
 
 def main() -> None:
     """Print seconds, ratios and memory."""
+    numbers = [float(word) for word in sys.argv[2:] if word[0].isdigit()]
+    size, repeats = (*numbers, *(2.0, 3)[len(numbers) :])
     where = Path(sys.argv[1])
-    layers = round((float(sys.argv[2]) if len(sys.argv) > 2 else 2.0) * 1e9 / 2 / 218e6 - 0.6)
-    repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 3
     pre, post, out = where / "pre", where / "post", where / "out"
     if not pre.exists():
+        layers = round(size * 1e9 / 2 / 218e6 - 0.6)
         write(pre, layers, 0)
         write(post, layers, 1)
-    said: list[list[float]] = []
-
-    def ours() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        done = subprocess.run(
-            [sys.executable, "-c", APPLY, *map(str, (pre, post, out, 1))],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        said.append(list(map(float, done.stdout.split())))
-
-    def floor() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        subprocess.run(
-            f"cat {pre}/* {post}/* > /dev/null; cp -r {post} {out}", shell=True, check=True
-        )
-
-    def imports() -> None:
-        subprocess.run([sys.executable, "-c", "from deltalab import stream"], check=True)
-
-    ways = {"ours": ours, "floor": floor, "imports": imports}
-    recipe = where / "merge.yaml"
-    merge = Path(sys.executable).parent / "mergekit-yaml"
-    if merge.exists() and "nomergekit" not in sys.argv:
-        recipe.write_text(
-            json.dumps(
-                {
-                    "merge_method": "dare_linear",
-                    "base_model": str(pre),
-                    "dtype": "bfloat16",
-                    "models": [{"model": str(post), "parameters": {"weight": 1.0, "density": 0.1}}],
-                }
-            )
-        )
-
-        def mergekit() -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            subprocess.run(
-                [str(merge), str(recipe), str(out), "--no-copy-tokenizer"],
-                check=True,
-                capture_output=True,
-            )
-
-        ways["mergekit"] = mergekit
-    start = time.perf_counter()
-    times = alternate(ways, repeats)
+    programs = commands(pre, post, out, where / "merge.yaml")
+    ways = {
+        name: partial(subprocess.run, words, check=True, capture_output=True)
+        for name, words in programs.items()
+    }
+    times = alternate(ways, int(repeats), partial(forget, out))
     bytes_ = sum(f.stat().st_size for f in post.glob("*.safetensors"))
-    print(f"2 x {bytes_ / 1e9:.2f} GB in 2 x 2 shards, {time.perf_counter() - start:.0f} s of runs")
+    state = "on the disk alone" if "cold" in sys.argv else "in the page cache"
+    print(f"2 models of {bytes_ / 1e9:.2f} GB in two shards each, {state}")
+    print("what | seconds | times the floor")
     for name, measured in times.items():
-        print(f"{name} | {measured.best:.2f} s | times the floor {ratio(measured, times['floor'])}")
-    if "mergekit" in times:
-        print(f"mergekit, times ours | {ratio(times['mergekit'], times['ours'])}")
-    print(f"within the process | {min(s for _, s in said):.2f} s without start and imports")
-    warm = Times(tuple(_warm(pre, post, out, repeats)))
-    print(f"compiled already | {warm.best:.2f} s | times the floor {ratio(warm, times['floor'])}")
-    print(f"memory above the imports | {max(m for m, _ in said):.2f} GiB")
+        print(f"{name} | {measured.best:.2f} | {ratio(measured, times['floor'])}")
+    if "mergekit-yaml" in times:
+        slower = ratio(times["mergekit-yaml"], times["deltalab-apply"])
+        print(f"mergekit-yaml takes {slower} times as long as deltalab-apply")
+    forget(out)
+    done = subprocess.run(
+        [sys.executable, "-c", APPLY, *map(str, (pre, post, out))],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    memory, seconds = map(float, done.stdout.split())
+    print(f"within a process: {seconds:.2f} s, {memory:.2f} GiB of memory above the imports")
+    shutil.rmtree(out)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,19 @@ class Times:
         return min(self.seconds)
 
 
-def alternate(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
-    """Run all ways once to warm up, then `repeats` times in turn."""
+def alternate(
+    ways: Mapping[str, Callable[[], object]],
+    repeats: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, Times]:
+    """Run all ways once to warm up, then `repeats` times in turn, each after `before`, untimed."""
     for way in ways.values():
+        before()
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
+            before()
             start = time.perf_counter()
             made = way()
             seconds[name].append(time.perf_counter() - start)
