@@ -11,6 +11,7 @@ from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
 from deltalab.extras import Extras
 from deltalab.models.aligned import saved_names
+from deltalab.native import Place
 from deltalab.select import selected
 from deltalab.weights import LazyWeights, Weights, shape_of
 
@@ -68,11 +69,39 @@ def edited_tensor(
         out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
     if isinstance(edit, Keep | Discard):
         return out.copy_(post if isinstance(edit, Keep) else pre)
-    if fused.wanted(edit, post, kernel) and fused.edited(pre, post, edit, needs, _edited, out):
+    compiled = fused.wanted(edit, post.numel(), kernel, post.device.type)
+    if compiled and fused.edited(pre, post, edit, needs, _edited, out):
         return out
     with torch.no_grad():
         _in_slices(pre, post, edit, needs, out)
     return out
+
+
+def edited_files(
+    edit: Any,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    files: tuple[Place, Place, Place],
+    count: int,
+    kernel: str = "auto",
+    **needs: Any,
+) -> bool:
+    """Edit entries of a pair of files into a third, with the bits of `edited_tensor`.
+
+    Args:
+        edit: the edit.
+        dtypes: of the pre-trained and of the post-trained tensor.
+        files: where the entries of the one and of the other are, and where to write the result:
+            file descriptors and positions in bytes.
+        count: how many entries, all of one tensor.
+        kernel: as for `edited_tensor`.
+        needs: the keyword arguments that the edit declares.
+
+    Returns:
+        Whether it was done: false where it is no matter of one compiled pass, or went wrong.
+    """
+    if getattr(edit, "unit", None) != "entry" or not fused.wanted(edit, count, kernel):
+        return False
+    return fused.edited_files(edit, dtypes, files, count, needs.get("rng"), _edited)
 
 
 def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:

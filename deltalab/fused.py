@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltalab import native
 from deltalab.edits import needs_of
-from deltalab.rng import Keyed
+from deltalab.rng import Keyed, Rng
 
 KERNELS = ("auto", "eager", "compiled")
 SMALLEST = 1 << 16
@@ -28,14 +28,15 @@ _broken: list[str] = []
 _kernels: deque[tuple[Any, Any, native.Kernel | None]] = deque(maxlen=16)
 
 
-def wanted(edit: Any, post: Tensor, kernel: str) -> bool:
+def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
     """Return whether to run an edit of one tensor compiled.
 
     Args:
         edit: the edit.
-        post: the tensor to edit.
-        kernel: "auto" compiles large tensors on the CPU; "eager" and "compiled" force either, as
-            far as the edit can be compiled.
+        count: entries of the tensor.
+        kernel: "auto" compiles for large tensors on the CPU; "eager" and "compiled" force either,
+            as far as the edit can be compiled.
+        device: type of the tensor's device.
 
     Raises:
         ValueError: an unknown kernel.
@@ -43,8 +44,8 @@ def wanted(edit: Any, post: Tensor, kernel: str) -> bool:
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel}: must be one of {', '.join(KERNELS)}")
     fusible = getattr(edit, "unit", None) == "entry" or getattr(edit, "fuses", False)
-    able = fusible and set(needs_of(edit)) <= {"rng", "grad"} and 0 < post.numel() < 1 << 31
-    large = post.numel() >= SMALLEST and post.device.type == "cpu"
+    able = fusible and set(needs_of(edit)) <= {"rng", "grad"} and 0 < count < 1 << 31
+    large = count >= SMALLEST and device == "cpu"
     return able and not _broken and (kernel == "compiled" or (kernel == "auto" and large))
 
 
@@ -56,7 +57,7 @@ def edited(
     body: native.Body,
     out: Tensor,
 ) -> bool:
-    """Write one edited tensor by a compiled pass; return whether compilation was possible.
+    """Write one edited tensor by a compiled pass; return whether that was possible.
 
     Args:
         pre: pre-trained tensor.
@@ -66,44 +67,69 @@ def edited(
         body: the eager function of (pre, post, edit, needs) to compile.
         out: where to put the result, contiguous.
     """
+    grads = [t for name, t in needs.items() if name == "grad"]
+    matrix = getattr(edit, "unit", None) != "entry" and post.ndim > 1
+    dtypes = tuple(t.dtype for t in (pre, post, *grads))
     try:
-        kernel = _native(pre, post, edit, needs, body)
+        kernel = _native(edit, dtypes, matrix, body) if post.device.type == "cpu" else None
         if kernel is None:
             out.copy_(_by_torch(pre, post, edit, needs, body))
         else:
-            flat = {k: t.contiguous().view(-1) for k, t in needs.items() if k == "grad"}
-            a, b = (t.detach().contiguous().view(-1) for t in (pre, post))
-            kernel(a, b, flat.get("grad"), needs.get("rng"), out.view(-1))
-        return True
+            flat = [t.detach().contiguous().view(-1) for t in (pre, post, *grads)]
+            kernel(flat, needs.get("rng"), out.view(-1))
     except Exception as error:
-        reason = _reason(error)
-        warnings.warn(f"edits run uncompiled, because compiling failed: {reason}", stacklevel=2)
-        _broken.append(reason)
+        _give_up(error)
+        return False
+    return True
+
+
+def edited_files(
+    edit: Any,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    files: tuple[native.Place, native.Place, native.Place],
+    count: int,
+    rng: Rng | None,
+    body: native.Body,
+) -> bool:
+    """Edit entries of a pair of files into a third; return whether that was possible.
+
+    Args:
+        edit: the edit, one of unit "entry".
+        dtypes: of the pre-trained and of the post-trained tensor.
+        files: where the entries of the one and of the other are, and where to write the result.
+        count: how many entries.
+        rng: the random numbers of the first entry and those after it, or None.
+        body: as for `edited`.
+    """
+    try:
+        kernel = _native(edit, dtypes, False, body)
+        return kernel is not None and kernel.between_files(files, count, rng)
+    except Exception as error:
+        _give_up(error)
         return False
 
 
-def _reason(error: Exception) -> str:
+def _give_up(error: Exception) -> None:
+    """Say once why edits run eagerly from here on."""
     said = error.stderr.decode(errors="replace") if isinstance(error, CalledProcessError) else ""
-    return (said.strip() or str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (said.strip() or str(error).strip() or type(error).__name__).splitlines()[0]
+    if not _broken:
+        warnings.warn(f"edits run uncompiled, because compiling failed: {reason}", stacklevel=3)
+    _broken.append(reason)
 
 
 def _native(
-    pre: Tensor, post: Tensor, edit: Any, needs: Mapping[str, Any], body: native.Body
+    edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: native.Body
 ) -> native.Kernel | None:
-    """Return the edit in C, or None if it has no translation or does not run on the CPU."""
-    if post.device.type != "cpu":
-        return None
-    grad = needs.get("grad")
-    matrix = getattr(edit, "unit", None) != "entry" and post.ndim > 1
-    dtypes = (pre.dtype, post.dtype, None if grad is None else grad.dtype)
+    """Return the edit in C, or None if it has no translation."""
     for known, setting, kernel in _kernels:
-        if known is edit and setting == (body, dtypes, matrix):
+        if known is edit and setting == (dtypes, matrix, body):
             return kernel
     try:
-        kernel = native.kernel(edit, tuple(needs), body, *dtypes, matrix=matrix)
+        kernel = native.kernel(edit, needs_of(edit), body, dtypes, matrix=matrix)
     except native.Untranslatable:
         kernel = None
-    _kernels.append((edit, (body, dtypes, matrix), kernel))
+    _kernels.append((edit, (dtypes, matrix, body), kernel))
     return kernel
 
 

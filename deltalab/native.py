@@ -13,7 +13,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deltalab.rng import Draws, Rng, mix
 
 Body = Callable[[Tensor, Tensor, Any, dict[str, Any]], Tensor]
+Place = tuple[int, int]
+"""A file descriptor and the position in it of the first byte."""
 PIECE = 1 << 20
 """Entries that a thread takes at once: a millisecond or so of work."""
 _SAMPLES = {False: ((15,), (14,)), True: ((5, 3), (2, 7))}
@@ -55,7 +57,9 @@ _BINARY |= {"__lshift__": "<<", "__rshift__": ">>"}
 _PRELUDE = """
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct { uint16_t bits; } bfloat16;
 
@@ -103,6 +107,54 @@ void edit({signature})
     }}
 }}
 """
+_FILES = """
+static bool take(int file, void *into, int64_t size, int64_t at)
+{{
+    for (char *to = into; size > 0;) {{
+        ssize_t count = pread(file, to, size, at);
+        if (count <= 0)
+            return false;
+        to += count, at += count, size -= count;
+    }}
+    return true;
+}}
+
+static bool put(int file, const void *from, int64_t size, int64_t at)
+{{
+    for (const char *rest = from; size > 0;) {{
+        ssize_t count = pwrite(file, rest, size, at);
+        if (count <= 0)
+            return false;
+        rest += count, at += count, size -= count;
+    }}
+    return true;
+}}
+
+/* From two files to a third in blocks that stay in the cache; false if anything is amiss. */
+bool edit_files(int64_t count, int pre, int64_t pre_at, int post, int64_t post_at, int out,
+                int64_t out_at, const int32_t *keys, const double *numbers)
+{{
+    const int64_t block = 1 << 16;
+    {pre} *a = malloc(block * sizeof *a);
+    {post} *b = malloc(block * sizeof *b), *c = malloc(block * sizeof *c);
+    bool fine = a && b && c;
+    for (int64_t start = 0; fine && start < count; start += block) {{
+        int64_t size = count - start < block ? count - start : block;
+        fine = take(pre, a, size * sizeof *a, pre_at + start * sizeof *a) &&
+               take(post, b, size * sizeof *b, post_at + start * sizeof *b);
+        if (fine) {{
+            edit(start, size, a, b, 0, c, keys, numbers, 0, count);
+            int32_t infinite = 0;
+            for (int64_t j = 0; j < size; j++)
+                infinite += {infinite};
+            fine = !infinite && put(out, c, size * sizeof *c, out_at + start * sizeof *c);
+        }}
+    }}
+    free(a), free(b), free(c);
+    return fine;
+}}
+"""
+_STREAMS = "bool edit_files("
 _TOTAL = """
 double total_{index}({signature})
 {{
@@ -148,34 +200,49 @@ class Kernel:
     def __post_init__(self) -> None:
         self._numbers = (ctypes.c_double * max(1, len(self.constants)))(*self.constants)
 
-    def __call__(
-        self, pre: Tensor, post: Tensor, grad: Tensor | None, rng: Rng | None, out: Tensor
-    ) -> None:
+    def __call__(self, tensors: Sequence[Tensor], rng: Rng | None, out: Tensor) -> None:
         """Write the edited tensor to `out`, by as many threads as PyTorch uses.
 
         Args:
-            pre: flat, contiguous, on the CPU, of the dtype the kernel was made for; so are the
-                others.
-            post: as long as `pre`.
-            grad: likewise, or None.
+            tensors: pre, post and, where the edit asks for it, the gradient: equally long, flat,
+                contiguous, on the CPU, of the dtypes the kernel was made for.
             rng: the random numbers of the tensor, or None.
             out: of post's length and dtype.
         """
-        library, count = _compiled(self.source), post.numel()
+        library, count = _compiled(self.source), out.numel()
         sums = (ctypes.c_double * max(1, self.totals))()
 
         def run(name: str, piece: tuple[int, int]) -> float:
             begin, size = piece
-            at = [None if t is None else t.data_ptr() + begin * t.itemsize for t in tensors]
+            a, b, *grad, made = (t.data_ptr() + begin * t.itemsize for t in (*tensors, out))
             keys = self._keys(rng.at(begin)) if rng is not None else None
-            made: float = getattr(library, name)(size, *at, keys, self._numbers, sums, count)
-            return made
+            slope = grad[0] if grad else None
+            arguments = (a, b, slope, made, keys, self._numbers, sums, count)
+            total: float = getattr(library, name)(0, size, *arguments)
+            return total
 
-        tensors = (pre, post, grad, out)
         pieces = list(_pieces(count, 0 if rng is None else rng.start))
         for index in range(self.totals):  # in the order of the pieces, whichever was done first
             sums[index] = sum(_each(partial(run, f"total_{index}"), pieces))
         _each(partial(run, "edit"), pieces)
+
+    def between_files(self, files: tuple[Place, Place, Place], count: int, rng: Rng | None) -> bool:
+        """Read, edit and write entries by one thread, without the interpreter's lock.
+
+        Args:
+            files: where the entries of pre and of post are, and where to write the result.
+            count: how many entries.
+            rng: the random numbers of the first entry and those after it, or None.
+
+        Returns:
+            Whether it was done: false if a file ends early or cannot be written, if an entry of the
+            result is not finite, or if the edit takes a sum or a gradient.
+        """
+        if _STREAMS not in self.source or (rng and rng.start % _PAGE + count > _PAGE):
+            return False
+        keys = self._keys(rng) if rng is not None else None
+        places = (number for place in files for number in place)
+        return bool(_compiled(self.source).edit_files(count, *places, keys, self._numbers))
 
     def _keys(self, rng: Rng) -> Any:
         words: list[int] = []
@@ -188,9 +255,7 @@ def kernel(
     edit: Any,
     needs: tuple[str, ...],
     body: Body,
-    pre: torch.dtype,
-    post: torch.dtype,
-    grad: torch.dtype | None = None,
+    dtypes: tuple[torch.dtype, ...],
     *,
     matrix: bool = False,
 ) -> Kernel:
@@ -200,9 +265,8 @@ def kernel(
         edit: the edit.
         needs: what it asks for, of "rng" and "grad".
         body: the function of (pre, post, edit, needs) to record.
-        pre: dtype of the pre-trained tensor.
-        post: dtype of the post-trained tensor and of the result.
-        grad: dtype of the gradient.
+        dtypes: of the pre-trained tensor, of the post-trained one and the result, and where there
+            is one of the gradient.
         matrix: whether the edit is shown a matrix; entries are numbered row by row.
 
     Raises:
@@ -210,17 +274,16 @@ def kernel(
 
     >>> from deltalab.edits.expo import Expo
     >>> add = lambda pre, post, edit, needs: pre + edit(post - pre)
-    >>> made = kernel(Expo(alpha=0.5), (), add, torch.float32, torch.float32)
+    >>> made = kernel(Expo(alpha=0.5), (), add, (torch.float32, torch.float32))
     >>> a, b, out = torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.empty(3)
-    >>> made(a, b, None, None, out)
+    >>> made([a, b], None, out)
     >>> out
     tensor([1.5000, 3.0000, 6.0000])
     """
-    for dtype in (pre, post, grad):
-        if dtype is not None and dtype not in _TYPES:
+    for dtype in dtypes:
+        if dtype not in _TYPES:
             raise Untranslatable(str(dtype))
-    dtypes = (pre, post, grad)
-    one, other = (_written(edit, needs, body, dtypes, s) for s in _SAMPLES[matrix])
+    one, other = (_written(edit, needs, body, dtypes, shape) for shape in _SAMPLES[matrix])
     if one != other:
         raise Untranslatable("the size of the tensor enters the computation")
     return one
@@ -230,28 +293,28 @@ def _written(
     edit: Any,
     needs: tuple[str, ...],
     body: Body,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...],
 ) -> Kernel:
-    pre, post = (torch.ones(shape, dtype=dtype) for dtype in dtypes[:2])
-    grad = None if dtypes[2] is None else torch.ones(shape, dtype=dtypes[2])
+    pre, post, *grad = (torch.ones(shape, dtype=dtype) for dtype in dtypes)
     streams = _Streams(shape)
-    given: dict[str, Any] = {"rng": streams, "grad": grad}
+    given: dict[str, Any] = {"rng": streams, "grad": grad[0] if grad else None}
     try:
         with torch.no_grad(), _Recorder() as recorder:
             result = body(pre, post, edit, {name: given[name] for name in needs})
     except Exception as error:  # on so small a tensor; whoever calls it on the real one will see
         raise Untranslatable(str(error)) from error
     writer = _Writer(shape)
-    writer.names = {id(pre): "pre[i]", id(post): "post[i]", id(grad): "grad[i]"}
-    writer.names[id(streams.counter)] = "(int32_t)i"
+    inputs = zip((pre, post, *grad), ("pre", "post", "grad"), strict=False)
+    writer.names = {id(tensor): f"{name}[i]" for tensor, name in inputs}
+    writer.names[id(streams.counter)] = "(int32_t)(begin + i)"
     for index, word in enumerate(streams.words):
         writer.names[id(word)] = f"keys[{index}]"
     for step in recorder.steps:
         writer.take(*step)
     if result.dtype != post.dtype or result.shape != post.shape:
         raise Untranslatable(f"a result of {result.dtype} in {tuple(result.shape)}")
-    source = writer.program(writer.operand(result, post.dtype), *dtypes)
+    source = writer.program(writer.operand(result, post.dtype), dtypes)
     return Kernel(source, writer.constants, list(streams.taken), len(writer.totals))
 
 
@@ -412,17 +475,17 @@ class _Writer:
         mean = f"sums[{index}]" + (" / (double)whole" if name == "mean" else "")
         return _cast(mean, torch.float64, out.dtype)
 
-    def program(
-        self, result: str, pre: torch.dtype, post: torch.dtype, grad: torch.dtype | None
-    ) -> str:
-        """Return the C program: a function for each sum, and the one that edits."""
+    def program(self, result: str, dtypes: tuple[torch.dtype, ...]) -> str:
+        """Return the C program: a function for each sum, the one that edits, one for files."""
+        pre, post, grad = (_TYPES[dtype] for dtype in (*dtypes, torch.float32)[:3])
         signature = ", ".join(
             [
+                "int64_t begin",
                 "int64_t count",
-                f"const {_TYPES[pre]} *restrict pre",
-                f"const {_TYPES[post]} *restrict post",
-                f"const {_TYPES[grad or torch.float32]} *restrict grad",
-                f"{_TYPES[post]} *restrict out",
+                f"const {pre} *restrict pre",
+                f"const {post} *restrict post",
+                f"const {grad} *restrict grad",
+                f"{post} *restrict out",
                 "const int32_t *restrict keys",
                 "const double *restrict numbers",
                 "const double *restrict sums",
@@ -443,6 +506,11 @@ class _Writer:
             )
         before, each = lines(self.scalars, 1), lines(self.entries, 2)
         parts.append(_LOOP.format(signature=signature, scalars=before, entries=each, result=result))
+        if not self.totals and len(dtypes) == 2:
+            infinite = "!__builtin_isfinite((double)c[j])"
+            if post == "bfloat16":
+                infinite = "(c[j].bits & 0x7F80) == 0x7F80"
+            parts.append(_FILES.format(pre=pre, post=post, infinite=infinite))
         return "".join(parts)
 
 
@@ -507,9 +575,12 @@ def _compiled(source: str) -> Any:
             capture_output=True,
         )
         loaded = ctypes.CDLL(str(library))
-    pointer = ctypes.c_void_p
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name in ["edit", *(f"total_{n}" for n in range(source.count("\ndouble total_")))]:
         function = getattr(loaded, name)
-        function.argtypes = [ctypes.c_int64, *[pointer] * 7, ctypes.c_int64]
+        function.argtypes = [number, number, *[pointer] * 7, number]
         function.restype = None if name == "edit" else ctypes.c_double
+    if _STREAMS in source:
+        loaded.edit_files.argtypes = [number, *[ctypes.c_int, number] * 3, pointer, pointer]
+        loaded.edit_files.restype = ctypes.c_bool
     return loaded

@@ -261,9 +261,19 @@ def _edit_piece(
 ) -> None:
     """Read, edit, check and write the entries of one piece; a pool shares all but the edit."""
     old, new, (start, stop) = plan.pre[name], plan.post[name], piece
+    needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
+    dtypes = (_dtype(old), _dtype(new))
+    with open(old.file, "rb") as one, open(new.file, "rb") as other:
+        places = (
+            (one.fileno(), old.begin + start * _item(old)),
+            (other.fileno(), new.begin + start * _item(new)),
+            (target.fileno(), new.begin + start * _item(new)),
+        )
+        if apply.edited_files(edit, dtypes, places, stop - start, kernel, **needs):
+            return
     a, b, out = (
-        _buffers.take(use, _dtype(entry), stop - start)
-        for use, entry in (("pre", old), ("post", new), ("out", new))
+        _buffers.take(use, dtype, stop - start)
+        for use, dtype in zip(("pre", "post", "out"), (*dtypes, dtypes[1]), strict=True)
     )
 
     def load(part: tuple[int, int]) -> None:
@@ -277,7 +287,6 @@ def _edit_piece(
     each = map if pool is None else pool.map
     parts, shape = list(_pieces(stop - start, 1)), _shape(new.shape, stop - start, width)
     list(each(load, parts))
-    needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
     apply.edited_tensor(a.view(shape), b.view(shape), edit, kernel, out.view(shape), **needs)
     list(each(save, parts))
 

@@ -184,13 +184,16 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "pre", tmp_path / "post"
 
 
+@pytest.mark.parametrize("kernel", ["eager", "compiled"])
 @pytest.mark.parametrize("slice_size", [100, 1 << 22])
 @pytest.mark.parametrize("edit", STREAMED, ids=str)
-def test_streaming_equals_editing_in_memory(edit, slice_size, pair, tmp_path, monkeypatch) -> None:
+def test_streaming_equals_editing_in_memory(
+    edit, slice_size, kernel, pair, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(stream, "SLICE", slice_size)
-    stream.stream(*pair, tmp_path / "out", edit, select="matrices", seed=3)
+    stream.stream(*pair, tmp_path / "out", edit, select="matrices", seed=3, kernel=kernel)
     pre, post, out = loaded(pair[0]), loaded(pair[1]), loaded(tmp_path / "out")
-    edited = apply.edited(pre, post, edit, "matrices", Extras(needs_of(edit), 3))
+    edited = apply.edited(pre, post, edit, "matrices", Extras(needs_of(edit), 3), "eager")
     assert set(edited) == {n for n in post if post[n].ndim > 1}
     for name, tensor_ in post.items():
         expected = edited.get(name, tensor_)
@@ -313,13 +316,13 @@ def test_an_error_on_the_way_leaves_nothing(pair, tmp_path, monkeypatch) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["post", "pre"]
 
 
-def test_an_overflow_is_named_and_leaves_nothing(tmp_path) -> None:
+@pytest.mark.parametrize("kernel", ["eager", "compiled"])
+def test_an_overflow_is_named_and_leaves_nothing(kernel, tmp_path) -> None:
     for directory, value in (("pre", 0.0), ("post", 6e4)):
         write(tmp_path / directory, value, dtype=torch.float16)
+    places = [tmp_path / name for name in ("pre", "post", "out")]
     with pytest.raises(ValueError, match=r"the edit exceeds float16 in \d+ of"):
-        stream.stream(
-            tmp_path / "pre", tmp_path / "post", tmp_path / "out", Expo(1.0), select="all", seed=0
-        )
+        stream.stream(*places, Expo(1.0), select="all", seed=0, kernel=kernel)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """Edits written in C give the bits that PyTorch gives, or are refused."""
 
+import os
 import warnings
 
 import pytest
@@ -46,7 +47,9 @@ def needed(edit, dtype: torch.dtype = F32) -> dict:
 @pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_c_and_eager_give_the_same_bits(edit, dtypes) -> None:
     (pre, post), needs = pair(*dtypes), needed(edit, dtypes[0])
-    assert fused._native(pre, post, edit, needs, apply._edited), "not translated"
+    dtypes = (*dtypes, *(t.dtype for name, t in needs.items() if name == "grad"))
+    matrix = getattr(edit, "unit", "") != "entry"
+    assert fused._native(edit, dtypes, matrix, apply._edited), "not translated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
@@ -87,6 +90,52 @@ def test_views_are_edited_as_they_read() -> None:
     assert torch.equal(compiled, apply.edited_tensor(pre, post, edit, "eager", rng=rng))
 
 
+def between_files(directory, edit, pre: Tensor, post: Tensor, rng: Rng) -> Tensor | None:
+    """Edit by way of files whose tensors begin and end somewhere inside."""
+    given = {"pre": (pre, 24), "post": (post, 40), "out": (torch.zeros_like(post), 8)}
+    files = []
+    for name, (value, begin) in given.items():
+        data = b"x" * begin + value.view(torch.uint8).numpy().tobytes() + b"x" * 10
+        (directory / name).write_bytes(data)
+        files.append((os.open(directory / name, os.O_RDWR), begin))
+    try:
+        dtypes = (pre.dtype, post.dtype)
+        kernel = "compiled"
+        done = apply.edited_files(edit, dtypes, tuple(files), len(post), kernel, rng=rng)
+    finally:
+        for file, _ in files:
+            os.close(file)
+    written = (directory / "out").read_bytes()
+    assert (written[:8], written[-10:]) == (b"x" * 8, b"x" * 10), "the rest of the file"
+    return torch.frombuffer(bytearray(written[8:-10]), dtype=post.dtype) if done else None
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, BF16), (F16, F64)], ids=str)
+def test_from_file_to_file(dtypes, tmp_path) -> None:
+    pre, post = (tensor((150_001,), seed=i).to(dtype) for i, dtype in enumerate(dtypes))
+    edit, rng = Dare(p=0.5, k=0.5), Rng(3, "w", start=70_000)
+    expected = apply.edited_tensor(pre, post, edit, "eager", rng=rng)
+    assert torch.equal(between_files(tmp_path, edit, pre, post, rng), expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
+def test_what_is_not_finite_goes_another_way(dtype, tmp_path) -> None:
+    edit, rng = Dare(p=0.5, k=4.0), Rng(0, "w")
+    pre, post = tensor((100_000,)).to(dtype), tensor((100_000,), seed=1).to(dtype)
+    pre[70_000], post[70_000] = 0.0, min(torch.finfo(dtype).max, torch.finfo(F32).max)
+    expected = apply.edited_tensor(pre, post, edit, "eager", rng=rng)
+    made = between_files(tmp_path, edit, pre, post, rng)
+    assert (made is None) == (not expected.isfinite().all())
+    assert dtype == F64 or made is None
+
+
+def test_files_that_end_early_and_pages_of_indices_go_another_way(tmp_path) -> None:
+    edit, (pre, post) = Expo(alpha=0.5), (tensor((1000,)), tensor((1000,), seed=1))
+    assert between_files(tmp_path, edit, pre, post, Rng(0, "w")) is not None
+    assert between_files(tmp_path, edit, pre, post, Rng(0, "w", start=2**32 - 10)) is None
+    assert between_files(tmp_path, edit, pre[:900], post, Rng(0, "w")) is None
+
+
 OPERATIONS = {
     "arithmetic": lambda a, b: (a + b) * (a - 2.5) / (b * b + 0.75) - (1 - a),
     "integers": lambda a, b: ((a * 1e6).int() * 77777 - (b * 1e6).int() + 5).float(),
@@ -115,9 +164,8 @@ def test_every_operation_that_is_translated(name: str) -> None:
         return OPERATIONS[name](pre, post)
 
     out = torch.empty_like(a)
-    native.kernel(None, (), body, F32, F32, matrix=True)(
-        a.view(-1), b.view(-1), None, None, out.view(-1)
-    )
+    made = native.kernel(None, (), body, (F32, F32), matrix=True)
+    made([a.view(-1), b.view(-1)], None, out.view(-1))
     assert torch.equal(bits(out), bits(body(a, b, None, {})))
 
 
@@ -137,13 +185,13 @@ def test_every_operation_that_is_translated(name: str) -> None:
 )
 def test_what_has_no_translation_is_refused(body, reason: str) -> None:
     with pytest.raises(native.Untranslatable, match=reason):
-        native.kernel(None, (), body, F32, F32, matrix=True)
+        native.kernel(None, (), body, (F32, F32), matrix=True)
 
 
 def test_what_has_no_translation_is_left_to_torch() -> None:
     edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row")
     (pre, post), needs = pair(F32), needed(edit)
-    assert fused._native(pre, post, edit, needs, apply._edited) is None
+    assert fused._native(edit, (F32, F32), True, apply._edited) is None
     compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
     assert torch.equal(compiled, apply.edited_tensor(pre, post, edit, "eager", **needs))
 
@@ -166,12 +214,12 @@ def test_without_a_compiler_edits_run_eagerly_with_one_warning(compiler, monkeyp
 
 
 def test_small_tensors_do_not_compile() -> None:
-    small, large = torch.empty(100), torch.empty(fused.SMALLEST)
-    edit = Expo(alpha=0.5)
-    assert not fused.wanted(edit, small, "auto")
+    edit, large = Expo(alpha=0.5), fused.SMALLEST
+    assert not fused.wanted(edit, 100, "auto")
     assert fused.wanted(edit, large, "auto")
-    assert fused.wanted(edit, small, "compiled")
+    assert not fused.wanted(edit, large, "auto", "cuda")
+    assert fused.wanted(edit, 100, "compiled")
     assert not fused.wanted(edit, large, "eager")
     assert not fused.wanted(Ties(keep=0.5, scope="tensor"), large, "compiled")
     with pytest.raises(ValueError, match="kernel=fast: must be one of auto, eager, compiled"):
-        fused.wanted(edit, small, "fast")
+        fused.wanted(edit, 100, "fast")
