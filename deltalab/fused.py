@@ -1,9 +1,9 @@
 """Edits as one compiled pass over memory: read W_pre and W_post, edit, write W_edit.
 
-On the CPU the edit is written in C (`native`), which takes a tenth of a second; elsewhere, and
-where it takes operations that have no translation, `torch.compile` does the work. The compiled
-function is the eager one, so that all give the same bits. Numbers in an edit's fields and the
-random keys enter as values, so that a sweep over hyper-parameters compiles once.
+On the CPU the edit is written in C (`translation`, `native`), which takes a tenth of a second;
+elsewhere, and where it takes operations that have no translation, `torch.compile` does the work.
+The compiled function is the eager one, so that all give the same bits. Numbers in an edit's fields
+and the random keys enter as values, so that a sweep over hyper-parameters compiles once.
 """
 
 import warnings
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltalab import native
+from deltalab import native, translation
 from deltalab.edits import needs_of
 from deltalab.rng import Keyed, Rng
+from deltalab.translation import Body, Program
 
 KERNELS = ("auto", "eager", "compiled")
 SMALLEST = 1 << 16
 """Elements from which `auto` compiles: below, eager slices cost less than a compiler ever saves."""
 _STREAMS = 4
 _broken: list[str] = []
-_kernels: deque[tuple[Any, Any, native.Kernel | None]] = deque(maxlen=16)
+_programs: deque[tuple[Any, Any, Program | None]] = deque(maxlen=16)
 
 
 def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
@@ -54,7 +55,7 @@ def edited(
     post: Tensor,
     edit: Any,
     needs: Mapping[str, Any],
-    body: native.Body,
+    body: Body,
     out: Tensor,
 ) -> bool:
     """Write one edited tensor by a compiled pass; return whether that was possible.
@@ -71,12 +72,12 @@ def edited(
     matrix = getattr(edit, "unit", None) != "entry" and post.ndim > 1
     dtypes = tuple(t.dtype for t in (pre, post, *grads))
     try:
-        kernel = _native(edit, dtypes, matrix, body) if post.device.type == "cpu" else None
-        if kernel is None:
+        program = _program(edit, dtypes, matrix, body) if post.device.type == "cpu" else None
+        if program is None:
             out.copy_(_by_torch(pre, post, edit, needs, body))
         else:
             flat = [t.detach().contiguous().view(-1) for t in (pre, post, *grads)]
-            kernel(flat, needs.get("rng"), out.view(-1))
+            native.edit(program, flat, needs.get("rng"), out.view(-1))
     except Exception as error:
         _give_up(error)
         return False
@@ -89,7 +90,7 @@ def edited_files(
     files: tuple[native.Place, native.Place, native.Place],
     count: int,
     rng: Rng | None,
-    body: native.Body,
+    body: Body,
 ) -> bool:
     """Edit entries of a pair of files into a third; return whether that was possible.
 
@@ -102,8 +103,8 @@ def edited_files(
         body: as for `edited`.
     """
     try:
-        kernel = _native(edit, dtypes, False, body)
-        return kernel is not None and kernel.between_files(files, count, rng)
+        program = _program(edit, dtypes, False, body)
+        return program is not None and native.edit_files(program, files, count, rng)
     except Exception as error:
         _give_up(error)
         return False
@@ -118,24 +119,22 @@ def _give_up(error: Exception) -> None:
     _broken.append(reason)
 
 
-def _native(
-    edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: native.Body
-) -> native.Kernel | None:
+def _program(
+    edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body
+) -> Program | None:
     """Return the edit in C, or None if it has no translation."""
-    for known, setting, kernel in _kernels:
+    for known, setting, program in _programs:
         if known is edit and setting == (dtypes, matrix, body):
-            return kernel
+            return program
     try:
-        kernel = native.kernel(edit, needs_of(edit), body, dtypes, matrix=matrix)
-    except native.Untranslatable:
-        kernel = None
-    _kernels.append((edit, (dtypes, matrix, body), kernel))
-    return kernel
+        program = translation.program(edit, needs_of(edit), body, dtypes, matrix=matrix)
+    except translation.Untranslatable:
+        program = None
+    _programs.append((edit, (dtypes, matrix, body), program))
+    return program
 
 
-def _by_torch(
-    pre: Tensor, post: Tensor, edit: Any, needs: Mapping[str, Any], body: native.Body
-) -> Tensor:
+def _by_torch(pre: Tensor, post: Tensor, edit: Any, needs: Mapping[str, Any], body: Body) -> Tensor:
     shape, rng = post.shape, needs.get("rng")
     if getattr(edit, "unit", None) == "entry" or post.ndim < 2:
         flat = [t.detach().reshape(-1) for t in (pre, post)]

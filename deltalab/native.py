@@ -1,536 +1,107 @@
-"""Edits as C: the tensor operations of an edit, recorded once and written as one loop over memory.
+"""Run edits as machine code: C programs (`translation`) compiled by the system's compiler.
 
-The edit itself runs on a few entries while PyTorch's dispatcher tells which operations it takes;
-each becomes one line of C in the same type, so that the bits are the same: every operation here is
-rounded once, as IEEE 754 has it, and the compiler may not contract or reorder them. Floating-point
-numbers become parameters, so that a sweep over hyper-parameters compiles once, which takes the
-system's compiler a tenth of a second. Sums over a tensor end a loop; what needs the sum comes in
-the next one. An operation that is not in the tables below raises `Untranslatable`.
+That takes a tenth of a second. The compiler may neither contract nor reorder what is rounded, so
+that the bits are those of the edit's own tensor operations. The code runs without the interpreter's
+lock, so that threads share a tensor, or read, edit and write at once.
 """
 
 import ctypes
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
-from dataclasses import dataclass, field
 from functools import lru_cache, partial, reduce
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltalab.rng import Draws, Rng, mix
+from deltalab.rng import Rng
+from deltalab.translation import Program
 
-Body = Callable[[Tensor, Tensor, Any, dict[str, Any]], Tensor]
 Place = tuple[int, int]
 """A file descriptor and the position in it of the first byte."""
 PIECE = 1 << 20
 """Entries that a thread takes at once: a millisecond or so of work."""
-_SAMPLES = {False: ((15,), (14,)), True: ((5, 3), (2, 7))}
-_KEYS = 16
 _PAGE = 1 << 32
-_TYPES = {
-    torch.float64: "double",
-    torch.float32: "float",
-    torch.float16: "_Float16",
-    torch.bfloat16: "bfloat16",
-    torch.int64: "int64_t",
-    torch.int32: "int32_t",
-    torch.bool: "bool",
-}
-_NARROW = (torch.float16, torch.bfloat16)
-_WRAPPED = {torch.int32: "uint32_t", torch.int64: "uint64_t"}
-_FILLED = {"zeros": None, "zeros_like": None, "scalar_tensor": 0, "full": 1, "full_like": 1}
-_COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-_BINARY |= {f"bitwise_{n}": s for n, s in (("and", "&"), ("or", "|"), ("xor", "^"))}
-_BINARY |= {f"__{n}__": s for n, s in (("and", "&"), ("or", "|"), ("xor", "^"))}
-_BINARY |= {"__lshift__": "<<", "__rshift__": ">>"}
-_PRELUDE = """
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-typedef struct { uint16_t bits; } bfloat16;
-
-static inline float from_bfloat16(bfloat16 x)
-{
-    uint32_t word = (uint32_t)x.bits << 16;
-    float y;
-    memcpy(&y, &word, 4);
-    return y;
-}
-
-static inline bfloat16 to_bfloat16(float x)  /* to the nearest, ties to even */
-{
-    uint32_t word;
-    memcpy(&word, &x, 4);
-    uint16_t near = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-    return (bfloat16){x != x ? 0x7FC0 : near};
-}
-
-static inline int32_t bits_of_float(float x) { int32_t y; memcpy(&y, &x, 4); return y; }
-static inline float float_of_bits(int32_t x) { float y; memcpy(&y, &x, 4); return y; }
-
-/* A call, since compilers take (float)(int)x for a rounding, which would keep the sign of zero. */
-static __attribute__((noinline)) int64_t whole_of(double x) { return (int64_t)x; }
-
-static double added(const double *x, int64_t count)  /* eight by eight, in a fixed order */
-{
-    double lane[8] = {0};
-    for (int64_t i = 0; i < count; i += 8)
-        for (int64_t j = 0; j < 8; j++)
-            lane[j] += x[i + j];
-    for (int64_t half = 4; half; half /= 2)
-        for (int64_t j = 0; j < half; j++)
-            lane[j] += lane[j + half];
-    return lane[0];
-}
-"""
-_LOOP = """
-void edit({signature})
-{{
-{scalars}
-    for (int64_t i = 0; i < count; i++) {{
-{entries}
-        out[i] = {result};
-    }}
-}}
-"""
-_FILES = """
-static bool take(int file, void *into, int64_t size, int64_t at)
-{{
-    for (char *to = into; size > 0;) {{
-        ssize_t count = pread(file, to, size, at);
-        if (count <= 0)
-            return false;
-        to += count, at += count, size -= count;
-    }}
-    return true;
-}}
-
-static bool put(int file, const void *from, int64_t size, int64_t at)
-{{
-    for (const char *rest = from; size > 0;) {{
-        ssize_t count = pwrite(file, rest, size, at);
-        if (count <= 0)
-            return false;
-        rest += count, at += count, size -= count;
-    }}
-    return true;
-}}
-
-/* From two files to a third in blocks that stay in the cache; false if anything is amiss. */
-bool edit_files(int64_t count, int pre, int64_t pre_at, int post, int64_t post_at, int out,
-                int64_t out_at, const int32_t *keys, const double *numbers)
-{{
-    const int64_t block = 1 << 16;
-    {pre} *a = malloc(block * sizeof *a);
-    {post} *b = malloc(block * sizeof *b), *c = malloc(block * sizeof *c);
-    bool fine = a && b && c;
-    for (int64_t start = 0; fine && start < count; start += block) {{
-        int64_t size = count - start < block ? count - start : block;
-        fine = take(pre, a, size * sizeof *a, pre_at + start * sizeof *a) &&
-               take(post, b, size * sizeof *b, post_at + start * sizeof *b);
-        if (fine) {{
-            edit(start, size, a, b, 0, c, keys, numbers, 0, count);
-            int32_t infinite = 0;
-            for (int64_t j = 0; j < size; j++)
-                infinite += {infinite};
-            fine = !infinite && put(out, c, size * sizeof *c, out_at + start * sizeof *c);
-        }}
-    }}
-    free(a), free(b), free(c);
-    return fine;
-}}
-"""
-_STREAMS = "bool edit_files("
-_TOTAL = """
-double total_{index}({signature})
-{{
-    double block[1024], sum = 0;
-{scalars}
-    for (int64_t start = 0; start < count; start += 1024) {{
-        int64_t size = count - start < 1024 ? count - start : 1024;
-        for (int64_t j = 0; j < size; j++) {{
-            int64_t i = start + j;
-{entries}
-            block[j] = {result};
-        }}
-        for (int64_t j = size; j % 8; j++)
-            block[j] = 0;
-        sum += added(block, size);
-    }}
-    return sum;
-}}
-"""
+_EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_RESULTS = {"void": None, "double": ctypes.c_double, "bool": ctypes.c_bool}
 
 
-class Untranslatable(Exception):
-    """The edit takes an operation that cannot be written in C here."""
-
-
-@dataclass
-class Kernel:
-    """One edit, for given dtypes, compiled: a function of flat tensors.
-
-    Attributes:
-        source: the C program; edits that differ in their floating-point numbers alone share it.
-        constants: those numbers.
-        streams: the random streams it reads: the forks on the way to each, and its number.
-        totals: how many sums over the whole tensor it takes first.
-    """
-
-    source: str
-    constants: list[float]
-    streams: list[tuple[tuple[str, ...], int]]
-    totals: int
-    _numbers: Any = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        self._numbers = (ctypes.c_double * max(1, len(self.constants)))(*self.constants)
-
-    def __call__(self, tensors: Sequence[Tensor], rng: Rng | None, out: Tensor) -> None:
-        """Write the edited tensor to `out`, by as many threads as PyTorch uses.
-
-        Args:
-            tensors: pre, post and, where the edit asks for it, the gradient: equally long, flat,
-                contiguous, on the CPU, of the dtypes the kernel was made for.
-            rng: the random numbers of the tensor, or None.
-            out: of post's length and dtype.
-        """
-        library, count = _compiled(self.source), out.numel()
-        sums = (ctypes.c_double * max(1, self.totals))()
-
-        def run(name: str, piece: tuple[int, int]) -> float:
-            begin, size = piece
-            a, b, *grad, made = (t.data_ptr() + begin * t.itemsize for t in (*tensors, out))
-            keys = self._keys(rng.at(begin)) if rng is not None else None
-            slope = grad[0] if grad else None
-            arguments = (a, b, slope, made, keys, self._numbers, sums, count)
-            total: float = getattr(library, name)(0, size, *arguments)
-            return total
-
-        pieces = list(_pieces(count, 0 if rng is None else rng.start))
-        for index in range(self.totals):  # in the order of the pieces, whichever was done first
-            sums[index] = sum(_each(partial(run, f"total_{index}"), pieces))
-        _each(partial(run, "edit"), pieces)
-
-    def between_files(self, files: tuple[Place, Place, Place], count: int, rng: Rng | None) -> bool:
-        """Read, edit and write entries by one thread, without the interpreter's lock.
-
-        Args:
-            files: where the entries of pre and of post are, and where to write the result.
-            count: how many entries.
-            rng: the random numbers of the first entry and those after it, or None.
-
-        Returns:
-            Whether it was done: false if a file ends early or cannot be written, if an entry of the
-            result is not finite, or if the edit takes a sum or a gradient.
-        """
-        if _STREAMS not in self.source or (rng and rng.start % _PAGE + count > _PAGE):
-            return False
-        keys = self._keys(rng) if rng is not None else None
-        places = (number for place in files for number in place)
-        return bool(_compiled(self.source).edit_files(count, *places, keys, self._numbers))
-
-    def _keys(self, rng: Rng) -> Any:
-        words: list[int] = []
-        for labels, stream in self.streams:
-            words += reduce(Rng.fork, labels, rng).words(stream)
-        return (ctypes.c_int32 * max(1, len(words)))(*words)
-
-
-def kernel(
-    edit: Any,
-    needs: tuple[str, ...],
-    body: Body,
-    dtypes: tuple[torch.dtype, ...],
-    *,
-    matrix: bool = False,
-) -> Kernel:
-    """Record an edit on a few entries and write it as C.
+def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tensor) -> None:
+    """Write the edited tensor to `out`, by as many threads as PyTorch uses.
 
     Args:
-        edit: the edit.
-        needs: what it asks for, of "rng" and "grad".
-        body: the function of (pre, post, edit, needs) to record.
-        dtypes: of the pre-trained tensor, of the post-trained one and the result, and where there
-            is one of the gradient.
-        matrix: whether the edit is shown a matrix; entries are numbered row by row.
-
-    Raises:
-        Untranslatable: it takes an operation that has no translation, or depends on the shape.
+        program: the edit.
+        tensors: pre, post and, where the edit asks for it, the gradient: equally long, flat,
+            contiguous, on the CPU, of the dtypes the program was made for.
+        rng: the random numbers of the tensor, or None.
+        out: of post's length and dtype.
 
     >>> from deltalab.edits.expo import Expo
+    >>> from deltalab.translation import program
     >>> add = lambda pre, post, edit, needs: pre + edit(post - pre)
-    >>> made = kernel(Expo(alpha=0.5), (), add, (torch.float32, torch.float32))
+    >>> made = program(Expo(alpha=0.5), (), add, (torch.float32, torch.float32))
     >>> a, b, out = torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.empty(3)
-    >>> made([a, b], None, out)
+    >>> edit(made, [a, b], None, out)
     >>> out
     tensor([1.5000, 3.0000, 6.0000])
     """
-    for dtype in dtypes:
-        if dtype not in _TYPES:
-            raise Untranslatable(str(dtype))
-    one, other = (_written(edit, needs, body, dtypes, shape) for shape in _SAMPLES[matrix])
-    if one != other:
-        raise Untranslatable("the size of the tensor enters the computation")
-    return one
+    library, count = _compiled(program.source), out.numel()
+    numbers, sums = _doubles(program.numbers), _doubles([0.0] * program.totals)
 
-
-def _written(
-    edit: Any,
-    needs: tuple[str, ...],
-    body: Body,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-) -> Kernel:
-    pre, post, *grad = (torch.ones(shape, dtype=dtype) for dtype in dtypes)
-    streams = _Streams(shape)
-    given: dict[str, Any] = {"rng": streams, "grad": grad[0] if grad else None}
-    try:
-        with torch.no_grad(), _Recorder() as recorder:
-            result = body(pre, post, edit, {name: given[name] for name in needs})
-    except Exception as error:  # on so small a tensor; whoever calls it on the real one will see
-        raise Untranslatable(str(error)) from error
-    writer = _Writer(shape)
-    inputs = zip((pre, post, *grad), ("pre", "post", "grad"), strict=False)
-    writer.names = {id(tensor): f"{name}[i]" for tensor, name in inputs}
-    writer.names[id(streams.counter)] = "(int32_t)(begin + i)"
-    for index, word in enumerate(streams.words):
-        writer.names[id(word)] = f"keys[{index}]"
-    for step in recorder.steps:
-        writer.take(*step)
-    if result.dtype != post.dtype or result.shape != post.shape:
-        raise Untranslatable(f"a result of {result.dtype} in {tuple(result.shape)}")
-    source = writer.program(writer.operand(result, post.dtype), dtypes)
-    return Kernel(source, writer.constants, list(streams.taken), len(writer.totals))
-
-
-class _Streams(Draws):
-    """Random numbers while an edit is recorded: notes which streams are read."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.counter = torch.arange(prod(shape), dtype=torch.int32).reshape(shape)
-        self.words = [torch.zeros((), dtype=torch.int32) for _ in range(2 * _KEYS)]
-        self.taken: dict[tuple[tuple[str, ...], int], int] = {}
-        self.labels: tuple[str, ...] = ()
-
-    def fork(self, label: str) -> "_Streams":
-        """Return what `Rng.fork` does."""
-        other = copy(self)
-        other.labels = (*self.labels, label)
-        return other
-
-    def bits(self, like: Tensor, stream: int = 0) -> Tensor:
-        """Return 32 random bits per element."""
-        if like.shape != self.counter.shape:
-            raise Untranslatable("random numbers of another shape than the tensor's")
-        slot = self.taken.setdefault((self.labels, stream), len(self.taken))
-        if slot == _KEYS:
-            raise Untranslatable("too many random streams")
-        return mix(self.counter, self.words[2 * slot], self.words[2 * slot + 1])
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps every operation with its arguments and its result."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is traced; skipping would import the tracer, 1.4 s
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.steps.append((func, args, kwargs or {}, out))
-        return out
-
-
-class _Writer:
-    """Turns recorded operations into C statements: before the loop, or one an entry."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self.names: dict[int, str] = {}
-        self.scalars: list[str] = []
-        self.entries: list[str] = []
-        self.constants: list[float] = []
-        self.totals: list[tuple[int, int, str]] = []
-
-    def take(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Write one operation.
-
-        Raises:
-            Untranslatable: it is in none of the tables.
-        """
-        name = func.overloadpacket.__name__
-        shaped = isinstance(out, Tensor) and tuple(out.shape) in ((), self.shape)
-        if not shaped or func._schema.is_mutable or out.dtype not in _TYPES:
-            raise Untranslatable(str(func))
-        code = self.expression(name, args, kwargs, out)
-        if code is None:
-            raise Untranslatable(str(func))
-        place = self.entries if out.shape else self.scalars
-        self.names[id(out)] = f"{'v' if out.shape else 's'}{len(place)}"
-        place.append(f"const {_TYPES[out.dtype]} {self.names[id(out)]} = {code};")
-
-    def expression(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-    ) -> str | None:
-        """Return the C expression of one operation, or None."""
-        kind = out.dtype
-        if name in ("alias", "clone", "detach", "view", "_to_copy") and not (
-            name == "view" and args[1:] and isinstance(args[1], torch.dtype)
-        ):
-            return self.operand(args[0], kind)
-        if name == "view":
-            return self.reinterpreted(args[0], kind)
-        if name in _FILLED:
-            place = _FILLED[name]
-            return self.operand(0 if place is None else args[place], kind)
-        if name in ("where", "masked_fill"):
-            mask, yes, no = args if name == "where" else (args[1], args[2], args[0])
-            a, b = (self.operand(x, kind) for x in (yes, no))
-            return f"{self.operand(mask, torch.bool)} ? {a} : {b}"
-        if name in ("sum", "mean"):
-            return self.total(name, args, out)
-        if name in _COMPARED:
-            common = torch.result_type(*args)
-            common = torch.float32 if common in _NARROW else common
-            a, b = (self.operand(x, common) for x in args)
-            return f"{a} {_COMPARED[name]} {b}"
-        if kind in _NARROW or set(kwargs) - {"dtype"}:
-            return None  # reduced precision rounds once in PyTorch too, but where is its affair
-        if name == "rsub":
-            name, args = "sub", (args[1], args[0], *args[2:])
-        if name in _BINARY and len(args) == 2:
-            return self.binary(_BINARY[name], *args, kind)
-        if name in ("neg", "abs") and kind.is_floating_point:
-            function = {"neg": "-", "abs": "__builtin_fabs" + "f" * (kind == torch.float32)}[name]
-            return f"{function}({self.operand(args[0], kind)})"
-        if name in ("logical_not", "bitwise_not") and kind == torch.bool:
-            return f"!{self.operand(args[0], kind)}"
-        return None
-
-    def operand(self, value: Any, kind: torch.dtype) -> str:
-        """Return a value, converted as PyTorch does: a tensor's name, a parameter or a number."""
-        if isinstance(value, Tensor):
-            if id(value) not in self.names:
-                raise Untranslatable("a tensor from elsewhere")
-            return _cast(self.names[id(value)], value.dtype, kind)
-        if isinstance(value, bool):
-            return _cast(str(value).lower(), torch.bool, kind)
-        if isinstance(value, int):
-            return _cast(f"{value}LL", torch.int64, kind)
-        if isinstance(value, float):
-            name = f"n{len(self.constants)}"
-            self.constants.append(value)
-            self.scalars.append(f"const double {name} = numbers[{name[1:]}];")
-            return _cast(name, torch.float64, kind)
-        raise Untranslatable(f"an argument of type {type(value).__name__}")
-
-    def binary(self, sign: str, left: Any, right: Any, kind: torch.dtype) -> str | None:
-        """Return an expression of two operands of one type; integers wrap."""
-        a, b = self.operand(left, kind), self.operand(right, kind)
-        whole = _WRAPPED.get(kind)
-        if kind == torch.bool and sign not in "&|^":
-            return None
-        if whole and sign in ("+", "-", "*", "<<"):
-            return f"({_TYPES[kind]})(({whole}){a} {sign} ({whole}){b})"
-        if not whole and sign in ("<<", ">>"):
-            return None
-        return f"({_TYPES[kind]})({a} {sign} {b})"
-
-    def reinterpreted(self, value: Tensor, kind: torch.dtype) -> str | None:
-        """Return the bits of one type read as another."""
-        functions = {
-            (torch.float32, torch.int32): "bits_of_float",
-            (torch.int32, torch.float32): "float_of_bits",
-        }
-        function = functions.get((value.dtype, kind))
-        return function and f"{function}({self.operand(value, value.dtype)})"
-
-    def total(self, name: str, args: tuple[Any, ...], out: Tensor) -> str | None:
-        """End a loop with the sum over all entries; the loops after it can use it."""
-        if out.dtype not in (torch.float64, torch.int64) or len(args) > 1 or out.shape:
-            return None
-        index, value = len(self.totals), self.operand(args[0], torch.float64)
-        self.totals.append((len(self.scalars), len(self.entries), value))
-        mean = f"sums[{index}]" + (" / (double)whole" if name == "mean" else "")
-        return _cast(mean, torch.float64, out.dtype)
-
-    def program(self, result: str, dtypes: tuple[torch.dtype, ...]) -> str:
-        """Return the C program: a function for each sum, the one that edits, one for files."""
-        pre, post, grad = (_TYPES[dtype] for dtype in (*dtypes, torch.float32)[:3])
-        signature = ", ".join(
-            [
-                "int64_t begin",
-                "int64_t count",
-                f"const {pre} *restrict pre",
-                f"const {post} *restrict post",
-                f"const {grad} *restrict grad",
-                f"{post} *restrict out",
-                "const int32_t *restrict keys",
-                "const double *restrict numbers",
-                "const double *restrict sums",
-                "int64_t whole",
-            ]
+    def run(name: str, piece: tuple[int, int]) -> float:
+        begin, size = piece
+        a, b, *grad, made = (t.data_ptr() + begin * t.itemsize for t in (*tensors, out))
+        slope = grad[0] if grad else None
+        keys = _keys(program, rng and rng.at(begin))
+        total: float = getattr(library, name)(
+            0, size, a, b, slope, made, keys, numbers, sums, count
         )
+        return total
 
-        def lines(statements: list[str], depth: int) -> str:
-            return "\n".join("    " * depth + statement for statement in statements)
-
-        parts = [_PRELUDE]
-        for index, (scalars, entries, value) in enumerate(self.totals):
-            before, each = lines(self.scalars[:scalars], 1), lines(self.entries[:entries], 3)
-            parts.append(
-                _TOTAL.format(
-                    index=index, signature=signature, scalars=before, entries=each, result=value
-                )
-            )
-        before, each = lines(self.scalars, 1), lines(self.entries, 2)
-        parts.append(_LOOP.format(signature=signature, scalars=before, entries=each, result=result))
-        if not self.totals and len(dtypes) == 2:
-            infinite = "!__builtin_isfinite((double)c[j])"
-            if post == "bfloat16":
-                infinite = "(c[j].bits & 0x7F80) == 0x7F80"
-            parts.append(_FILES.format(pre=pre, post=post, infinite=infinite))
-        return "".join(parts)
+    pieces = list(_pieces(count, 0 if rng is None else rng.start))
+    for index in range(program.totals):  # in the order of the pieces, whichever was done first
+        sums[index] = sum(_each(partial(run, f"total_{index}"), pieces))
+    _each(partial(run, "edit"), pieces)
 
 
-def _cast(code: str, old: torch.dtype, new: torch.dtype) -> str:
-    """Return a C expression converted from one dtype to another, by way of float32 if narrow."""
-    if old == new:
-        return code
-    if old in _NARROW and new != torch.float32:
-        return _cast(_cast(code, old, torch.float32), torch.float32, new)
-    if new in _NARROW and old != torch.float32:
-        return _cast(_cast(code, old, torch.float32), torch.float32, new)
-    if torch.bfloat16 in (old, new):
-        return f"{'from' if old == torch.bfloat16 else 'to'}_bfloat16({code})"
-    if old == torch.bool:
-        return f"({code} ? ({_TYPES[new]})1 : ({_TYPES[new]})0)"
-    if new == torch.bool:
-        return f"({code} != 0)"
-    if old.is_floating_point and not new.is_floating_point:
-        code = f"whole_of({code})"
-    return f"({_TYPES[new]})({code})"
+def edit_files(
+    program: Program, files: tuple[Place, Place, Place], count: int, rng: Rng | None
+) -> bool:
+    """Read, edit and write entries by one thread.
+
+    Args:
+        program: the edit.
+        files: where the entries of pre and of post are, and where to write the result.
+        count: how many entries.
+        rng: the random numbers of the first entry and those after it, or None.
+
+    Returns:
+        Whether it was done: false if a file ends early or cannot be written, if an entry of the
+        result is not finite, or if the edit takes a sum or a gradient.
+    """
+    function = getattr(_compiled(program.source), "edit_files", None)
+    if function is None or (rng and rng.start % _PAGE + count > _PAGE):
+        return False
+    places = (number for place in files for number in place)
+    return bool(function(count, *places, _keys(program, rng), _doubles(program.numbers)))
+
+
+def _keys(program: Program, rng: Rng | None) -> Any:
+    """Return the key words of the streams that a program reads."""
+    forks = [] if rng is None else [(reduce(Rng.fork, f, rng), n) for f, n in program.streams]
+    words = [word for own, stream in forks for word in own.words(stream)]
+    return (ctypes.c_int32 * max(1, len(words)))(*words)
+
+
+def _doubles(values: Sequence[float]) -> Any:
+    return (ctypes.c_double * max(1, len(values)))(*values)
 
 
 def _pieces(count: int, start: int) -> Iterator[tuple[int, int]]:
@@ -563,24 +134,27 @@ def _compiled(source: str) -> Any:
     Raises:
         OSError, subprocess.SubprocessError: there is no working compiler.
     """
-    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
-    compiler = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", *wide]
-    exact = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    compiler = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-shared", "-fPIC", *_EXACT]
     with TemporaryDirectory(prefix="deltalab-") as directory:
         code, library = Path(directory, "edit.c"), Path(directory, "edit.so")
         code.write_text(source)
-        subprocess.run(
-            [*compiler, *exact, "-shared", "-fPIC", "-o", str(library), str(code)],
-            check=True,
-            capture_output=True,
-        )
+        for more in (_vectors(), []):  # not every compiler knows the processor it runs on
+            done = subprocess.run([*compiler, *more, "-o", library, code], capture_output=True)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
         loaded = ctypes.CDLL(str(library))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name in ["edit", *(f"total_{n}" for n in range(source.count("\ndouble total_")))]:
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    arguments = [number, number, *[pointer] * 7, number]
+    for kind, name in re.findall(r"^(void|double|bool) (\w+)\(", source, re.MULTILINE):
         function = getattr(loaded, name)
-        function.argtypes = [number, number, *[pointer] * 7, number]
-        function.restype = None if name == "edit" else ctypes.c_double
-    if _STREAMS in source:
-        loaded.edit_files.argtypes = [number, *[ctypes.c_int, number] * 3, pointer, pointer]
-        loaded.edit_files.restype = ctypes.c_bool
+        function.restype, function.argtypes = _RESULTS[kind], arguments
+        if name == "edit_files":
+            function.argtypes = [number, *[ctypes.c_int, number] * 3, pointer, pointer]
     return loaded
+
+
+def _vectors() -> list[str]:
+    """Return what makes the compiler use all of this processor."""
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+    return ["-march=native", *wide]

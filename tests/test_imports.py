@@ -21,7 +21,6 @@ LAYERS = (
         "select",
         "formats",
         "keys",
-        "native",
         "offline",
         "rows",
         "runs",
@@ -29,7 +28,9 @@ LAYERS = (
         "tables",
         "text",
         "tokens",
+        "translation",
     ),
+    ("native",),
     ("fused", "models", "shards"),
     (
         "apply",

@@ -8,7 +8,7 @@ import torch
 from test_apply import FUSED, bits, tensor
 from torch import Tensor
 
-from deltalab import apply, fused, native
+from deltalab import apply, fused, native, translation
 from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -49,7 +49,7 @@ def test_c_and_eager_give_the_same_bits(edit, dtypes) -> None:
     (pre, post), needs = pair(*dtypes), needed(edit, dtypes[0])
     dtypes = (*dtypes, *(t.dtype for name, t in needs.items() if name == "grad"))
     matrix = getattr(edit, "unit", "") != "entry"
-    assert fused._native(edit, dtypes, matrix, apply._edited), "not translated"
+    assert fused._program(edit, dtypes, matrix, apply._edited), "not translated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
@@ -164,8 +164,8 @@ def test_every_operation_that_is_translated(name: str) -> None:
         return OPERATIONS[name](pre, post)
 
     out = torch.empty_like(a)
-    made = native.kernel(None, (), body, (F32, F32), matrix=True)
-    made([a.view(-1), b.view(-1)], None, out.view(-1))
+    made = translation.program(None, (), body, (F32, F32), matrix=True)
+    native.edit(made, [a.view(-1), b.view(-1)], None, out.view(-1))
     assert torch.equal(bits(out), bits(body(a, b, None, {})))
 
 
@@ -184,14 +184,14 @@ def test_every_operation_that_is_translated(name: str) -> None:
     ],
 )
 def test_what_has_no_translation_is_refused(body, reason: str) -> None:
-    with pytest.raises(native.Untranslatable, match=reason):
-        native.kernel(None, (), body, (F32, F32), matrix=True)
+    with pytest.raises(translation.Untranslatable, match=reason):
+        translation.program(None, (), body, (F32, F32), matrix=True)
 
 
 def test_what_has_no_translation_is_left_to_torch() -> None:
     edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row")
     (pre, post), needs = pair(F32), needed(edit)
-    assert fused._native(edit, (F32, F32), True, apply._edited) is None
+    assert fused._program(edit, (F32, F32), True, apply._edited) is None
     compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
     assert torch.equal(compiled, apply.edited_tensor(pre, post, edit, "eager", **needs))
 
@@ -223,3 +223,21 @@ def test_small_tensors_do_not_compile() -> None:
     assert not fused.wanted(Ties(keep=0.5, scope="tensor"), large, "compiled")
     with pytest.raises(ValueError, match="kernel=fast: must be one of auto, eager, compiled"):
         fused.wanted(edit, 100, "fast")
+
+
+def test_all_float16_numbers_and_the_roundings_between_them() -> None:
+    """Every pattern read, and every midpoint of two with its neighbours rounded."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(F16)
+    numbers = halves[~halves.isnan()].float().sort().values
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    edges = [middle.nextafter(numbers[1:]), middle, middle.nextafter(numbers[:-1]), numbers]
+    given = torch.cat([*edges, torch.tensor([65519.9, 65520.0, 1e38, 1e-38, 1e-45, -1e-45])])
+    given = given[~given.isnan()]
+
+    def body(pre, post, edit, needs):
+        return pre.half().float() + post.half().float()
+
+    made = translation.program(None, (), body, (F32, F32))
+    out, zero = torch.empty_like(given), torch.zeros_like(given)
+    native.edit(made, [given, zero], None, out)
+    assert torch.equal(out, body(given, zero, None, {}))
