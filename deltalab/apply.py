@@ -1,6 +1,7 @@
 """Apply an edit to weights: one tensor, or lazily all selected tensors of a pair."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -81,27 +82,28 @@ def edited_files(
     edit: Any,
     dtypes: tuple[torch.dtype, torch.dtype],
     files: tuple[Place, Place, Place],
-    count: int,
+    shape: tuple[int, ...],
     kernel: str = "auto",
     **needs: Any,
 ) -> bool:
-    """Edit entries of a pair of files into a third, with the bits of `edited_tensor`.
+    """Edit a tensor of a pair of files into a third, with the bits of `edited_tensor`.
 
     Args:
         edit: the edit.
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result:
             file descriptors and positions in bytes.
-        count: how many entries, all of one tensor.
+        shape: of the tensor; or for an edit of unit "entry" of any part of it.
         kernel: as for `edited_tensor`.
         needs: the keyword arguments that the edit declares.
 
     Returns:
-        Whether it was done: false where it is no matter of one compiled pass, or went wrong.
+        Whether it was done: false where it is no matter of compiled passes, or went wrong.
     """
-    if getattr(edit, "unit", None) != "entry" or not fused.wanted(edit, count, kernel):
+    if not fused.wanted(edit, prod(shape), kernel) or set(needs) - {"rng"}:
         return False
-    return fused.edited_files(edit, dtypes, files, count, needs.get("rng"), _edited)
+    matrix = getattr(edit, "unit", None) != "entry" and len(shape) > 1
+    return fused.edited_files(edit, dtypes, files, prod(shape), needs.get("rng"), _edited, matrix)
 
 
 def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:

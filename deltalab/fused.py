@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from subprocess import CalledProcessError
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ SMALLEST = 1 << 16
 """Elements from which `auto` compiles: below, eager slices cost less than a compiler ever saves."""
 _STREAMS = 4
 _broken: list[str] = []
+_translating = Lock()
 _programs: deque[tuple[Any, Any, Program | None]] = deque(maxlen=16)
 
 
@@ -91,19 +93,22 @@ def edited_files(
     count: int,
     rng: Rng | None,
     body: Body,
+    matrix: bool,
 ) -> bool:
     """Edit entries of a pair of files into a third; return whether that was possible.
 
     Args:
-        edit: the edit, one of unit "entry".
+        edit: the edit, which asks for random numbers at most.
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result.
         count: how many entries.
         rng: the random numbers of the first entry and those after it, or None.
         body: as for `edited`.
+        matrix: whether they are the entries of a whole matrix; else the edit is of unit "entry" or
+            the tensor has fewer dimensions.
     """
     try:
-        program = _program(edit, dtypes, False, body)
+        program = _program(edit, dtypes, matrix, body)
         return program is not None and native.edit_files(program, files, count, rng)
     except Exception as error:
         _give_up(error)
@@ -123,15 +128,17 @@ def _program(
     edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body
 ) -> Program | None:
     """Return the edit in C, or None if it has no translation."""
-    for known, setting, program in _programs:
-        if known is edit and setting == (dtypes, matrix, body):
-            return program
-    try:
-        program = translation.program(edit, needs_of(edit), body, dtypes, matrix=matrix)
-    except translation.Untranslatable:
-        program = None
-    _programs.append((edit, (dtypes, matrix, body), program))
-    return program
+    setting = (dtypes, matrix, body)
+    with _translating:  # a stream's threads all come for the same one
+        for known, its, program in _programs:
+            if known is edit and its == setting:
+                return program
+        try:
+            program = translation.program(edit, needs_of(edit), body, dtypes, matrix=matrix)
+        except translation.Untranslatable:
+            program = None
+        _programs.append((edit, setting, program))
+        return program
 
 
 def _by_torch(pre: Tensor, post: Tensor, edit: Any, needs: Mapping[str, Any], body: Body) -> Tensor:

@@ -8,14 +8,15 @@ lock, so that threads share a tensor, or read, edit and write at once.
 import ctypes
 import os
 import platform
-import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial, reduce
+from math import isnan
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ Place = tuple[int, int]
 PIECE = 1 << 20
 """Entries that a thread takes at once: a millisecond or so of work."""
 _PAGE = 1 << 32
+_compiling = Lock()
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-_RESULTS = {"void": None, "double": ctypes.c_double, "bool": ctypes.c_bool}
 
 
 def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tensor) -> None:
@@ -52,45 +53,63 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
     >>> out
     tensor([1.5000, 3.0000, 6.0000])
     """
-    library, count = _compiled(program.source), out.numel()
-    numbers, sums = _doubles(program.numbers), _doubles([0.0] * program.totals)
+    library, whole = _library(program), out.numel()
+    numbers = _doubles(program.numbers)
 
-    def run(name: str, piece: tuple[int, int]) -> float:
+    def run(stage: int, sums: Any, piece: tuple[int, int]) -> float:
         begin, size = piece
         a, b, *grad, made = (t.data_ptr() + begin * t.itemsize for t in (*tensors, out))
-        slope = grad[0] if grad else None
-        keys = _keys(program, rng and rng.at(begin))
-        total: float = getattr(library, name)(
-            0, size, a, b, slope, made, keys, numbers, sums, count
-        )
+        slope, keys = grad[0] if grad else None, _keys(program, rng and rng.at(begin))
+        total: float = library.in_memory(stage, size, a, b, slope, made, keys, numbers, sums, whole)
         return total
 
-    pieces = list(_pieces(count, 0 if rng is None else rng.start))
-    for index in range(program.totals):  # in the order of the pieces, whichever was done first
-        sums[index] = sum(_each(partial(run, f"total_{index}"), pieces))
-    _each(partial(run, "edit"), pieces)
+    _stages(program, whole, rng, run)
 
 
 def edit_files(
     program: Program, files: tuple[Place, Place, Place], count: int, rng: Rng | None
 ) -> bool:
-    """Read, edit and write entries by one thread.
+    """Read, edit and write a tensor or a part of one, by as many threads as PyTorch uses.
 
     Args:
-        program: the edit.
+        program: the edit, of two inputs. If it takes sums over the tensor, the whole tensor must
+            be given.
         files: where the entries of pre and of post are, and where to write the result.
         count: how many entries.
         rng: the random numbers of the first entry and those after it, or None.
 
     Returns:
-        Whether it was done: false if a file ends early or cannot be written, if an entry of the
-        result is not finite, or if the edit takes a sum or a gradient.
+        Whether it was done: false if a file ends early or cannot be written, or if an entry of the
+        result is not finite.
     """
-    function = getattr(_compiled(program.source), "edit_files", None)
-    if function is None or (rng and rng.start % _PAGE + count > _PAGE):
-        return False
-    places = (number for place in files for number in place)
-    return bool(function(count, *places, _keys(program, rng), _doubles(program.numbers)))
+    library, numbers = _library(program), _doubles(program.numbers)
+    pre, post = program.dtypes
+    sizes = (pre.itemsize, post.itemsize, post.itemsize)
+
+    def run(stage: int, sums: Any, piece: tuple[int, int]) -> float:
+        begin, size = piece
+        each = zip(files, sizes, strict=True)
+        places = (n for (file, at), item in each for n in (file, at + begin * item))
+        keys = _keys(program, rng and rng.at(begin))
+        total: float = library.in_files(stage, size, *places, keys, numbers, sums, count)
+        return total
+
+    return _stages(program, count, rng, run)
+
+
+def _stages(
+    program: Program, count: int, rng: Rng | None, run: Callable[[int, Any, tuple[int, int]], float]
+) -> bool:
+    """Run the stages of a program, each with the sums of those before it; stop at a NaN."""
+    pieces = list(_pieces(count, 0 if rng is None else rng.start))
+    sums = _doubles([0.0] * program.totals)
+    for stage in range(program.totals + 1):
+        found = sum(_each(partial(run, stage, sums), pieces))
+        if isnan(found):
+            return False
+        if stage < program.totals:
+            sums[stage] = found  # added in the order of the pieces, whichever was done first
+    return True
 
 
 def _keys(program: Program, rng: Rng | None) -> Any:
@@ -127,6 +146,12 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="edit")
 
 
+def _library(program: Program) -> Any:
+    """Return the loaded program, compiled by the first thread that asks for it."""
+    with _compiling:
+        return _compiled(program.source)
+
+
 @lru_cache(maxsize=256)
 def _compiled(source: str) -> Any:
     """Compile a C program and load it; nothing stays on disk.
@@ -145,12 +170,11 @@ def _compiled(source: str) -> Any:
         done.check_returncode()
         loaded = ctypes.CDLL(str(library))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    arguments = [number, number, *[pointer] * 7, number]
-    for kind, name in re.findall(r"^(void|double|bool) (\w+)\(", source, re.MULTILINE):
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = _RESULTS[kind], arguments
-        if name == "edit_files":
-            function.argtypes = [number, *[ctypes.c_int, number] * 3, pointer, pointer]
+    numbers: list[Any] = [pointer, pointer, pointer, number]  # keys, numbers, sums, whole
+    loaded.in_memory.argtypes = [number, number, *[pointer] * 4, *numbers]
+    loaded.in_files.argtypes = [number, number, *[ctypes.c_int, number] * 3, *numbers]
+    for function in (loaded.in_memory, loaded.in_files):
+        function.restype = ctypes.c_double
     return loaded
 
 

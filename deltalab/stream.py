@@ -262,14 +262,14 @@ def _edit_piece(
     """Read, edit, check and write the entries of one piece; a pool shares all but the edit."""
     old, new, (start, stop) = plan.pre[name], plan.post[name], piece
     needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
-    dtypes = (_dtype(old), _dtype(new))
+    dtypes, shape = (_dtype(old), _dtype(new)), _shape(new.shape, stop - start, width)
     with open(old.file, "rb") as one, open(new.file, "rb") as other:
         places = (
             (one.fileno(), old.begin + start * _item(old)),
             (other.fileno(), new.begin + start * _item(new)),
             (target.fileno(), new.begin + start * _item(new)),
         )
-        if apply.edited_files(edit, dtypes, places, stop - start, kernel, **needs):
+        if apply.edited_files(edit, dtypes, places, shape, kernel, **needs):
             return
     a, b, out = (
         _buffers.take(use, dtype, stop - start)
@@ -285,7 +285,7 @@ def _edit_piece(
         _put(target, out[slice(*part)], new.begin + (start + part[0]) * _item(new))
 
     each = map if pool is None else pool.map
-    parts, shape = list(_pieces(stop - start, 1)), _shape(new.shape, stop - start, width)
+    parts = list(_pieces(stop - start, 1))
     list(each(load, parts))
     apply.edited_tensor(a.view(shape), b.view(shape), edit, kernel, out.view(shape), **needs)
     list(each(save, parts))

@@ -34,8 +34,8 @@ _TYPES = {
 }
 _NARROW = (torch.float16, torch.bfloat16)
 _INFINITE = {
-    torch.bfloat16: "(c[j].bits & 0x7F80) == 0x7F80",
-    torch.float16: "(c[j].bits & 0x7C00) == 0x7C00",
+    torch.bfloat16: "(out[i].bits & 0x7F80) == 0x7F80",
+    torch.float16: "(out[i].bits & 0x7C00) == 0x7C00",
 }
 _WRAPPED = {torch.int32: "uint32_t", torch.int64: "uint64_t"}
 _FILLED = {"zeros": None, "zeros_like": None, "scalar_tensor": 0, "full": 1, "full_like": 1}
@@ -45,6 +45,7 @@ _BINARY |= {f"bitwise_{n}": s for n, s in (("and", "&"), ("or", "|"), ("xor", "^
 _BINARY |= {f"__{n}__": s for n, s in (("and", "&"), ("or", "|"), ("xor", "^"))}
 _BINARY |= {"__lshift__": "<<", "__rshift__": ">>"}
 _PRELUDE = """
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -97,17 +98,53 @@ static double added(const double *x, int64_t count)  /* eight by eight, in a fix
     return lane[0];
 }
 """
-_LOOP = """
-void edit({signature})
+_TOTAL = """
+static double stage_{stage}({signature})
+{{
+    double block[1024], sum = 0;
+{scalars}
+    for (int64_t start = 0; start < count; start += 1024) {{
+        int64_t size = count - start < 1024 ? count - start : 1024;
+        for (int64_t j = 0; j < size; j++) {{
+            int64_t i = start + j;
+{entries}
+            block[j] = {result};
+        }}
+        for (int64_t j = size; j % 8; j++)
+            block[j] = 0;
+        sum += added(block, size);
+    }}
+    return sum;
+}}
+"""
+_EDIT = """
+static double stage_{stage}({signature})
 {{
 {scalars}
     for (int64_t i = 0; i < count; i++) {{
 {entries}
         out[i] = {result};
     }}
+    return 0;
 }}
 """
-_FILES = """
+_RUN = """
+enum {{ BLOCK = 1 << 16 }};  /* entries that stay in the cache */
+static double (*const stages[])({signature}) = {{ {stages} }};
+
+double in_memory(int64_t stage, int64_t count, const {pre} *pre, const {post} *post,
+                 const {grad} *grad, {post} *out, const int32_t *keys, const double *numbers,
+                 const double *sums, int64_t whole)
+{{
+    double sum = 0;
+    for (int64_t at = 0; at < count; at += BLOCK) {{
+        int64_t size = count - at < BLOCK ? count - at : BLOCK;
+        sum += stages[stage](at, size, pre + at, post + at, grad ? grad + at : 0, out + at, keys,
+                             numbers, sums, whole);
+    }}
+    return sum;
+}}
+
 static bool take(int file, void *into, int64_t size, int64_t at)
 {{
     for (char *to = into; size > 0;) {{
@@ -130,47 +167,34 @@ static bool put(int file, const void *from, int64_t size, int64_t at)
     return true;
 }}
 
-/* From two files to a third in blocks that stay in the cache; false if anything is amiss. */
-bool edit_files(int64_t count, int pre, int64_t pre_at, int post, int64_t post_at, int out,
-                int64_t out_at, const int32_t *keys, const double *numbers)
+static bool all_finite(const {post} *out, int64_t size)
 {{
-    const int64_t block = 1 << 16;
-    {pre} *a = malloc(block * sizeof *a);
-    {post} *b = malloc(block * sizeof *b), *c = malloc(block * sizeof *c);
+    int32_t infinite = 0;
+    for (int64_t i = 0; i < size; i++)
+        infinite += {infinite};
+    return !infinite;
+}}
+
+/* The same block by block from two files, and to a third at the last stage; else NaN. */
+double in_files(int64_t stage, int64_t count, int pre, int64_t pre_at, int post, int64_t post_at,
+                int out, int64_t out_at, const int32_t *keys, const double *numbers,
+                const double *sums, int64_t whole)
+{{
+    {pre} *a = malloc(BLOCK * sizeof *a);
+    {post} *b = malloc(BLOCK * sizeof *b), *c = malloc(BLOCK * sizeof *c);
     bool fine = a && b && c;
-    for (int64_t start = 0; fine && start < count; start += block) {{
-        int64_t size = count - start < block ? count - start : block;
-        fine = take(pre, a, size * sizeof *a, pre_at + start * sizeof *a) &&
-               take(post, b, size * sizeof *b, post_at + start * sizeof *b);
-        if (fine) {{
-            edit(start, size, a, b, 0, c, keys, numbers, 0, count);
-            int32_t infinite = 0;
-            for (int64_t j = 0; j < size; j++)
-                infinite += {infinite};
-            fine = !infinite && put(out, c, size * sizeof *c, out_at + start * sizeof *c);
-        }}
+    double sum = 0;
+    for (int64_t at = 0; fine && at < count; at += BLOCK) {{
+        int64_t size = count - at < BLOCK ? count - at : BLOCK;
+        fine = take(pre, a, size * sizeof *a, pre_at + at * sizeof *a) &&
+               take(post, b, size * sizeof *b, post_at + at * sizeof *b);
+        if (fine)
+            sum += stages[stage](at, size, a, b, 0, c, keys, numbers, sums, whole);
+        if (fine && stage == {totals})
+            fine = all_finite(c, size) && put(out, c, size * sizeof *c, out_at + at * sizeof *c);
     }}
     free(a), free(b), free(c);
-    return fine;
-}}
-"""
-_TOTAL = """
-double total_{index}({signature})
-{{
-    double block[1024], sum = 0;
-{scalars}
-    for (int64_t start = 0; start < count; start += 1024) {{
-        int64_t size = count - start < 1024 ? count - start : 1024;
-        for (int64_t j = 0; j < size; j++) {{
-            int64_t i = start + j;
-{entries}
-            block[j] = {result};
-        }}
-        for (int64_t j = size; j % 8; j++)
-            block[j] = 0;
-        sum += added(block, size);
-    }}
-    return sum;
+    return fine ? sum : NAN;
 }}
 """
 
@@ -184,14 +208,16 @@ class Program:
     """One edit, for given dtypes, as C.
 
     Attributes:
-        source: the text. It defines `edit`; a `total_N` for every sum over the tensor; and where
-            it takes neither a sum nor a gradient, `edit_files`.
+        source: the text. It defines `in_memory` and `in_files`, which run one stage: a sum over the
+            tensor for each of `totals`, then the edit.
+        dtypes: of the pre-trained tensor, of the post-trained one, and of the gradient if any.
         numbers: the floating-point parameters.
         streams: the random streams it reads: the forks on the way to each, and its number.
         totals: how many sums over the whole tensor it takes first.
     """
 
     source: str
+    dtypes: tuple[torch.dtype, ...]
     numbers: tuple[float, ...]
     streams: tuple[tuple[tuple[str, ...], int], ...]
     totals: int
@@ -259,7 +285,8 @@ def _written(
     if result.dtype != post.dtype or result.shape != post.shape:
         raise Untranslatable(f"a result of {result.dtype} in {tuple(result.shape)}")
     source = writer.program(writer.operand(result, post.dtype), dtypes)
-    return Program(source, tuple(writer.numbers), tuple(streams.taken), len(writer.totals))
+    numbers, taken = tuple(writer.numbers), tuple(streams.taken)
+    return Program(source, dtypes, numbers, taken, len(writer.totals))
 
 
 class _Streams(Draws):
@@ -441,20 +468,24 @@ class _Writer:
         def lines(statements: list[str], depth: int) -> str:
             return "\n".join("    " * depth + statement for statement in statements)
 
-        parts = [_PRELUDE]
-        for index, (scalars, entries, value) in enumerate(self.totals):
+        parts, count = [_PRELUDE], len(self.totals)
+        for stage, (scalars, entries, value) in enumerate(self.totals):
             before, each = lines(self.scalars[:scalars], 1), lines(self.entries[:entries], 3)
-            parts.append(
-                _TOTAL.format(
-                    index=index, signature=signature, scalars=before, entries=each, result=value
-                )
-            )
+            parts.append(_stage(_TOTAL, stage, signature, before, each, value))
         before, each = lines(self.scalars, 1), lines(self.entries, 2)
-        parts.append(_LOOP.format(signature=signature, scalars=before, entries=each, result=result))
-        if not self.totals and len(dtypes) == 2:
-            infinite = _INFINITE.get(dtypes[1], "!__builtin_isfinite(c[j])")
-            parts.append(_FILES.format(pre=pre, post=post, infinite=infinite))
-        return "".join(parts)
+        parts.append(_stage(_EDIT, count, signature, before, each, result))
+        stages = ", ".join(f"stage_{stage}" for stage in range(count + 1))
+        infinite = _INFINITE.get(dtypes[1], "!__builtin_isfinite(out[i])")
+        given = {"signature": signature, "stages": stages, "infinite": infinite, "totals": count}
+        return "".join([*parts, _RUN.format(pre=pre, post=post, grad=grad, **given)])
+
+
+def _stage(
+    template: str, stage: int, signature: str, scalars: str, entries: str, result: str
+) -> str:
+    return template.format(
+        stage=stage, signature=signature, scalars=scalars, entries=entries, result=result
+    )
 
 
 def _cast(code: str, old: torch.dtype, new: torch.dtype) -> str:

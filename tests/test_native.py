@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,20 +102,28 @@ def between_files(directory, edit, pre: Tensor, post: Tensor, rng: Rng) -> Tenso
     try:
         dtypes = (pre.dtype, post.dtype)
         kernel = "compiled"
-        done = apply.edited_files(edit, dtypes, tuple(files), len(post), kernel, rng=rng)
+        needs = {"rng": rng} if "rng" in needs_of(edit) else {}
+        done = apply.edited_files(edit, dtypes, tuple(files), post.shape, kernel, **needs)
     finally:
         for file, _ in files:
             os.close(file)
     written = (directory / "out").read_bytes()
     assert (written[:8], written[-10:]) == (b"x" * 8, b"x" * 10), "the rest of the file"
-    return torch.frombuffer(bytearray(written[8:-10]), dtype=post.dtype) if done else None
+    made = torch.frombuffer(bytearray(written[8:-10]), dtype=post.dtype)
+    return made.reshape(post.shape) if done else None
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, BF16), (F16, F64)], ids=str)
-def test_from_file_to_file(dtypes, tmp_path) -> None:
-    pre, post = (tensor((150_001,), seed=i).to(dtype) for i, dtype in enumerate(dtypes))
-    edit, rng = Dare(p=0.5, k=0.5), Rng(3, "w", start=70_000)
-    expected = apply.edited_tensor(pre, post, edit, "eager", rng=rng)
+@pytest.mark.parametrize("edit", [Dare(p=0.5, k=0.5), *EDITS[-4:]], ids=str)
+def test_from_file_to_file(edit, dtypes, tmp_path, monkeypatch) -> None:
+    """Also in several pieces, across a page of random indices, with sums over the tensor."""
+    pre, post = (tensor((1153, 1001), seed=i).to(dtype) for i, dtype in enumerate(dtypes))
+    rng = Rng(3, "w", start=2**32 - 300_000)
+    needs = {"rng": rng} if "rng" in needs_of(edit) else {}
+    if "grad" in needs_of(edit):
+        assert between_files(tmp_path, edit, pre, post, rng) is None
+        return
+    expected = apply.edited_tensor(pre, post, edit, "compiled", **needs)
     assert torch.equal(between_files(tmp_path, edit, pre, post, rng), expected)
 
 
@@ -129,10 +138,9 @@ def test_what_is_not_finite_goes_another_way(dtype, tmp_path) -> None:
     assert dtype == F64 or made is None
 
 
-def test_files_that_end_early_and_pages_of_indices_go_another_way(tmp_path) -> None:
+def test_files_that_end_early_go_another_way(tmp_path) -> None:
     edit, (pre, post) = Expo(alpha=0.5), (tensor((1000,)), tensor((1000,), seed=1))
     assert between_files(tmp_path, edit, pre, post, Rng(0, "w")) is not None
-    assert between_files(tmp_path, edit, pre, post, Rng(0, "w", start=2**32 - 10)) is None
     assert between_files(tmp_path, edit, pre[:900], post, Rng(0, "w")) is None
 
 
@@ -241,3 +249,17 @@ def test_all_float16_numbers_and_the_roundings_between_them() -> None:
     out, zero = torch.empty_like(given), torch.zeros_like(given)
     native.edit(made, [given, zero], None, out)
     assert torch.equal(out, body(given, zero, None, {}))
+
+
+def test_many_threads_compile_once() -> None:
+    native._compiled.cache_clear()
+    (pre, post), edits = pair(F32), [Dare(p=0.1 * n, k=0.5) for n in range(1, 9)]
+
+    def run(edit) -> Tensor:
+        return apply.edited_tensor(pre, post, edit, "compiled", rng=Rng(0, "w"))
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(run, edits))
+    assert native._compiled.cache_info().misses == 1
+    for edit, out in zip(edits, made, strict=True):
+        assert torch.equal(out, apply.edited_tensor(pre, post, edit, "eager", rng=Rng(0, "w")))
