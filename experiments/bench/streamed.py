@@ -2,12 +2,13 @@
 
 Claim: at most 1.8 times `cat pre post > /dev/null; cp post out`, at least 4 times as fast as
 `mergekit-yaml`, with at most 1 GiB of memory above the imports. Run: `python -m
-experiments.bench.streamed DIR [gigabytes of a model] [repeats] [cold] [nomergekit]`, where DIR has
-room for five times as much; it is filled with a synthetic Llama pair of two shards each. The files
-are in the page cache, or with `cold` (root, Linux) on the disk alone. Cost: some minutes.
+experiments.bench.streamed DIR [gigabytes of a model] [repeats] [nomergekit]`, where DIR has room for
+four times as much; it is filled with a synthetic Llama pair of two shards each. Measured twice:
+with the files in the page cache, and (root, Linux) on the disk alone. Cost: some minutes.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,18 +21,21 @@ from safetensors.torch import save_file
 from experiments.bench.timing import alternate, ratio
 
 HIDDEN, INNER, HEADS, KEYS, VOCABULARY = 4096, 14336, 32, 8, 32000
+CACHES = Path("/proc/sys/vm/drop_caches")
+EDITS = ("dare p=.9", "bitdelta", "ties keep=.2")
 APPLY = """
 import resource, sys, time
 from pathlib import Path
-from deltalab import apply, stream
-from deltalab.edits.dare import Dare
+from deltalab import stream
+from deltalab.edits.chain import Chain
+name, _, setting = sys.argv[1].partition(" ")
+key, _, value = setting.partition("=")
+edit, = Chain([{name: {key: float(value)} if setting else {}}]).edits
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-pre, post, out = map(Path, sys.argv[1:])
 start = time.perf_counter()
-stream.stream(pre, post, out, Dare(p=0.9, k=0.0), select="all", seed=0)
+stream.stream(*map(Path, sys.argv[2:]), edit, select="all", seed=0)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((peak - before) / 2**20, seconds)
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
 
 
@@ -110,12 +114,12 @@ def commands(pre: Path, post: Path, out: Path, recipe: Path) -> dict[str, list[s
     return found
 
 
-def forget(out: Path) -> None:
-    """Leave neither a result nor, with `cold`, a page of the files in memory, but the programs'."""
+def forget(out: Path, cold: bool) -> None:
+    """Leave neither a result nor, if cold, a page of the files in memory but the programs'."""
     shutil.rmtree(out, ignore_errors=True)
-    if "cold" in sys.argv:
+    if cold:
         subprocess.run(["sync"], check=True)
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+        CACHES.write_text("3")
         subprocess.run([sys.executable, "-c", "import torch, hydra, rich.progress"], check=True)
 
 
@@ -134,25 +138,23 @@ def main() -> None:
         name: partial(subprocess.run, words, check=True, capture_output=True)
         for name, words in programs.items()
     }
-    times = alternate(ways, int(repeats), partial(forget, out))
     bytes_ = sum(f.stat().st_size for f in post.glob("*.safetensors"))
-    state = "on the disk alone" if "cold" in sys.argv else "in the page cache"
-    print(f"2 models of {bytes_ / 1e9:.2f} GB in two shards each, {state}")
-    print("what | seconds | times the floor")
-    for name, measured in times.items():
-        print(f"{name} | {measured.best:.2f} | {ratio(measured, times['floor'])}")
-    if "mergekit-yaml" in times:
-        slower = ratio(times["mergekit-yaml"], times["deltalab-apply"])
-        print(f"mergekit-yaml takes {slower} times as long as deltalab-apply")
-    forget(out)
-    done = subprocess.run(
-        [sys.executable, "-c", APPLY, *map(str, (pre, post, out))],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    memory, seconds = map(float, done.stdout.split())
-    print(f"within a process: {seconds:.2f} s, {memory:.2f} GiB of memory above the imports")
+    for cold in (False, True) if os.access(CACHES, os.W_OK) else (False,):
+        times = alternate(ways, int(repeats), partial(forget, out, cold))
+        state = "on the disk alone" if cold else "in the page cache"
+        print(f"2 models of {bytes_ / 1e9:.2f} GB in two shards each, {state}")
+        print("what | seconds | times the floor")
+        for name, measured in times.items():
+            print(f"{name} | {measured.best:.2f} | {ratio(measured, times['floor'])}")
+        if "mergekit-yaml" in times:
+            slower = ratio(times["mergekit-yaml"], times["deltalab-apply"])
+            print(f"mergekit-yaml takes {slower} times as long as deltalab-apply")
+    print("edit | seconds within a process | GiB of memory above the imports")
+    for edit in EDITS:
+        forget(out, cold=False)
+        words = [sys.executable, "-c", APPLY, edit, *map(str, (pre, post, out))]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        print(edit, *(f"| {float(word):.2f}" for word in done.stdout.split()))
     shutil.rmtree(out)
 
 
