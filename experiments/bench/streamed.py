@@ -2,8 +2,8 @@
 
 Claim: at most 1.8 times `cat pre post > /dev/null; cp post out`, at least 4 times as fast as
 `mergekit-yaml`, with at most 1 GiB of memory above the imports. Run: `python -m
-experiments.bench.streamed DIR [gigabytes of a model] [repeats] [nomergekit]`, where DIR has room for
-four times as much; it is filled with a synthetic Llama pair of two shards each. Measured twice:
+experiments.bench.streamed DIR [gigabytes of a model] [repeats] [nomergekit]`, where DIR has room
+for four times as much; it is filled with a synthetic Llama pair of two shards each. Measured twice:
 with the files in the page cache, and (root, Linux) on the disk alone. Cost: some minutes.
 """
 
