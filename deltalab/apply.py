@@ -100,10 +100,10 @@ def edited_files(
     Returns:
         Whether it was done: false where it is no matter of compiled passes, or went wrong.
     """
-    if not fused.wanted(edit, prod(shape), kernel) or set(needs) - {"rng"}:
+    if not fused.wanted(edit, prod(shape), kernel) or "grad" in needs:
         return False
     matrix = getattr(edit, "unit", None) != "entry" and len(shape) > 1
-    return fused.edited_files(edit, dtypes, files, prod(shape), needs.get("rng"), _edited, matrix)
+    return fused.edited_files(edit, dtypes, files, prod(shape), needs, _edited, matrix)
 
 
 def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltalab import native, translation
 from deltalab.edits import needs_of
-from deltalab.rng import Keyed, Rng
+from deltalab.rng import Keyed
 from deltalab.translation import Body, Program
 
 KERNELS = ("auto", "eager", "compiled")
@@ -47,7 +47,7 @@ def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel}: must be one of {', '.join(KERNELS)}")
     fusible = getattr(edit, "unit", None) == "entry" or getattr(edit, "fuses", False)
-    able = fusible and set(needs_of(edit)) <= {"rng", "grad"} and 0 < count < 1 << 31
+    able = fusible and set(needs_of(edit)) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
     large = count >= SMALLEST and device == "cpu"
     return able and not _broken and (kernel == "compiled" or (kernel == "auto" and large))
 
@@ -66,7 +66,7 @@ def edited(
         pre: pre-trained tensor.
         post: post-trained tensor.
         edit: the edit.
-        needs: its keyword arguments, `rng` and `grad` at most.
+        needs: its keyword arguments, `rng`, `grad` and `quantile` at most.
         body: the eager function of (pre, post, edit, needs) to compile.
         out: where to put the result, contiguous.
     """
@@ -74,7 +74,11 @@ def edited(
     matrix = getattr(edit, "unit", None) != "entry" and post.ndim > 1
     dtypes = tuple(t.dtype for t in (pre, post, *grads))
     try:
-        program = _program(edit, dtypes, matrix, body) if post.device.type == "cpu" else None
+        known = _known(edit, needs)
+        cpu = post.device.type == "cpu"
+        program = _program(edit, dtypes, matrix, body, known) if cpu else None
+        if program is None and known:
+            return False
         if program is None:
             out.copy_(_by_torch(pre, post, edit, needs, body))
         else:
@@ -91,24 +95,25 @@ def edited_files(
     dtypes: tuple[torch.dtype, torch.dtype],
     files: tuple[native.Place, native.Place, native.Place],
     count: int,
-    rng: Rng | None,
+    needs: Mapping[str, Any],
     body: Body,
     matrix: bool,
 ) -> bool:
     """Edit entries of a pair of files into a third; return whether that was possible.
 
     Args:
-        edit: the edit, which asks for random numbers at most.
+        edit: the edit.
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result.
         count: how many entries.
-        rng: the random numbers of the first entry and those after it, or None.
+        needs: its keyword arguments, `rng` of the first entry and `quantile` at most.
         body: as for `edited`.
         matrix: whether they are the entries of a whole matrix; else the edit is of unit "entry" or
             the tensor has fewer dimensions.
     """
     try:
-        program = _program(edit, dtypes, matrix, body)
+        program = _program(edit, dtypes, matrix, body, _known(edit, needs))
+        rng = needs.get("rng")
         return program is not None and native.edit_files(program, files, count, rng)
     except Exception as error:
         _give_up(error)
@@ -124,20 +129,29 @@ def _give_up(error: Exception) -> None:
     _broken.append(reason)
 
 
+def _known(edit: Any, needs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is the same for all entries of a tensor: its share in a model-wide threshold."""
+    if "quantile" not in needs:
+        return {}
+    limit = needs["quantile"](edit.keep)  # found now, not while the edit is being recorded
+    return {"quantile": lambda keep: limit}
+
+
 def _program(
-    edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body
+    edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body, known: Mapping[str, Any]
 ) -> Program | None:
-    """Return the edit in C, or None if it has no translation."""
+    """Return the edit in C, or None if it has no translation; for one tensor if more is known."""
     setting = (dtypes, matrix, body)
     with _translating:  # a stream's threads all come for the same one
-        for known, its, program in _programs:
-            if known is edit and its == setting:
+        for edited_, its, program in _programs:
+            if edited_ is edit and its == setting and not known:
                 return program
         try:
-            program = translation.program(edit, needs_of(edit), body, dtypes, matrix=matrix)
+            program = translation.program(edit, needs_of(edit), body, dtypes, matrix, known)
         except translation.Untranslatable:
             program = None
-        _programs.append((edit, setting, program))
+        if not known:
+            _programs.append((edit, setting, program))
         return program
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from deltalab.edits import needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
 from deltalab.shards import Buffers, Entry, entries, read
-from deltalab.weights import Checkpoint, LazyWeights, fingerprint, part_of
+from deltalab.weights import PIECE, Checkpoint, LazyWeights, fingerprint, part_of
 
 MISMATCH = ("error", "truncate", "keep_post")
 SLICE = 1 << 22
@@ -206,7 +206,10 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
     place. Threads within an edit would wait for one another wherever a worker reads or writes.
     """
     names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
-    deltas = LazyWeights(names, partial(_delta, plan))
+    deltas = _Deltas(plan, names)
+    if getattr(edit, "scope", None) == "model" and names:
+        with console.steps("ranking", 2 * len(names)) as deltas.step:
+            extras.for_tensor(names[0], deltas)["quantile"](edit.keep)
     files = dict.fromkeys(entry.file for entry in plan.post.values())
     workers = torch.get_num_threads()
     with (
@@ -241,9 +244,9 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
                     wait(work)  # none may write to a closed file
 
 
-def _pieces(stop: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield the entries of every piece, `width` of which stay together."""
-    step = max(1, SLICE // width) * width
+def _pieces(stop: int, width: int, size: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield the entries of every piece of this size or so, `width` of which stay together."""
+    step = max(1, (size or SLICE) // width) * width
     for start in range(0, stop, step):
         yield start, min(start + step, stop)
 
@@ -331,12 +334,33 @@ def _copy(source: BinaryIO, target: BinaryIO, begin: int, end: int | None) -> No
         begin += os.pwrite(target.fileno(), block, begin)
 
 
-def _delta(plan: Plan, name: str) -> Tensor:
-    """Return one whole delta, for edits that need it: the rows that both sides have."""
-    new = plan.post[name]
-    count = plan.rows[name]
-    flat = apply.difference(read(plan.pre[name], 0, count), read(new, 0, count))
-    return flat.reshape(_shape(new.shape, count, 0))
+class _Deltas(LazyWeights):
+    """The deltas of the tensors that are edited, for edits that need more than a piece of one."""
+
+    def __init__(self, plan: Plan, names: list[str]) -> None:
+        super().__init__(names, self._whole)
+        self._plan = plan
+        self.step: Callable[[], None] = lambda: None
+
+    def _whole(self, name: str) -> Tensor:
+        """Return one delta: the rows that both sides have."""
+        new, count = self._plan.post[name], self._plan.rows[name]
+        flat = apply.difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
+        return flat.reshape(_shape(new.shape, count, 0))
+
+    def pieces(self, name: str) -> Iterator[Callable[[], Tensor]]:
+        """Yield what `weights.pieces` does, without the whole delta."""
+        for start, stop in _pieces(self._plan.rows[name], 1, PIECE):
+            yield partial(self._piece, name, start, stop)
+        self.step()
+
+    def _piece(self, name: str, start: int, stop: int) -> Tensor:
+        sides = {"pre": self._plan.pre[name], "post": self._plan.post[name]}
+        a, b = (
+            read(entry, start, stop, _buffers.take(side, _dtype(entry), stop - start))
+            for side, entry in sides.items()
+        )
+        return apply.difference(a, b)
 
 
 def _copy_companions(post: Path, out: Path) -> None:

@@ -1,13 +1,16 @@
 """Magnitude thresholds that keep an exact number of entries, of a tensor or of a whole model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deltalab import weights
 from deltalab.weights import Weights
 
 
@@ -108,10 +111,10 @@ class ModelThreshold:
         """
         if keep not in self._found:
             if self._high is None:
-                self._high = torch.zeros(1 << 16, dtype=torch.int64)
-                for name in deltas:
-                    for words in _words(deltas[name]):
-                        self._high += _histogram(words >> 15, 1 << 16)
+                self._high = sum(
+                    (_counts(deltas, name, _high, 1 << 16) for name in deltas),
+                    torch.zeros(1 << 16, dtype=torch.int64),
+                )
             count = kept_count(keep, int(self._high.sum()))
             self._found[keep] = self._cut(count, self._high, deltas)
         return self._found[keep]
@@ -123,34 +126,59 @@ class ModelThreshold:
         pivot, rest = _reach(high, count)
         low: dict[str, Tensor] = {}
         for name in deltas:
-            counts = torch.zeros(1 << 15, dtype=torch.int64)
-            for words in _words(deltas[name]):
-                counts += _histogram(words[(words >> 15) == pivot] & 0x7FFF, 1 << 15)
-            low[name] = counts.to_sparse()
+            low[name] = _counts(deltas, name, partial(_low, pivot=pivot), 1 << 15).to_sparse()
         total = torch.zeros(1 << 15, dtype=torch.int64)
         for counts in low.values():
             total += counts.to_dense()
         word, ties = _reach(total, rest)
-        pattern = torch.tensor((pivot << 15) | word, dtype=torch.int32)
-        value = float(pattern.view(torch.float32))
+        pattern = (pivot << 15) | word
         shares = {}
         for name, counts in sorted(low.items()):
-            share = min(ties, int(counts.to_dense()[word]))
+            equal = int(counts.to_dense()[word])
+            share = min(ties, equal)
             ties -= share
-            shares[name] = Threshold(value, share)
+            every = 0 < share == equal  # then those above the next number below survive
+            shares[name] = Threshold(_magnitude(pattern - every), 0 if every else share)
         return shares
 
 
-def _words(delta: Tensor) -> Iterator[Tensor]:
-    """Yield the bit patterns of the magnitudes, int32, which order as the magnitudes do."""
-    flat = delta.flatten()
-    for start in range(0, flat.numel(), 1 << 20):
-        yield flat[start : start + (1 << 20)].abs().view(torch.int32)
+def _magnitude(pattern: int) -> float:
+    """Return the float32 number of a bit pattern; below zero's, a negative one."""
+    if pattern < 0:
+        return -1.0
+    return float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32))
 
 
-def _histogram(words: Tensor, size: int) -> Tensor:
-    """Count words in [0, size)."""
-    return torch.bincount(words, minlength=size).cpu()
+def _counts(deltas: Weights, name: str, word: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Count the words in [0, size) of all entries of one tensor, by as many threads as PyTorch's.
+
+    Args:
+        deltas: float32 tensors.
+        name: the tensor.
+        word: makes words of bit patterns of magnitudes, which order as the magnitudes do.
+        size: larger words are not counted.
+    """
+    pieces, threads = list(weights.pieces(deltas, name)), torch.get_num_threads()
+
+    def share(first: int) -> Tensor:
+        counts = torch.zeros(size, dtype=torch.int64)
+        for piece in pieces[first::threads]:
+            words = word(piece().abs().view(torch.int32))
+            counts += torch.bincount(words, minlength=size)[:size].cpu()
+        return counts
+
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return sum(pool.map(share, range(threads)), torch.zeros(size, dtype=torch.int64))
+
+
+def _high(patterns: Tensor) -> Tensor:
+    """Return the 16 high bits of the 31 of a magnitude."""
+    return patterns >> 15
+
+
+def _low(patterns: Tensor, pivot: int) -> Tensor:
+    """Return the 15 low bits where the high ones are the pivot, else a word beyond them."""
+    return torch.where(patterns >> 15 == pivot, patterns & 0x7FFF, 1 << 15)
 
 
 def _reach(counts: Tensor, count: int) -> tuple[int, int]:

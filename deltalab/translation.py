@@ -7,7 +7,7 @@ differ in them alone have one program. Sums over a tensor end a loop; what needs
 the next one. An operation that is not in the tables below raises `Untranslatable`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from math import prod
@@ -228,18 +228,19 @@ def program(
     needs: tuple[str, ...],
     body: Body,
     dtypes: tuple[torch.dtype, ...],
-    *,
     matrix: bool = False,
+    known: Mapping[str, Any] | None = None,
 ) -> Program:
     """Record an edit on a few entries and write it as C.
 
     Args:
         edit: the edit.
-        needs: what it asks for, of "rng" and "grad".
+        needs: what it asks for: "rng", "grad", and what is known.
         body: the function of (pre, post, edit, needs) to record.
         dtypes: of the pre-trained tensor, of the post-trained one and the result, and where there
             is one of the gradient.
         matrix: whether the edit is shown a matrix; entries are numbered row by row.
+        known: values of further needs, the same for all entries.
 
     Raises:
         Untranslatable: it takes an operation that has no translation, or depends on the shape.
@@ -253,7 +254,9 @@ def program(
     for dtype in dtypes:
         if dtype not in _TYPES:
             raise Untranslatable(str(dtype))
-    one, other = (_written(edit, needs, body, dtypes, shape) for shape in _SAMPLES[matrix])
+    one, other = (
+        _written(edit, needs, body, dtypes, shape, known or {}) for shape in _SAMPLES[matrix]
+    )
     if one != other:
         raise Untranslatable("the size of the tensor enters the computation")
     return one
@@ -265,10 +268,11 @@ def _written(
     body: Body,
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...],
+    known: Mapping[str, Any],
 ) -> Program:
     pre, post, *grad = (torch.ones(shape, dtype=dtype) for dtype in dtypes)
     streams = _Streams(shape)
-    given: dict[str, Any] = {"rng": streams, "grad": grad[0] if grad else None}
+    given: dict[str, Any] = {"rng": streams, "grad": grad[0] if grad else None, **known}
     try:
         with torch.no_grad(), _Recorder() as recorder:
             result = body(pre, post, edit, {name: given[name] for name in needs})

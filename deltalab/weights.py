@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ def part_of(name: str) -> str:
     return "other"
 
 
+PIECE = 1 << 20
+"""Entries of a piece."""
+
+
 class LazyWeights(Mapping[str, Tensor]):
     """Weights whose tensors are computed when they are asked for, and not kept.
 
@@ -88,6 +93,22 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # the inherited test would compute the tensor
+
+
+def pieces(weights: Weights, name: str) -> Iterator[Callable[[], Tensor]]:
+    """Yield functions that give the flat pieces of one tensor in order, to call in any thread.
+
+    Weights can have a method `pieces(name)` of their own, to spare the whole tensor.
+
+    >>> [piece().tolist() for piece in pieces({"w": torch.tensor([[1.0], [2.0]])}, "w")]
+    [[1.0, 2.0]]
+    """
+    if hasattr(weights, "pieces"):
+        yield from weights.pieces(name)
+        return
+    flat = weights[name].flatten()
+    for start in range(0, flat.numel(), PIECE):
+        yield partial(flat.narrow, 0, start, min(PIECE, flat.numel() - start))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from test_apply import FUSED, bits, tensor
 from torch import Tensor
 
-from deltalab import apply, fused, native, translation
+from deltalab import apply, fused, native, translation, weights
 from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -18,6 +18,7 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
 from deltalab.rng import Rng
+from deltalab.threshold import ModelThreshold, kept_count
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 EDITS = [
@@ -50,7 +51,7 @@ def test_c_and_eager_give_the_same_bits(edit, dtypes) -> None:
     (pre, post), needs = pair(*dtypes), needed(edit, dtypes[0])
     dtypes = (*dtypes, *(t.dtype for name, t in needs.items() if name == "grad"))
     matrix = getattr(edit, "unit", "") != "entry"
-    assert fused._program(edit, dtypes, matrix, apply._edited), "not translated"
+    assert fused._program(edit, dtypes, matrix, apply._edited, {}), "not translated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
@@ -199,7 +200,7 @@ def test_what_has_no_translation_is_refused(body, reason: str) -> None:
 def test_what_has_no_translation_is_left_to_torch() -> None:
     edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row")
     (pre, post), needs = pair(F32), needed(edit)
-    assert fused._program(edit, (F32, F32), True, apply._edited) is None
+    assert fused._program(edit, (F32, F32), True, apply._edited, {}) is None
     compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
     assert torch.equal(compiled, apply.edited_tensor(pre, post, edit, "eager", **needs))
 
@@ -263,3 +264,45 @@ def test_many_threads_compile_once() -> None:
     assert native._compiled.cache_info().misses == 1
     for edit, out in zip(edits, made, strict=True):
         assert torch.equal(out, apply.edited_tensor(pre, post, edit, "eager", rng=Rng(0, "w")))
+
+
+def test_a_model_wide_threshold_enters_as_a_number(monkeypatch) -> None:
+    """Where all of a tensor's equal magnitudes share one fate; the others are ranked eagerly."""
+    monkeypatch.setattr(weights, "PIECE", 1000)
+    pre = {name: tensor((90, 71), seed=i) for i, name in enumerate("abc")}
+    post = {n: t + tensor((90, 71), seed=9).round(decimals=1) for n, t in pre.items()}
+    deltas = {n: post[n] - pre[n] for n in pre}
+    edit, limits = Ties(keep=0.31, scope="model"), ModelThreshold().of(0.31, deltas)
+    kept = 0
+    for name in pre:
+        needs = {"quantile": lambda keep, name=name: limits[name]}
+        known = fused._known(edit, needs)
+        program = fused._program(edit, (F32, F32), True, apply._edited, known)
+        assert (program is None) == (limits[name].ties > 0)
+        compiled = apply.edited_tensor(pre[name], post[name], edit, "compiled", **needs)
+        eager = apply.edited_tensor(pre[name], post[name], edit, "eager", **needs)
+        assert torch.equal(bits(compiled), bits(eager))
+        kept += int((compiled != pre[name]).sum())
+    assert kept == kept_count(0.31, 3 * 90 * 71)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_counting_in_pieces_finds_what_sorting_finds(threads: int, monkeypatch) -> None:
+    monkeypatch.setattr(weights, "PIECE", 777)
+    before = torch.get_num_threads()
+    deltas = {n: tensor((50, 61), seed=i).round(decimals=2) for i, n in enumerate("ab")}
+    ranked = torch.cat([d.abs().flatten() for d in deltas.values()]).sort().values
+    try:
+        torch.set_num_threads(threads)
+        for keep in (0.0, 0.01, 0.2, 0.9, 1.0):
+            limits = ModelThreshold().of(keep, deltas)
+            masks = [limits[n].survivors(d) for n, d in deltas.items()]
+            count = int(sum(m.sum() for m in masks))
+            assert count == kept_count(keep, len(ranked))
+            if 0 < count < len(ranked):
+                least = min(
+                    float(d[m].abs().min()) for d, m in zip(deltas.values(), masks, strict=True)
+                )
+                assert least == ranked[-count]
+    finally:
+        torch.set_num_threads(before)

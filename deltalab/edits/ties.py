@@ -34,6 +34,11 @@ class Ties:
     keep: float
     scope: str
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the threshold is known beforehand."""
+        return self.scope == "model"
+
     def __post_init__(self) -> None:
         within("keep", self.keep, "[0, 1]")
         one_of("scope", self.scope, ("model", "tensor"))
