@@ -9,7 +9,8 @@ delta it declares as keyword-only arguments out of `NEEDS`; where the fields dec
   `unit = "row"`: a row (of the tensor read as (out, rest)) on the same row alone. Such edits run in
   slices, so that memory stays bounded. Without it an edit sees the whole tensor.
 * `fuses = True`: plain tensor operations without a branch on the data, which a compiler can fuse
-  into one pass over memory. Edits of unit "entry" fuse in any case.
+  into one pass over memory: in C on the CPU where `translation` has all of them, else by
+  `torch.compile`. Edits of unit "entry" fuse in any case.
 """
 
 import inspect
