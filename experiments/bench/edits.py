@@ -3,15 +3,18 @@
 Claim: a compiled edit takes at most 1.4 times as long as `torch.add(pre, post)`, and a tenth of
 mergekit's kernels. Run: `python -m experiments.bench.edits [repeats]`. Cost: two minutes, 2 GB.
 Prints nanoseconds per weight of the fastest repeat, and ratios as best (quartiles of the repeats);
-first for results in new memory, which costs more than most edits, then in memory that is there.
+first for results in new memory, which costs more than most edits, then in memory that is there. At
+the end what the first tensor of a process costs, by C and by `torch.compile`.
 """
 
 import sys
+import time
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from deltalab import apply, fused
 from deltalab.apply import edited_tensor
 from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
@@ -57,8 +60,20 @@ def mergekits(pre: Tensor, post: Tensor) -> dict:
     }
 
 
+def first_use() -> None:
+    """Print the seconds until an edit is compiled."""
+    small, needs = torch.zeros(1000), {"rng": Rng(0, "w")}
+    ways = {"C": fused.edited, "torch.compile": fused._by_torch}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        given = (small, small, EDITS["dare"], needs, apply._edited)
+        way(*given, torch.empty_like(small)) if name == "C" else way(*given)
+        print(f"first use, {name} | {time.perf_counter() - start:.2f} s")
+
+
 def main() -> None:
     """Print the table."""
+    first_use()
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     print("shape | edit | ns/weight | times the floor | mergekit, times ours")
     for shape in SHAPES:
