@@ -73,8 +73,8 @@ def edited(
     grads = [t for name, t in needs.items() if name == "grad"]
     matrix = getattr(edit, "unit", None) != "entry" and post.ndim > 1
     dtypes = tuple(t.dtype for t in (pre, post, *grads))
+    known = _known(edit, needs)
     try:
-        known = _known(edit, needs)
         cpu = post.device.type == "cpu"
         program = _program(edit, dtypes, matrix, body, known) if cpu else None
         if program is None and known:
@@ -111,9 +111,9 @@ def edited_files(
         matrix: whether they are the entries of a whole matrix; else the edit is of unit "entry" or
             the tensor has fewer dimensions.
     """
+    known, rng = _known(edit, needs), needs.get("rng")
     try:
-        program = _program(edit, dtypes, matrix, body, _known(edit, needs))
-        rng = needs.get("rng")
+        program = _program(edit, dtypes, matrix, body, known)
         return program is not None and native.edit_files(program, files, count, rng)
     except Exception as error:
         _give_up(error)

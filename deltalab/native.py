@@ -63,7 +63,7 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
         total: float = library.in_memory(stage, size, a, b, slope, made, keys, numbers, sums, whole)
         return total
 
-    _stages(program, whole, rng, run)
+    _stages(program, whole, rng, run)  # a sum that is no number makes entries that are none
 
 
 def edit_files(
@@ -94,22 +94,18 @@ def edit_files(
         total: float = library.in_files(stage, size, *places, keys, numbers, sums, count)
         return total
 
-    return _stages(program, count, rng, run)
+    return not any(map(isnan, _stages(program, count, rng, run)))
 
 
 def _stages(
     program: Program, count: int, rng: Rng | None, run: Callable[[int, Any, tuple[int, int]], float]
-) -> bool:
-    """Run the stages of a program, each with the sums of those before it; stop at a NaN."""
+) -> list[float]:
+    """Run the stages of a program, each with the sums of those before it, and return all sums."""
     pieces = list(_pieces(count, 0 if rng is None else rng.start))
-    sums = _doubles([0.0] * program.totals)
-    for stage in range(program.totals + 1):
-        found = sum(_each(partial(run, stage, sums), pieces))
-        if isnan(found):
-            return False
-        if stage < program.totals:
-            sums[stage] = found  # added in the order of the pieces, whichever was done first
-    return True
+    sums = _doubles([0.0] * (program.totals + 1))
+    for stage in range(program.totals + 1):  # in the order of the pieces, whichever was done first
+        sums[stage] = sum(_each(partial(run, stage, sums), pieces))
+    return list(sums)
 
 
 def _keys(program: Program, rng: Rng | None) -> Any:

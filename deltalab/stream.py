@@ -287,11 +287,24 @@ def _edit_piece(
         finite.check_edited({name: out[slice(*part)]})
         _put(target, out[slice(*part)], new.begin + (start + part[0]) * _item(new))
 
-    each = map if pool is None else pool.map
     parts = list(_pieces(stop - start, 1))
-    list(each(load, parts))
+    _each(load, parts, pool)
     apply.edited_tensor(a.view(shape), b.view(shape), edit, kernel, out.view(shape), **needs)
-    list(each(save, parts))
+    _each(save, parts, pool)
+
+
+def _each(
+    function: Callable[[Any], None], parts: list[Any], pool: ThreadPoolExecutor | None
+) -> None:
+    """Call a function for all parts, by a pool if any, and wait for all even if one fails."""
+    if pool is None:
+        for part in parts:
+            function(part)
+        return
+    futures = [pool.submit(function, part) for part in parts]
+    wait(futures)
+    for future in futures:
+        future.result()
 
 
 def _dtype(entry: Entry) -> torch.dtype:

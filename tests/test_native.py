@@ -75,6 +75,17 @@ def test_neither_pieces_nor_threads_nor_pages_of_indices_matter(edit, monkeypatc
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_entries_that_are_no_numbers_make_such_entries(edit) -> None:
+    (pre, post), needs = pair(F32), needed(edit)
+    pre[5, 5], post[7, 7] = torch.nan, torch.nan
+    out = torch.full_like(post, 123.0)
+    apply.edited_tensor(pre, post, edit, "compiled", out, **needs)
+    eager = apply.edited_tensor(pre, post, edit, "eager", **needs)
+    assert torch.equal(out.isnan(), eager.isnan())
+    assert torch.equal(out.nan_to_num(), eager.nan_to_num())
+
+
 def test_a_sweep_compiles_once() -> None:
     pre, post = tensor((64, 64)), tensor((64, 64), seed=1)
     for index, p in enumerate((0.1, 0.25, 0.5, 0.9)):
