@@ -102,8 +102,7 @@ def edited_files(
     """
     if not fused.wanted(edit, prod(shape), kernel) or "grad" in needs:
         return False
-    matrix = getattr(edit, "unit", None) != "entry" and len(shape) > 1
-    return fused.edited_files(edit, dtypes, files, prod(shape), needs, _edited, matrix)
+    return fused.edited_files(edit, dtypes, files, shape, needs, _edited)
 
 
 def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:

@@ -8,8 +8,9 @@ and the random keys enter as values, so that a sweep over hyper-parameters compi
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from math import prod
 from subprocess import CalledProcessError
 from threading import Lock
 from typing import Any
@@ -71,11 +72,11 @@ def edited(
         out: where to put the result, contiguous.
     """
     grads = [t for name, t in needs.items() if name == "grad"]
-    matrix = getattr(edit, "unit", None) != "entry" and post.ndim > 1
     dtypes = tuple(t.dtype for t in (pre, post, *grads))
     known = _known(edit, needs)
     try:
         cpu = post.device.type == "cpu"
+        matrix = _sees_matrix(edit, post.shape)
         program = _program(edit, dtypes, matrix, body, known) if cpu else None
         if program is None and known:
             return False
@@ -94,10 +95,9 @@ def edited_files(
     edit: Any,
     dtypes: tuple[torch.dtype, torch.dtype],
     files: tuple[native.Place, native.Place, native.Place],
-    count: int,
+    shape: tuple[int, ...],
     needs: Mapping[str, Any],
     body: Body,
-    matrix: bool,
 ) -> bool:
     """Edit entries of a pair of files into a third; return whether that was possible.
 
@@ -105,16 +105,14 @@ def edited_files(
         edit: the edit.
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result.
-        count: how many entries.
+        shape: of the whole tensor; or for an edit of unit "entry" of any part of it.
         needs: its keyword arguments, `rng` of the first entry and `quantile` at most.
         body: as for `edited`.
-        matrix: whether they are the entries of a whole matrix; else the edit is of unit "entry" or
-            the tensor has fewer dimensions.
     """
     known, rng = _known(edit, needs), needs.get("rng")
     try:
-        program = _program(edit, dtypes, matrix, body, known)
-        return program is not None and native.edit_files(program, files, count, rng)
+        program = _program(edit, dtypes, _sees_matrix(edit, shape), body, known)
+        return program is not None and native.edit_files(program, files, prod(shape), rng)
     except Exception as error:
         _give_up(error)
         return False
@@ -127,6 +125,11 @@ def _give_up(error: Exception) -> None:
     if not _broken:
         warnings.warn(f"edits run uncompiled, because compiling failed: {reason}", stacklevel=3)
     _broken.append(reason)
+
+
+def _sees_matrix(edit: Any, shape: Sequence[int]) -> bool:
+    """Whether the edit is shown a tensor of this shape as a matrix, and not entry by entry."""
+    return getattr(edit, "unit", None) != "entry" and len(shape) > 1
 
 
 def _known(edit: Any, needs: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,10 +160,10 @@ def _program(
 
 def _by_torch(pre: Tensor, post: Tensor, edit: Any, needs: Mapping[str, Any], body: Body) -> Tensor:
     shape, rng = post.shape, needs.get("rng")
-    if getattr(edit, "unit", None) == "entry" or post.ndim < 2:
-        flat = [t.detach().reshape(-1) for t in (pre, post)]
-    else:
+    if _sees_matrix(edit, shape):
         flat = [t.detach().contiguous().flatten(1) for t in (pre, post)]
+    else:
+        flat = [t.detach().reshape(-1) for t in (pre, post)]
     keys = rng.keys(_STREAMS).to(post.device) if rng is not None else None
     grad = needs["grad"].detach().reshape(flat[1].shape) if "grad" in needs else None
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):

@@ -159,9 +159,9 @@ class Rng(Draws):
         """Return the numbers of the slice that starts `offset` elements further."""
         return replace(self, start=self.start + offset)
 
-    def words(self, stream: int) -> tuple[int, int]:
-        """Return the two key words of a stream that make the first element's counter zero."""
-        high, low = divmod(self.start, _WORD)
+    def words(self, stream: int, offset: int = 0) -> tuple[int, int]:
+        """Return the two key words of a stream with which the counter at `offset` is zero."""
+        high, low = divmod(self.start + offset, _WORD)
         key0, key1 = key(self.seed, self.name, stream, high)
         return signed(key0 + low), key1
 
@@ -182,10 +182,9 @@ class Rng(Draws):
         position, end = self.start, self.start + like.numel()
         pieces: list[Tensor] = []
         while position < end or not pieces:
-            high, low = divmod(position, _WORD)
-            count = min(end - position, _WORD - low)
-            key0, key1 = key(self.seed, self.name, stream, high)
-            pieces.append(mix(_counters(count, like.device), signed(key0 + low), key1))
+            count = min(end - position, _WORD - position % _WORD)
+            words = self.words(stream, position - self.start)
+            pieces.append(mix(_counters(count, like.device), *words))
             position += count
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return flat.reshape(like.shape)

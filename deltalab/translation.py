@@ -370,12 +370,10 @@ class _Writer:
     ) -> str | None:
         """Return the C expression of one operation, or None."""
         kind = out.dtype
-        if name in ("alias", "clone", "detach", "view", "_to_copy") and not (
-            name == "view" and args[1:] and isinstance(args[1], torch.dtype)
-        ):
-            return self.operand(args[0], kind)
-        if name == "view":
+        if name == "view" and isinstance(args[1], torch.dtype):
             return self.reinterpreted(args[0], kind)
+        if name in ("alias", "clone", "detach", "view", "_to_copy"):
+            return self.operand(args[0], kind)
         if name in _FILLED:
             place = _FILLED[name]
             return self.operand(0 if place is None else args[place], kind)
@@ -473,23 +471,17 @@ class _Writer:
             return "\n".join("    " * depth + statement for statement in statements)
 
         parts, count = [_PRELUDE], len(self.totals)
-        for stage, (scalars, entries, value) in enumerate(self.totals):
-            before, each = lines(self.scalars[:scalars], 1), lines(self.entries[:entries], 3)
-            parts.append(_stage(_TOTAL, stage, signature, before, each, value))
-        before, each = lines(self.scalars, 1), lines(self.entries, 2)
-        parts.append(_stage(_EDIT, count, signature, before, each, result))
+        steps = [(_TOTAL, 3, *total) for total in self.totals]
+        steps.append((_EDIT, 2, len(self.scalars), len(self.entries), result))
+        for stage, (template, depth, scalars, entries, value) in enumerate(steps):
+            before, each = lines(self.scalars[:scalars], 1), lines(self.entries[:entries], depth)
+            given = {"scalars": before, "entries": each, "result": value}
+            parts.append(template.format(stage=stage, signature=signature, **given))
+        names = {"pre": pre, "post": post, "grad": grad, "signature": signature}
         stages = ", ".join(f"stage_{stage}" for stage in range(count + 1))
         infinite = _INFINITE.get(dtypes[1], "!__builtin_isfinite(out[i])")
-        given = {"signature": signature, "stages": stages, "infinite": infinite, "totals": count}
-        return "".join([*parts, _RUN.format(pre=pre, post=post, grad=grad, **given)])
-
-
-def _stage(
-    template: str, stage: int, signature: str, scalars: str, entries: str, result: str
-) -> str:
-    return template.format(
-        stage=stage, signature=signature, scalars=scalars, entries=entries, result=result
-    )
+        parts.append(_RUN.format(stages=stages, totals=count, infinite=infinite, **names))
+        return "".join(parts)
 
 
 def _cast(code: str, old: torch.dtype, new: torch.dtype) -> str:

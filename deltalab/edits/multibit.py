@@ -83,8 +83,8 @@ def _looked_up(magnitude: Tensor, limits: Array, means: Array) -> Tensor:
         bins = np.bincount(edges.view(np.int32) >> _BIN, minlength=1 << 31 - _BIN)
         if bins.max() <= _STEPS:
             return torch.from_numpy(_stepped(magnitude.numpy(), edges, means, bins))
-    limits_, levels = (torch.from_numpy(x).to(magnitude.device) for x in (edges, means))
-    return levels[torch.bucketize(magnitude, limits_)]
+    bounds, levels = (torch.from_numpy(x).to(magnitude.device) for x in (edges, means))
+    return levels[torch.bucketize(magnitude, bounds)]
 
 
 def _stepped(magnitude: Array, edges: Array, means: Array, bins: Array) -> Array:
