@@ -22,13 +22,14 @@ from deltalab import apply, distill, finite, locks, records, select
 from deltalab import settings as checks
 from deltalab.artifacts import Store
 from deltalab.audit import audit
+from deltalab.classes import check_margin, classify, two_errors
 from deltalab.edits import needs_of
 from deltalab.engine import Engine
 from deltalab.evaluators.accuracy import Scores
 from deltalab.extras import Extras
 from deltalab.keys import determining
 from deltalab.models.hub import Absent
-from deltalab.objectives import Loss, Measured, change, classify, measure
+from deltalab.objectives import Loss, Measured, change, influences, measure
 from deltalab.prediction import Predict
 from deltalab.provenance import commit, device_name, peak_memory, versions
 from deltalab.riemann import Riemann
@@ -37,7 +38,7 @@ from deltalab.weights import ModelPair, Weights, loaded
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale",
-    "most_points", "device_tflops",
+    "most_points", "device_tflops", "margin",
 )  # fmt: skip
 BUILT = ("objective", "evaluator", "riemann", "prediction")
 
@@ -67,6 +68,7 @@ class Point:
     nonfinite: str
     artifacts: str
     artifacts_gb: float | None
+    margin: float
     objective_name: str
     key: str
 
@@ -135,6 +137,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     checks.check_top(settings)
     finite.check(settings["nonfinite"])
+    margin = check_margin(settings["margin"])
     edit_settings = dict(settings["edit"])
     chosen = edit_settings.pop("select")
     chosen = settings["select"] or chosen
@@ -162,6 +165,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         nonfinite=settings["nonfinite"],
         artifacts=settings["artifacts"],
         artifacts_gb=settings["artifacts_gb"],
+        margin=margin,
         objective_name=choices.objective,
         key=_key(determinants, model, settings["plan"]),
     )
@@ -213,6 +217,7 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         with clock("evaluate"):
             scores = known.score(pair.module)
     value, error = change(known.post, measured)
+    gap, gap_error = change(known.post, known.pre)
     terms = {name: term.as_record() for name, term in changes.terms.items()}
     found = {
         "touched": touched,
@@ -227,18 +232,33 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
             "edited": measured.mean,
             "change": value,
             "error": error,
+            "gap": gap,
+            "gap_error": gap_error,
         },
         "metrics": {**scores.metrics, **paired(known.post_scores, scores)},
         "reference": {
-            "pre": dict(known.pre_scores.metrics),
+            "pre": {**known.pre_scores.metrics, **paired(known.post_scores, known.pre_scores)},
             "post": dict(known.post_scores.metrics),
         },
-        "class": classify(value, error),
+        "class": classify(value, error, gap, gap_error, point.margin),
+        "class_two_errors": two_errors(value, error),
+        "margin": point.margin,
         "gradient_evaluations": changes.gradient_evaluations,
         "seconds": clock.seconds(),
         "peak_memory_bytes": peak_memory(),
     }
-    return found, {name: values.tolist() for name, values in scores.documents.items()}
+    return found, kept_documents(known, scores, influences(known.post, measured))
+
+
+CHANGE = "objective/change"
+"""Among the documents of a point: what every example of the objective says of the loss change."""
+
+
+def kept_documents(known: "Reference", scores: Scores, changes: Tensor) -> dict[str, list[float]]:
+    """Return what is kept of single documents: scores, those of post beside them, loss changes."""
+    found = {name: values.tolist() for name, values in scores.documents.items()}
+    post = {f"{name}@post": v.tolist() for name, v in known.post_scores.documents.items()}
+    return {**found, **post, CHANGE: [float(f"{v:.7g}") for v in changes.tolist()]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +294,7 @@ def reference(
     post, post_scores = measure(pair.module, loss), score(pair.module)
     with loaded(pair.module, pair.pre, restore=pair.post):
         pre, pre_scores = measure(pair.module, loss), score(pair.module)
-    if classify(*change(pre, post)) == "decreased":
+    if two_errors(*change(pre, post)) == "decreased":
         log.warning(
             "the pre-trained model has a lower loss than the post-trained one, %.4f < %.4f %s:"
             " are model.pre and model.post swapped?",
