@@ -35,6 +35,7 @@ class Outcome:
         terms: rule name -> term; `main` names the rule of the record's own `term`.
         change: measured loss change and `error` its standard error, in `unit`.
         gap: pre's loss minus post's on the same examples, and `gap_error` its standard error.
+        half: of the objective's examples, that the losses are of; None: all.
         margin: which share of the gap `classed` takes for no change.
         metrics: `<task>/<metric>` -> value; accuracies are fractions.
         reference: metrics of the unedited models, by `pre` and `post`.
@@ -54,6 +55,7 @@ class Outcome:
     error: float | None = None
     gap: float | None = None
     gap_error: float | None = None
+    half: str | None = None
     margin: float = MARGIN
     losses: Mapping[str, float] = field(default_factory=dict)
     objective: str | None = None
@@ -197,7 +199,8 @@ def references(points: Sequence[Outcome]) -> list[Outcome]:
         metrics: dict[str, float] = {}
         for point in points:
             metrics = {**point.reference.get(name, {}), **metrics}
-        losses = next((p.losses for p in points if {name, "post"} <= p.losses.keys()), None)
+        measured = sorted(points, key=lambda p: p.half is not None)  # of all examples, if any is
+        losses = next((p.losses for p in measured if {name, "post"} <= p.losses.keys()), None)
         if metrics or losses:
             change = None if losses is None else losses[name] - losses["post"]
             blank = Outcome(first.model, name, experiment=first.experiment)

@@ -68,6 +68,7 @@ def parse(record: Any) -> Outcome:
         error=number(loss.get("error")),
         gap=number(loss.get("gap")),
         gap_error=number(loss.get("gap_error")),
+        half=loss.get("half"),
         losses=_numbers({name: loss.get(name) for name in ("pre", "post", "edited")}),
         objective=loss.get("objective"),
         unit=loss.get("unit"),

@@ -48,7 +48,8 @@ LEGEND = (
     " within a margin around no change, improved or decreased where it is shown to lie beyond, else"
     " undecided; the margin is a share of the gap between the losses of pre and post. **pre** and"
     " **post** are the unedited models. A **?** marks a term whose own error estimate is larger"
-    " than was wanted."
+    " than was wanted. An edit that is fitted to the objective reads half of its examples, and its"
+    " losses, terms and class are of the other half."
 )
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deltalab import apply, distill, finite, locks, records, select
+from deltalab import apply, distill, finite, locks, records, select, splits
 from deltalab import settings as checks
 from deltalab.artifacts import Store
 from deltalab.audit import audit
@@ -197,14 +197,16 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
             point.artifacts,
             point.artifacts_gb,
         )
-        pair, loss = known.pair, known.loss
+        pair = known.pair
+        # What was fitted to half A of the objective's examples is judged on half B.
+        judge = known.judge("B" if splits.tunes(needs_of(point.edit)) else None)
     with clock("edit"):
         extras = provide(known, point.edit, point.seed)
         edited = dict(apply.edited(pair.pre, pair.post, point.edit, point.select, extras))
         finite.check_edited(edited)
         touched = audit(pair, point.edit, extras, edited)
     with clock("term"):
-        changes = known.engine.changes(
+        changes = judge.engine.changes(
             point.edit,
             shift_from(pair.post, edited),
             {"select": point.select, "seed": point.seed},
@@ -213,11 +215,11 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         )
     with loaded(pair.module, edited, restore=pair.post):
         with clock("loss"):
-            measured = measure(pair.module, loss)
+            measured = measure(pair.module, judge.loss)
         with clock("evaluate"):
             scores = known.score(pair.module)
-    value, error = change(known.post, measured)
-    gap, gap_error = change(known.post, known.pre)
+    value, error = change(judge.post, measured)
+    gap, gap_error = change(judge.post, judge.pre)
     terms = {name: term.as_record() for name, term in changes.terms.items()}
     found = {
         "touched": touched,
@@ -226,9 +228,10 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         "prediction": changes.prediction,
         "loss": {
             "objective": point.objective_name,
-            "unit": loss.unit,
-            "pre": known.pre.mean,
-            "post": known.post.mean,
+            "unit": judge.loss.unit,
+            "half": judge.half,
+            "pre": judge.pre.mean,
+            "post": judge.post.mean,
             "edited": measured.mean,
             "change": value,
             "error": error,
@@ -247,11 +250,12 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         "seconds": clock.seconds(),
         "peak_memory_bytes": peak_memory(),
     }
-    return found, kept_documents(known, scores, influences(known.post, measured))
+    return found, kept_documents(known, scores, judge.of_all(influences(judge.post, measured)))
 
 
 CHANGE = "objective/change"
-"""Among the documents of a point: what every example of the objective says of the loss change."""
+"""Among the documents of a point: what every example of the objective says of the loss change,
+nothing where it was fitted to."""
 
 
 def kept_documents(known: "Reference", scores: Scores, changes: Tensor) -> dict[str, list[float]]:
@@ -262,17 +266,53 @@ def kept_documents(known: "Reference", scores: Scores, changes: Tensor) -> dict[
 
 
 @dataclass(frozen=True, eq=False)
+class Judge:
+    """The objective that points are judged by, and both ends of the pair measured by it.
+
+    Attributes:
+        half: which half of the objective's examples; None: all of them.
+        total: how many examples the whole objective has.
+    """
+
+    loss: Loss
+    engine: Engine
+    pre: Measured
+    post: Measured
+    half: splits.Half | None
+    total: int
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """Return values of the judged examples in their places among all, NaN elsewhere."""
+        found = torch.full((self.total,), math.nan, dtype=values.dtype)
+        found[splits.places(self.total, self.half)] = values
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class Reference:
     """What every edit of a pair shares: the live module, and both of its ends measured."""
 
     pair: ModelPair
-    loss: Loss
-    engine: Engine
+    whole: Judge
     score: Callable[[nn.Module], Scores]
-    pre: Measured
-    post: Measured
     pre_scores: Scores
     post_scores: Scores
+    store: Callable[[str | None], Store]
+    _halves: dict[str, Judge] = field(default_factory=dict)
+
+    def judge(self, half: splits.Half | None) -> Judge:
+        """Return the objective on one half of its examples, or on all of them."""
+        if half is None:
+            return self.whole
+        if half not in self._halves:
+            loss, total = splits.halved(self.whole.loss, half), self.whole.total
+            rows = splits.places(total, half)
+            pre, post = (
+                Measured(m.losses[rows], m.weights[rows]) for m in (self.whole.pre, self.whole.post)
+            )
+            engine = Engine(self.pair, loss, self.store(half))
+            self._halves[half] = Judge(loss, engine, pre, post, half, total)
+        return self._halves[half]
 
 
 @lru_cache(maxsize=1)
@@ -287,9 +327,13 @@ def reference(
     """Open a pair with its objective and evaluator, and measure both of its ends, once."""
     pair = finite.checked(model.open(), nonfinite)
     inputs = {"model": repr(model), "objective": repr(objective), "nonfinite": nonfinite}
+    inputs |= {"fingerprints": model.fingerprints}
     most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
-    store = Store(artifacts, inputs | {"fingerprints": model.fingerprints}, most)
-    loss = objective.open(pair, store)
+
+    def store(half: str | None) -> Store:
+        return Store(artifacts, inputs | ({"half": half} if half else {}), most)
+
+    loss = objective.open(pair, store(None))
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)
     with loaded(pair.module, pair.pre, restore=pair.post):
@@ -302,21 +346,29 @@ def reference(
             post.mean,
             loss.unit,
         )
-    engine = Engine(pair, loss, store)
-    return Reference(pair, loss, engine, score, pre, post, pre_scores, post_scores)
+    engine = Engine(pair, loss, store(None))
+    whole = Judge(loss, engine, pre, post, None, len(post.losses))
+    return Reference(pair, whole, score, pre_scores, post_scores, store)
 
 
 def provide(known: Reference, edit: Any, seed: int) -> Extras:
-    """Return the provider of what an edit may ask for, computed when it asks."""
-    module, pre, loss = known.pair.module, known.pair.pre, known.loss
+    """Return the provider of what an edit may ask for, computed when it asks.
+
+    What is fitted to the objective's examples (`splits.TUNED`) is given half A of them alone.
+    """
+    module, pre, whole = known.pair.module, known.pair.pre, known.whole
+
+    def examples() -> Loss:
+        return splits.halved(whole.loss, "A")
+
     return Extras.of(
         edit,
         known.pair,
         seed=seed,
-        gradient=lambda: known.engine.gradient,
-        acts=lambda: distill.mean_inputs(module, loss),
+        gradient=lambda: whole.engine.gradient,
+        acts=lambda: distill.mean_inputs(module, examples()),
         scales=lambda deltas: distill.scales(
-            module, pre, deltas, loss, steps=edit.steps, lr=edit.lr
+            module, pre, deltas, examples(), steps=edit.steps, lr=edit.lr
         ),
     )
 
