@@ -126,21 +126,23 @@ def two_way(values: Any) -> Mean:
     import numpy as np
 
     y = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    y = y[:, ~np.isnan(y).any(0)]
+    if math.isnan(y.sum()):
+        y = y[:, ~np.isnan(y).any(0)]
     draws, examples = y.shape
     if not examples:
         raise ValueError("no example was measured in every draw")
-    middle = float(y.mean())
+    each = y[0] if draws == 1 else y.sum(0) / draws
+    middle = float(each.sum()) / examples
     if examples == 1:
         return Mean(middle, math.inf)
-    of_examples = y.mean(0) - middle
+    of_examples = each - middle
     second = float(of_examples @ of_examples) / (examples - 1) / examples
     if draws == 1:
         return Mean(middle, math.sqrt(second), float(examples - 1))
-    of_draws = y.mean(1) - middle
+    of_draws = y.sum(1) / examples - middle
     first = float(of_draws @ of_draws) / (draws - 1) / draws
     rest = y - middle - of_examples - of_draws[:, None]
-    third = float((rest * rest).sum()) / ((draws - 1) * (examples - 1)) / (draws * examples)
+    third = float(np.vdot(rest, rest)) / ((draws - 1) * (examples - 1)) / (draws * examples)
     both = max(first + second - third, first, second)
     if both == first > 0:
         return Mean(middle, math.sqrt(both), float(draws - 1))
