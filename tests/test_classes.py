@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
-from deltalab import classes, draws, means, report
-from deltalab.comparison import compare
-from deltalab.objectives import Measured, change, influences
-from deltalab.outcomes import Outcome, at_margin
-from deltalab.reading import parse
+from deltalab.loss.objectives import Measured, change, influences
+from deltalab.report import classes, command, draws, means
+from deltalab.report.comparison import compare
+from deltalab.report.outcomes import Outcome, at_margin
+from deltalab.report.reading import parse
 
 RUNS = 1000
 MOST = 0.03 + 2 * math.sqrt(0.03 * 0.97 / RUNS)  # 2.3 % is meant; few draws may make it 3 %
@@ -153,20 +153,20 @@ def test_edits_are_classed_over_their_draws(tmp_path, capsys):
         for folder, content in (("records", one), ("documents", {"objective/change": [*values]})):
             (tmp_path / folder).mkdir(exist_ok=True)
             (tmp_path / folder / f"k{seed}.json").write_text(json.dumps(content))
-    report.report(str(tmp_path))
+    command.report(str(tmp_path))
     page = (tmp_path / "x.md").read_text()
     row = next(line for line in page.split("## Classes over")[1].splitlines() if "dare" in line)
     assert "| 3 |" in row
     assert "| undecided | 1 competitive, 1 decreased, 1 improved | undecided | undecided |" in row
     assert "upper bound" not in page
     (tmp_path / "documents" / "k1.json").unlink()
-    report.report(str(tmp_path), margin="0.9")
+    command.report(str(tmp_path), margin="0.9")
     page = (tmp_path / "x.md").read_text()
     assert " \\* |" in page or " * |" in page
     assert "upper bound" in page
     assert "| competitive | 3 competitive |" in page
     with pytest.raises(ValueError, match="margin=2"):
-        report.report(str(tmp_path), margin="2")
+        command.report(str(tmp_path), margin="2")
     capsys.readouterr()
 
 

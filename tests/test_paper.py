@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltalab.outcomes import Outcome, Term
+from deltalab.report.outcomes import Outcome, Term
 from deltalab.settings import conf_dir
 from experiments.paper import (
     alpha,

@@ -12,11 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from deltalab import apply, run, splits
-from deltalab.answers import AnswerLoss, DpoLoss
+from deltalab import run
+from deltalab.apply import editing
+from deltalab.data import splits
 from deltalab.edits import needs_of
-from deltalab.objectives import CrossEntropy, change, measure
-from deltalab.weights import ModelPair, loaded
+from deltalab.loss.answers import AnswerLoss, DpoLoss
+from deltalab.loss.objectives import CrossEntropy, change, measure
+from deltalab.weights.mapping import ModelPair, loaded
 
 CONF = Path(__file__).parents[1] / "conf"
 COUNT = 30
@@ -86,7 +88,7 @@ def test_no_edit_is_fitted_to_what_it_is_judged_by(known, name):
     edit, module = EDITS[name], known.pair.module
     module.shown.clear()
     extras = run.provide(known, edit, 0)
-    edited = dict(apply.edited(known.pair.pre, known.pair.post, edit, "all", extras))
+    edited = dict(editing.edited(known.pair.pre, known.pair.post, edit, "all", extras))
     fitted = set(module.shown)
     judge = known.judge("B" if splits.tunes(needs_of(edit)) else None)
     module.shown.clear()
@@ -126,7 +128,7 @@ def test_a_point_is_judged_by_the_half_that_it_was_not_fitted_to(known, name, ha
     assert found["loss"]["half"] == half
     assert [i for i, v in enumerate(kept) if v == v] == rows
     extras = run.provide(known, edit, 0)
-    weights = dict(apply.edited(known.pair.pre, known.pair.post, edit, "all", extras))
+    weights = dict(editing.edited(known.pair.pre, known.pair.post, edit, "all", extras))
     whole = Objective().open(pair())
     post = measure(pair().module, whole)
     with loaded(pair().module, weights, restore=pair().post):

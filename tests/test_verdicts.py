@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from deltalab import splits
+from deltalab.data import splits
 from experiments.paper import alpha, bits, curves, expo, intensity, parts, patterns, table1
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.nulls import DECLARED, drawn

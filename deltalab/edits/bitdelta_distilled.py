@@ -17,7 +17,7 @@ class BitDeltaDistilled:
     the model's outputs match those of W_post on the objective's inputs; no labels are used. They
     start from mean |D|, BitDelta's own, and end there where learning gained nothing. Tensors of
     fewer than two dimensions are returned as they are. Half A of the objective's examples is
-    learned from; the edit is judged on half B (`deltalab.splits`).
+    learned from; the edit is judged on half B (`deltalab.data.splits`).
 
     Args:
         steps: gradient steps, one batch each; 0 is BitDelta.

@@ -19,7 +19,7 @@ class Darex:
     change of its outputs at the mean inputs x: with c_ij = D_ij x_j, S_i and Q_i the sums of c and
     of c^2 over j, 1/q = sum S^2 / ((1 - p) sum S^2 + p sum Q). Tensors without an input, such as
     embeddings and biases, use 1 - p there. The inputs are those of half A of the objective's
-    examples; the edit is judged on half B (`deltalab.splits`).
+    examples; the edit is judged on half B (`deltalab.data.splits`).
 
     Args:
         p: drop probability, in [0, 1).

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.figures.style import HATCHES, looks, panels
-from deltalab.means import Mean
-from deltalab.outcomes import Outcome, number, plain
+from deltalab.report.figures.style import HATCHES, looks, panels
+from deltalab.report.means import Mean
+from deltalab.report.outcomes import Outcome, number, plain
 from experiments.paper.drawing import curve, zero
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (

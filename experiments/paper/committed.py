@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltalab.outcomes import Outcome, Term
+from deltalab.report.outcomes import Outcome, Term
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.card import judged, save
 from experiments.paper.found import Found

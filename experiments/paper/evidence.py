@@ -1,9 +1,9 @@
 """How far points differ, with errors that count documents and draws.
 
 A difference is taken document by document and draw by draw where the documents were kept, and its
-error is that of the two-way table (`deltalab.means`). Where they were not, it falls back on what
-there is, each time with a wider error, and remembers which: on the paired errors of the records,
-then on the scores alone, as if every model had been scored on documents of its own.
+error is that of the two-way table (`deltalab.report.means`). Where they were not, it falls back on
+what there is, each time with a wider error, and remembers which: on the paired errors of the
+records, then on the scores alone, as if every model had been scored on documents of its own.
 """
 
 import math
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from deltalab import comparison
-from deltalab.means import Mean, over_draws, two_way
-from deltalab.outcomes import Outcome
-from deltalab.splits import Half, places
+from deltalab.data.splits import Half, places
+from deltalab.report import comparison
+from deltalab.report.means import Mean, over_draws, two_way
+from deltalab.report.outcomes import Outcome
 
 Documents = Mapping[str, Mapping[str, Any]]
 """Of every point's key what each document scored, by metric; post's scores as `<metric>@post`."""

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltalab.figures.style import panels
-from deltalab.means import Mean
-from deltalab.outcomes import Outcome, plain
-from deltalab.tables import signed
+from deltalab.report.figures.style import panels
+from deltalab.report.means import Mean
+from deltalab.report.outcomes import Outcome, plain
+from deltalab.report.tables import signed
 from experiments.paper.alpha import by_alpha
 from experiments.paper.drawing import curve, zero
 from experiments.paper.evidence import Documents, Evidence

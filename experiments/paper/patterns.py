@@ -6,7 +6,7 @@ effects, by default the paper's pattern.
 
 from collections.abc import Callable, Mapping, Sequence
 
-from deltalab.outcomes import Outcome, Term
+from deltalab.report.outcomes import Outcome, Term
 from experiments.paper import bits
 from experiments.paper.simulate import CHOICE, GSM, World
 

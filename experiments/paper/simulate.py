@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deltalab.outcomes import Outcome, Term
+from deltalab.report.outcomes import Outcome, Term
 
 GSM, CHOICE = "gsm/exact_match_strict", "choice/acc"
 

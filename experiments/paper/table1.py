@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from deltalab.figures.style import panels
-from deltalab.means import Mean
-from deltalab.outcomes import Outcome, number, plain
-from deltalab.tables import signed
+from deltalab.report.figures.style import panels
+from deltalab.report.means import Mean
+from deltalab.report.outcomes import Outcome, number, plain
+from deltalab.report.tables import signed
 from experiments.paper.drawing import curve, reference, zero
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (
