@@ -26,7 +26,7 @@ from torch import Tensor
 
 from deltalab import eviction, files, locks
 from deltalab.eviction import DATA, MANIFEST
-from deltalab.records import key_of
+from deltalab.store.digests import key_of
 
 log = logging.getLogger(__name__)
 

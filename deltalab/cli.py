@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, locks, settings, stopping, sweeps
+from deltalab import console, keys, locks, records, settings, stopping, sweeps
 from deltalab.records import redacted
 from deltalab.settings import conf_dir
+from deltalab.store.digests import key_of
 
 
 def point(cfg: DictConfig) -> str | None:
@@ -33,7 +34,7 @@ def point(cfg: DictConfig) -> str | None:
     sweeping = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     try:
         if cfg.plan:
-            print(plan([(cfg, hydra.runtime.choices)]))
+            print(plan([(cfg, hydra)]))
             return None
         with stopping.working():
             record, skipped = _run(cfg, hydra, sweeping)
@@ -58,16 +59,28 @@ def point(cfg: DictConfig) -> str | None:
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:
-    from deltalab.run import run
-
-    values, choices = _plain(cfg, hydra.runtime.choices)
+    values, choices = _plain(cfg, hydra)
     group = Path(hydra.sweep.dir if sweeping else hydra.run.dir).name
 
     def begun(key: str) -> None:
         if sweeping:
             sweeps.note(hydra.runtime.output_dir, sweeps.KEY, key)
 
+    if (done := _done(values, choices)) is not None:
+        begun(done["key"])
+        return done, True
+    from deltalab.run import run
+
     return run(values, choices, group, begun)
+
+
+def _done(values: dict[str, Any], choices: keys.Choices) -> dict[str, Any] | None:
+    """Return the record of a finished point without importing what would run it."""
+    try:
+        found = keys.determinants(values, choices, values["verify"] == "full")
+    except (OSError, ValueError, keys.Unmade):
+        return None  # preparing the point says what is wrong
+    return records.finished(values["results"], key_of(found), values["force"], choices.experiment)
 
 
 def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
@@ -77,8 +90,8 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     from deltalab.run import prepare
 
     points, leave = [], False
-    for cfg, chosen in configs:
-        values, choices = _plain(cfg, chosen)
+    for cfg, hydra in configs:
+        values, choices = _plain(cfg, hydra)
         evaluator = values["evaluator"] or {}
         if any(str(task).startswith("humaneval") for task in evaluator.get("tasks") or ()):
             leave |= not evaluator["run_code"]
@@ -89,19 +102,20 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     return text + asks * leave
 
 
-def _plain(cfg: DictConfig, chosen: Any) -> tuple[dict[str, Any], Any]:
-    """Return a point's settings as plain containers, checked by name, and its choices."""
-    from deltalab.run import Choices
+def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:
+    """Return a point's settings as plain containers, checked by name, and its choices.
 
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    Numbers are those that were meant: `range(0.1,0.4,0.1)` gives 0.3 and not 0.30000000000000004.
+    """
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    values: dict[str, Any] = settings.tidy(container)
     settings.check_top(values, top_level())
-    choices = Choices(
-        model=chosen["model"],
-        edit=chosen["edit"],
-        objective=chosen["objective"],
-        experiment=chosen.get("experiment"),
-    )
-    return values, choices
+    chosen, sources = hydra.runtime.choices, hydra.runtime.config_sources
+    named = {
+        group: settings.option(group, chosen[group], sources)
+        for group in ("model", "edit", "objective")
+    }
+    return values, keys.Choices(**named, experiment=chosen.get("experiment"))
 
 
 def mistakes() -> tuple[type[Exception], ...]:

@@ -27,8 +27,8 @@ from deltalab.edits.expo import Expo
 from deltalab.objectives import Loss
 from deltalab.passes import checkpointing, inner, move, probing, slopes, targets
 from deltalab.quadrature import Rule, interpolation, local_weights
-from deltalab.records import key_of
 from deltalab.riemann import Riemann, Term, check_finite, terms
+from deltalab.store.digests import key_of
 from deltalab.weights import Weights
 
 Slopes = dict[float, dict[str, float]]

@@ -27,8 +27,8 @@ from deltalab.edits.sign_flip import SignFlip
 from deltalab.lines import Line
 from deltalab.objectives import Loss
 from deltalab.passes import curvature, inner, probing, targets
-from deltalab.records import key_of
 from deltalab.rng import Rng
+from deltalab.store.digests import key_of
 from deltalab.weights import LazyWeights, Weights
 
 

@@ -21,12 +21,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from deltalab import apply, console, finite
+from deltalab import apply, console, contents, finite
 from deltalab.edits import needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
 from deltalab.shards import Buffers, Entry, entries, read
-from deltalab.weights import PIECE, Checkpoint, LazyWeights, fingerprint, part_of
+from deltalab.weights import PIECE, Checkpoint, LazyWeights, part_of
 
 MISMATCH = ("error", "truncate", "keep_post")
 SLICE = 1 << 22
@@ -99,8 +99,8 @@ def stream(
         "select": str(select),
         "seed": seed,
         "mismatch": mismatch,
-        "pre": {"path": str(pre), "fingerprint": fingerprint(pre)},
-        "post": {"path": str(post), "fingerprint": fingerprint(post)},
+        "pre": {"path": str(pre), "digest": contents.of_checkpoint(pre)},
+        "post": {"path": str(post), "digest": contents.of_checkpoint(post)},
         "edited": {"tensors": len(plan.pre), "parameters": _parameters(plan)},
         "names": list(plan.pre),
         "kept": plan.kept,

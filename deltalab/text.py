@@ -118,7 +118,8 @@ class Problems:
     template: str = "Question: {question}\nAnswer:"
     separator: str = " "
     limit: int | None = None
-    files: ClassVar[tuple[str, ...]] = ("path",)
+    contents: ClassVar = {"path": "rows"}
+    reads: ClassVar = ("rows", "tokens")
 
     def __post_init__(self) -> None:
         _check(self.limit, self.template, "{question}")
@@ -152,7 +153,8 @@ class Chats:
     split: str | None = None
     config: str | None = None
     limit: int | None = None
-    files: ClassVar[tuple[str, ...]] = ("path",)
+    contents: ClassVar = {"path": "rows"}
+    reads: ClassVar = ("rows", "tokens")
 
     def __post_init__(self) -> None:
         _check(self.limit)
@@ -185,7 +187,8 @@ class Plain:
     split: str | None = None
     config: str | None = None
     limit: int | None = None
-    files: ClassVar[tuple[str, ...]] = ("path",)
+    contents: ClassVar = {"path": "rows"}
+    reads: ClassVar = ("rows", "tokens")
 
     def __post_init__(self) -> None:
         _check(self.limit)
@@ -232,7 +235,8 @@ class Preferences:
     template: str = "{prompt}"
     separator: str = " "
     limit: int | None = None
-    files: ClassVar[tuple[str, ...]] = ("path",)
+    contents: ClassVar = {"path": "rows"}
+    reads: ClassVar = ("rows", "tokens")
 
     def __post_init__(self) -> None:
         _check(self.limit, self.template, "{prompt}")

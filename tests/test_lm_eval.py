@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast as Fast
 
 from deltalab.evaluators import embedded, hflm, lm_asked, lm_requests, lm_tasks, run_code, vllm
 from deltalab.evaluators.lm_eval import LmEval
+from deltalab.store import latest
 from deltalab.text import Encoder
 from deltalab.weights import ModelPair, loaded
 
@@ -118,9 +119,9 @@ def zoo(tmp_path, monkeypatch):
         )
     (tmp_path / "choice.jsonl").write_text("".join(json.dumps(r) + "\n" for r in choices))
     monkeypatch.setattr(embedded, "ZOO", tmp_path)
-    lm_tasks.load.cache_clear()
+    latest.forget()
     yield tmp_path
-    lm_tasks.load.cache_clear()
+    latest.forget()
 
 
 def command_line(directory, tasks, tmp_path, monkeypatch, *more):
@@ -616,7 +617,7 @@ def test_a_point_of_the_embedded_pair_records_scores_and_their_changes(tmp_path)
     chosen += ["evaluator.limit=6", "evaluator.batch_size=6", f"results={tmp_path}"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         settings = OmegaConf.to_container(compose("config", chosen), resolve=True)
-    lm_tasks.load.cache_clear()
+    latest.forget()
     record, skipped = run(settings, Choices("tiny_llm", "drop_only", "answers"))
     metrics, post = record["metrics"], record["reference"]["post"]
     assert not skipped

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deltalab import cli, console, finite, records, run, settings
+from deltalab.store import latest
 from deltalab.weights import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
 
 NAN, INF = float("nan"), float("inf")
@@ -101,14 +102,13 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
     spec = run.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
     data = {"_target_": "deltalab.data.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
     objective = run.build({"_target_": "deltalab.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
-    options = dict.fromkeys(signature(run.reference).parameters)
+    options = dict.fromkeys(signature(run._reference).parameters)
+    options["shared"] = {}
     options |= {"objective": objective, "nonfinite": "error"}
-    run.reference(**options | {"model": spec})
+    run._reference(**options | {"model": spec})
     assert "swapped" not in caplog.text
 
     class Swapped:
-        fingerprints = ()
-
         def open(self):
             from deltalab.models.timm_vit import live_pair
 
@@ -118,10 +118,9 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
             )
 
     try:
-        run.reference(**options | {"model": Swapped()})
+        run._reference(**options | {"model": Swapped()})
     finally:
-        run.reference.cache_clear()
-        type(spec).open.__globals__["_open"].cache_clear()
+        latest.forget()
     assert "are model.pre and model.post swapped?" in caplog.text
 
 

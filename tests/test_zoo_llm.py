@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltalab.models.zoo_llm import DIRECTORY, PRE_OF, EmbeddedLlm
+from deltalab import contents
+from deltalab.models import embedded
+from deltalab.models.zoo_llm import DIRECTORY, EmbeddedLlm
 from deltalab.weights import Checkpoint, check_same_layout
 from experiments.zoo import llm
 from experiments.zoo.llm_checks import PARTS, relative_delta, tried_edits
@@ -89,11 +91,9 @@ def test_the_small_size_is_at_most_a_million_parameters_and_its_own_config(small
     assert {key: getattr(config, key) for key in SMALL if key != "rope_theta"} == {
         key: value for key, value in SMALL.items() if key != "rope_theta"
     }
-    both = {EmbeddedLlm(post).fingerprints for post in ("sft", "small_sft")}
-    assert len({mark for pair in both for mark in pair}) == 4
 
 
-@pytest.mark.parametrize("post", sorted(PRE_OF))
+@pytest.mark.parametrize("post", sorted(embedded.LLM))
 def test_a_pair_opens_with_two_models_that_differ(post):
     pair = EmbeddedLlm(post).open()
     assert list(pair.pre) == list(pair.post)
@@ -102,7 +102,6 @@ def test_a_pair_opens_with_two_models_that_differ(post):
         assert torch.equal(pair.module.state_dict()[name], pair.post[name])
     changed = [name for name in pair.post if not torch.equal(pair.pre[name], pair.post[name])]
     assert len(changed) > len(pair.post) / 2
-    assert len(set(EmbeddedLlm(post).fingerprints)) == 2
     assert pair.transform.context == 256
     skeleton = EmbeddedLlm(post).skeleton()
     assert {p.device.type for p in skeleton.parameters()} == {"meta"}
@@ -117,8 +116,10 @@ def test_the_head_is_not_tied_and_attention_is_grouped(pair):
 
 
 def test_the_pairs_share_the_model_that_two_are_trained_from():
-    assert EmbeddedLlm("sft").fingerprints[0] == EmbeddedLlm("far").fingerprints[0]
-    assert EmbeddedLlm("sft").fingerprints[1] == EmbeddedLlm("dpo").fingerprints[0]
+    assert embedded.llm("sft")[0] == embedded.llm("far")[0]
+    assert embedded.llm("sft")[1] == embedded.llm("dpo")[0]
+    marks = {contents.of_paths(embedded.llm(post)) for post in embedded.LLM}
+    assert len(marks) == len(embedded.LLM)
 
 
 def test_an_unknown_model_is_named_with_the_known_ones():

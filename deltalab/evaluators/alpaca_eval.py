@@ -21,7 +21,7 @@ from deltalab.evaluators.kept import write_json
 from deltalab.evaluators.prompts import Prompts
 from deltalab.evaluators.references import Reference
 from deltalab.judges import Endpoint, Likelihood, LocalJudge
-from deltalab.records import key_of
+from deltalab.store.digests import key_of
 from deltalab.text import Encoder
 from deltalab.weights import ModelPair
 
@@ -65,7 +65,7 @@ class AlpacaEval:
     prompt: str = "{instruction}"
     instruction_difficulty: str | None = None
     beside: ClassVar[tuple[str, ...]] = ("cache_dir",)
-    files: ClassVar[tuple[str, ...]] = ("reference", "instruction_difficulty")
+    contents: ClassVar = {"reference": "file", "instruction_difficulty": "file"}
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch_size", self.batch_size)):

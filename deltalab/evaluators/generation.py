@@ -14,7 +14,7 @@ from deltalab.console import steps
 from deltalab.evaluators.decoding import Decoding, sampler
 from deltalab.evaluators.kept import add_lines, lines
 from deltalab.objectives import evaluating
-from deltalab.records import key_of
+from deltalab.store.digests import key_of
 from deltalab.text import Encoder
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class LmEval:
     data_dir: str | None = None
     run_code: bool = False
     max_new_tokens: int | None = None
+    contents: ClassVar = {"include": "tree", "data_dir": "tree"}
+    reads: ClassVar = ("lm_eval", "tokens")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", lm_asked.asked(self.tasks))

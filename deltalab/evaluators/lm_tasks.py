@@ -17,6 +17,7 @@ from deltalab.evaluators import lm_data, run_code
 from deltalab.evaluators.hflm import quiet
 from deltalab.evaluators.lm_asked import Asked, refusal
 from deltalab.settings import near
+from deltalab.store.latest import latest
 
 EMBEDDED = Path(__file__).parents[1] / "tasks"
 _NAME = re.compile(r"^\s*(?:- )?(?:task|group|tag):[ \t]*[\"']?([\w.\-]+)", re.MULTILINE)
@@ -58,7 +59,7 @@ class Run:
     groups: dict[str, Any] = field(default_factory=dict)
 
 
-@lru_cache(maxsize=1)
+@latest("tasks", "evaluator")
 def load(spec: Any) -> tuple[Run, ...]:
     """Build the tasks of a `LmEval`, once: edits and pairs share them.
 

@@ -2,22 +2,23 @@
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltalab import contents
 from deltalab.evaluators.comparisons import FIRST, SECOND, Messages, share
 from deltalab.evaluators.prompts import chat_ids
 from deltalab.objectives import evaluating
+from deltalab.store.latest import latest
 from deltalab.text import Encoder
 
 log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=1)
+@latest("judge", "evaluator")
 def open_model(path: str, device: str, dtype: str) -> tuple[nn.Module, Encoder]:
     """Return a causal language model and its encoder; consecutive calls share it.
 
@@ -48,10 +49,8 @@ def open_model(path: str, device: str, dtype: str) -> tuple[nn.Module, Encoder]:
 
 def identity(path: str) -> dict[str, Any]:
     """Return what identifies a model in a cache: its files' content, or a hub id."""
-    from deltalab.weights import fingerprint
-
     place = Path(path).expanduser()
-    return {"weights": fingerprint(place)} if place.is_dir() else {"id": path}
+    return {"weights": contents.of_checkpoint(place)} if place.is_dir() else {"id": path}
 
 
 def first_shares(

@@ -3,20 +3,20 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from deltalab.store.latest import latest
 from deltalab.weights import (
     Checkpoint,
     LazyWeights,
     ModelPair,
     Weights,
     check_same_layout,
-    fingerprint,
     mixed_dtypes,
 )
 
@@ -43,16 +43,12 @@ class TimmPair:
     args: tuple[tuple[str, Any], ...] | None = None
     device: str = "auto"
     dtype: str = "float32"
+    contents: ClassVar = {"pre": "model", "post": "model"}
+    reads: ClassVar = ("checkpoint",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", frozen_args(self.args))
         check_dtype(self.dtype)
-
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """Content fingerprints of both checkpoints."""
-        pre, post = self.checkpoints
-        return fingerprint(pre), fingerprint(post)
 
     @property
     def checkpoints(self) -> tuple[Path, Path]:
@@ -70,7 +66,7 @@ class TimmPair:
         return module.to(dtype=getattr(torch, self.dtype))
 
 
-@lru_cache(maxsize=1)
+@latest("model")
 def _open(spec: TimmPair) -> ModelPair:
     pre = Checkpoint(locate(spec.pre, "model.pre"))
     post = Checkpoint(locate(spec.post, "model.post"))
