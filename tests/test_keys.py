@@ -1,7 +1,9 @@
 """Keys: what changes them, what must not, and that nobody's finished points are lost."""
 
 import importlib
+import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -12,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from deltalab import keys, settings
+from deltalab import keys, rekey, settings
 from deltalab.comparison import compare
 from deltalab.keys import Choices, canonical, determinants, node
 from deltalab.settings import conf_dir
@@ -205,3 +207,26 @@ assert not {"torch", "timm", "transformers", "numpy"} & set(sys.modules)
 def test_documents_without_a_score_are_left_out_of_comparisons():
     found = compare({"m": [1.0, math.nan, 0.0]}, {"m": [0.0, 1.0, math.nan]})[0]
     assert (found.documents, found.first, found.second) == (1, 1.0, 0.0)
+
+
+def test_records_of_version_1_are_found_again(tmp_path):
+    """Three points as the code before these keys wrote them: none is run again."""
+    (tmp_path / "records").mkdir()
+    for file in (Path(__file__).parent / "version_1").glob("*.json"):
+        shutil.copy(file, tmp_path / "records")
+    changed = json.loads(next((tmp_path / "records").glob("*.json")).read_text())
+    changed["config"]["seed"] = 5  # its key does not come out of this
+    (tmp_path / "records" / "0123456789abcdef.json").write_text(json.dumps(changed))
+    assert rekey.rekey(tmp_path) == (3, 1)
+    assert len(list((tmp_path / "records" / "version-1").iterdir())) == 3
+    arguments = ["riemann=both", "grid=none", f"results={tmp_path}"]
+    points = [
+        ["edit=dare"],
+        ["edit=twin", "edit.rank=8", "edit.rate=null"],
+        ["edit=expo", "edit.alpha=0.3", "model=mnist_vit_early"],
+    ]
+    for point in points:
+        command = [sys.executable, "-m", "deltalab", *point, *arguments]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "done before" in shown.stdout
+    assert rekey.rekey(tmp_path) == (0, 1)
