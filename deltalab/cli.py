@@ -16,10 +16,12 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, keys, locks, records, settings, stopping, sweeps
-from deltalab.records import redacted
+from deltalab import console, keys, settings
 from deltalab.settings import conf_dir
+from deltalab.store import locks, records
 from deltalab.store.digests import key_of
+from deltalab.store.records import redacted
+from deltalab.sweep import stopping, sweeps
 
 
 def point(cfg: DictConfig) -> str | None:
@@ -85,8 +87,8 @@ def _done(values: dict[str, Any], choices: keys.Choices) -> dict[str, Any] | Non
 
 def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     """Return what points would cost, given their configs and the options chosen in them."""
-    from deltalab.hours import Device
-    from deltalab.preview import preview
+    from deltalab.plan.hours import Device
+    from deltalab.plan.preview import preview
     from deltalab.run import prepare
 
     points, leave = [], False

@@ -22,11 +22,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from deltalab import contents
 from deltalab.models import embedded, hub
 from deltalab.settings import conf_dir
 from deltalab.store import digests
 from deltalab.store.classes import described
+from deltalab.weights import contents
 
 READERS = {
     "apply": 1, "checkpoint": 1, "images": 1, "lm_eval": 1, "passes": 1, "rng": 1, "rows": 1,

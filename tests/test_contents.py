@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltalab import contents, keys
+from deltalab import keys
 from deltalab.store import digests, latest
+from deltalab.weights import contents
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_a_directory_is_known_by_all_its_files(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     (root / "train" / "up").symlink_to(root)  # a circle
-    node = {"_target_": "deltalab.data.Folder", "dir": str(root), "split": "val"}
+    node = {"_target_": "deltalab.data.images.Folder", "dir": str(root), "split": "val"}
     node["class_map"] = str(root / "map.json")
     marks = []
     for change in (
@@ -129,7 +130,7 @@ def test_a_directory_is_known_by_all_its_files(tmp_path):
 @pytest.mark.parametrize("source", ["Problems", "Chats", "Plain", "Preferences"])
 def test_a_data_file_edited_in_place_is_another_content(tmp_path, source):
     file = tmp_path / "a.jsonl"
-    node = {"_target_": f"deltalab.text.{source}", "path": str(file)}
+    node = {"_target_": f"deltalab.data.text.{source}", "path": str(file)}
     marks = []
     for text in ("one", "two", "one"):
         file.write_text(text)

@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from deltalab import keys, rekey, settings
-from deltalab.comparison import compare
 from deltalab.keys import Choices, canonical, determinants, node
+from deltalab.report.comparison import compare
 from deltalab.settings import conf_dir
 from deltalab.store.classes import described
 from deltalab.store.digests import key_of
@@ -160,10 +160,15 @@ def test_the_steps_of_a_chain_count_with_their_defaults():
 
 def judged(path, **judge):
     return {
-        "_target_": "deltalab.evaluators.alpaca_eval.AlpacaEval",
+        "_target_": "deltalab.judging.alpaca_eval.AlpacaEval",
         "reference": str(path),
         "cache_dir": "anywhere",
-        "judge": {"_target_": "deltalab.judges.Endpoint", "model": "m", "retries": 3, **judge},
+        "judge": {
+            "_target_": "deltalab.judging.judges.Endpoint",
+            "model": "m",
+            "retries": 3,
+            **judge,
+        },
     }
 
 

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from deltalab import reading, records
+from deltalab.report import reading
+from deltalab.store import records
 from deltalab.store.digests import key_of
 
 

@@ -6,15 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab.contents import of_checkpoint
-from deltalab.weights import (
-    Checkpoint,
-    LazyWeights,
-    ModelPair,
-    delta,
-    loaded,
-    part_of,
-)
+from deltalab.weights.contents import of_checkpoint
+from deltalab.weights.mapping import Checkpoint, LazyWeights, ModelPair, delta, loaded, part_of
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltalab import contents
 from deltalab.models import embedded
 from deltalab.models.zoo_llm import DIRECTORY, EmbeddedLlm
-from deltalab.weights import Checkpoint, check_same_layout
+from deltalab.weights import contents
+from deltalab.weights.mapping import Checkpoint, check_same_layout
 from experiments.zoo import llm
 from experiments.zoo.llm_checks import PARTS, relative_delta, tried_edits
 from experiments.zoo.llm_data import SIZES, calculate, choice, draw_split, spoilt

@@ -20,7 +20,7 @@ from deltalab.models.timm_vit import (
     transform_of,
 )
 from deltalab.store.latest import latest
-from deltalab.weights import Checkpoint, LazyWeights, ModelPair
+from deltalab.weights.mapping import Checkpoint, LazyWeights, ModelPair
 
 log = logging.getLogger(__name__)
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}

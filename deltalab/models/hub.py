@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from deltalab import contents
+from deltalab.weights import contents
 
 
 class Absent(FileNotFoundError):

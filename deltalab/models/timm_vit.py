@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltalab.store.latest import latest
-from deltalab.weights import (
+from deltalab.weights.mapping import (
     Checkpoint,
     LazyWeights,
     ModelPair,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltalab.models import embedded
 from deltalab.models.timm_vit import live_pair
 from deltalab.store.latest import latest
-from deltalab.weights import Checkpoint, ModelPair
+from deltalab.weights.mapping import Checkpoint, ModelPair
 
 DIRECTORY = embedded.ZOO
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from deltalab.data.text import Encoder
 from deltalab.models import embedded
 from deltalab.models.timm_vit import live_pair
 from deltalab.store.latest import latest
-from deltalab.text import Encoder
-from deltalab.weights import Checkpoint, ModelPair
+from deltalab.weights.mapping import Checkpoint, ModelPair
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

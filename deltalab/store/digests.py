@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from deltalab import files
+from deltalab.store import files
 
 SETTLED = 2.0
 """Seconds for which a file must have stood unchanged before its digest is remembered."""
