@@ -136,12 +136,12 @@ def _inputs(model: Mapping[str, Any]) -> tuple[str, str]:
     post = str(model["post"])
     match str(model["_target_"]).rpartition(".")[2]:
         case "EmbeddedVit":
-            pre, own, _ = embedded.vit(post)
-            return _sampled(pre), _sampled(own)
+            files = embedded.vit(post)
+            return _sampled(files[0]), _sampled(files[1])
         case "EmbeddedLlm":
-            pre, own, *around = embedded.llm(post)
+            pre, tuned, *around = embedded.llm(post)
             beside = b"".join(file.read_bytes() for file in around)
-            return _short(_sampled(pre).encode() + beside), _short(_sampled(own).encode() + beside)
+            return _short(_sampled(pre).encode() + beside), _short(_sampled(tuned).encode() + beside)
         case "TimmPair":
             return _sampled(Path(model["pre"]).expanduser()), _sampled(Path(post).expanduser())
         case "SmolLM2":
