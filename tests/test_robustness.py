@@ -56,7 +56,7 @@ def test_numbers_that_are_none_are_refused_or_set_to_zero(pre, post, parts, capl
 
 
 def test_devices_that_are_not_there():
-    from deltalab.models.timm_vit import device_of
+    from deltalab.models.live import device_of
 
     assert device_of("cpu") == "cpu"
     with pytest.raises(ValueError, match="model.device=gpu: must be auto, cpu, cuda"):
@@ -111,7 +111,7 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
 
     class Swapped:
         def open(self):
-            from deltalab.models.timm_vit import live_pair
+            from deltalab.models.live import live_pair
 
             known = spec.open()
             return live_pair(

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltalab.models import clip_heads, clip_names, hub
-from deltalab.models.timm_vit import (
-    check_dtype,
-    created,
-    device_of,
-    frozen_args,
-    live_pair,
-    transform_of,
-)
+from deltalab.models.live import check_dtype, device_of, live_pair
+from deltalab.models.timm_vit import created, frozen_args, transform_of
 from deltalab.store.latest import latest
 from deltalab.weights.mapping import Checkpoint, LazyWeights, ModelPair
 

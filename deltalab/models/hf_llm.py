@@ -10,7 +10,7 @@ from torch import nn
 from deltalab.data.text import Encoder
 from deltalab.models import facts, hub, vocabulary
 from deltalab.models.causal import architecture, configuration, differences, filled, generation
-from deltalab.models.timm_vit import device_of
+from deltalab.models.live import device_of
 from deltalab.store.latest import latest
 from deltalab.weights.aligned import MISMATCH
 from deltalab.weights.mapping import Checkpoint, ModelPair

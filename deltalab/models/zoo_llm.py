@@ -9,7 +9,7 @@ from torch import nn
 
 from deltalab.data.text import Encoder
 from deltalab.models import embedded
-from deltalab.models.timm_vit import live_pair
+from deltalab.models.live import live_pair
 from deltalab.store.latest import latest
 from deltalab.weights.mapping import Checkpoint, ModelPair
 
