@@ -22,7 +22,7 @@ from deltalab.apply import editing
 from deltalab.apply.audit import audit
 from deltalab.apply.extras import Extras
 from deltalab.edits import needs_of
-from deltalab.evaluators.accuracy import Scores
+from deltalab.evaluators.scores import Scores
 from deltalab.keys import BESIDE, Choices, determinants, salt_of
 from deltalab.loss import distill
 from deltalab.loss.artifacts import Store

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.console import steps
-from deltalab.evaluators.accuracy import Scores
 from deltalab.evaluators.lm import asked, hflm, requests, vllm
 from deltalab.evaluators.lm import tasks as lm_tasks
+from deltalab.evaluators.scores import Scores
 from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)

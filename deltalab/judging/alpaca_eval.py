@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deltalab.data.text import Encoder
-from deltalab.evaluators.accuracy import Scores
+from deltalab.evaluators.scores import Scores
 from deltalab.judging import annotations, difficulties, generation, references
 from deltalab.judging.comparisons import Comparison
 from deltalab.judging.decoding import Decoding
