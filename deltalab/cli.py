@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltalab import console, keys, settings
+from deltalab.report.point_line import describe
 from deltalab.settings import conf_dir
 from deltalab.store import locks, records
 from deltalab.store.digests import key_of
@@ -56,7 +57,7 @@ def point(cfg: DictConfig) -> str | None:
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
         raise
-    console.point_done(console.describe(record, skipped))
+    console.point_done(describe(record, skipped))
     return None
 
 
