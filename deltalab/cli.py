@@ -7,8 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ from deltalab.settings import conf_dir
 from deltalab.store import locks, records
 from deltalab.store.digests import key_of
 from deltalab.store.records import redacted
-from deltalab.sweep import stopping, sweeps
+from deltalab.sweep import composing, stopping, sweeps
 
 
 def point(cfg: DictConfig) -> str | None:
@@ -136,49 +135,6 @@ def top_level() -> list[str]:
     return [str(name) for name in [*primary, *groups] if name not in ("defaults", "hydra")]
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Check every config that Hydra composes before Hydra calls anything that it names.
-
-    Callbacks, plugins and log handlers are called before a job starts, so that no check within the
-    job comes in time; Hydra has a list of what is forbidden, and here is what is allowed.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-    original = ConfigLoaderImpl.load_configuration
-
-    def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-        cfg = original(self, *args, **kwargs)
-        settings.check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
-        settings.check_results(cfg.get("results"))
-        check_optional(cfg.hydra.runtime.choices, self)
-        return cfg
-
-    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ConfigLoaderImpl.load_configuration = original  # type: ignore[method-assign]
-
-
-def check_optional(choices: Any, loader: Any) -> None:
-    """Raise `ValueError` for an option that does not exist: Hydra ignores it in optional groups."""
-    for group in ("experiment", "grid"):
-        chosen = choices.get(group)
-        if chosen is None or (group == "grid" and chosen == choices.get("edit")):
-            continue
-        if chosen not in (options := _options(loader, group)):
-            hint = settings.near(chosen, options)
-            raise ValueError(f"{group}={chosen}: must be one of {', '.join(options)}{hint}")
-
-
-@cache
-def _options(loader: Any, group: str) -> list[str]:
-    """Return the options of a group; a sweep composes many configs from the same directories."""
-    options: list[str] = loader.get_group_options(group)
-    return options
-
-
 def fail(error: BaseException, code: int = 2) -> NoReturn:
     """Print an error in one line, with the nearest name for one that does not exist, and exit."""
     message = console.one_line(error)
@@ -209,7 +165,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)
     try:
-        with guarded():
+        with composing.guarded():
             run()
     except console.SweepFailed as error:
         fail(error, 2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)

@@ -20,8 +20,9 @@ APP = """
 import os, signal, sys, time
 from pathlib import Path
 import hydra
-from deltalab import cli, console
+from deltalab import console
 from deltalab.settings import conf_dir
+from deltalab.sweep import composing
 
 LOG = Path({log!r})
 
@@ -36,7 +37,7 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)
     try:
-        with cli.guarded():
+        with composing.guarded():
             run()
     except console.SweepFailed as error:
         sys.exit(str(error))
