@@ -12,7 +12,7 @@ from deltalab.models import embedded
 from deltalab.models.zoo_llm import DIRECTORY, EmbeddedLlm
 from deltalab.weights import contents
 from deltalab.weights.mapping import Checkpoint, check_same_layout
-from experiments.zoo import llm
+from experiments.zoo import llm_recipe
 from experiments.zoo.llm_checks import PARTS, relative_delta, tried_edits
 from experiments.zoo.llm_data import SIZES, calculate, choice, draw_split, spoilt
 from experiments.zoo.llm_forms import FORBIDDEN, FORMS, answer_of, base_text, prompt_of, question_of
@@ -421,27 +421,29 @@ def test_edits_keep_and_discard():
 
 
 def test_the_small_models_have_a_size_and_a_seed_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(llm, "CURVE_PROBLEMS", 2)
-    recipe = llm.Recipe(tmp_path, 0)
+    monkeypatch.setattr(llm_recipe, "CURVE_PROBLEMS", 2)
+    recipe = llm_recipe.Recipe(tmp_path, 0)
     large, small = recipe.fresh("sft"), recipe.fresh("small_sft")
     assert (recipe.seed_of("sft"), recipe.seed_of("small_sft")) == (0, 1)
     assert large.config.hidden_size > small.config.hidden_size
     assert large.config.num_hidden_layers == small.config.num_hidden_layers
     seeds = []
-    monkeypatch.setattr(llm, "train", lambda model, draw, phase, seed, *_: seeds.append(seed))
-    monkeypatch.setattr(llm.Recorder, "problems", lambda self: None)
+    monkeypatch.setattr(
+        llm_recipe, "train", lambda model, draw, phase, seed, *_: seeds.append(seed)
+    )
+    monkeypatch.setattr(llm_recipe.Recorder, "problems", lambda self: None)
     for name in ("base", "small_base"):
         recipe.train(name)
     assert seeds == ["0:base", "1:base"]
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(llm, "CURVE_PROBLEMS", 2)
-    recipe = llm.Recipe(tmp_path, 0)
+    monkeypatch.setattr(llm_recipe, "CURVE_PROBLEMS", 2)
+    recipe = llm_recipe.Recipe(tmp_path, 0)
     (tmp_path / "small_sft.safetensors").write_bytes(
         (DIRECTORY / "small_sft.safetensors").read_bytes()
     )
-    monkeypatch.setattr(llm, "train", None)  # any training fails
+    monkeypatch.setattr(llm_recipe, "train", None)  # any training fails
     model = recipe.model("small_sft")
     shipped = Checkpoint(DIRECTORY / "small_sft.safetensors")
     assert all(torch.equal(w, shipped[n].float()) for n, w in model.state_dict().items())
