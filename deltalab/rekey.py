@@ -139,9 +139,10 @@ def _inputs(model: Mapping[str, Any]) -> tuple[str, str]:
             files = embedded.vit(post)
             return _sampled(files[0]), _sampled(files[1])
         case "EmbeddedLlm":
-            pre, tuned, *around = embedded.llm(post)
-            beside = b"".join(file.read_bytes() for file in around)
-            return _short(_sampled(pre).encode() + beside), _short(_sampled(tuned).encode() + beside)
+            files = embedded.llm(post)
+            beside = b"".join(file.read_bytes() for file in files[2:])
+            one, two = (_short(_sampled(file).encode() + beside) for file in files[:2])
+            return one, two
         case "TimmPair":
             return _sampled(Path(model["pre"]).expanduser()), _sampled(Path(post).expanduser())
         case "SmolLM2":

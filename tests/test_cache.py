@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from deltalab.loss.artifacts import Store
-from deltalab.store import cache, eviction
+from deltalab import cache
+from deltalab.store import eviction
 
 
 @pytest.fixture
@@ -67,6 +68,6 @@ def test_a_mistake_is_one_line(results, capsys, argument, part):
 
 def test_it_starts_without_torch():
     code = (
-        "import sys, deltalab.store.cache, deltalab.sweep.status; sys.exit('torch' in sys.modules)"
+        "import sys, deltalab.cache, deltalab.sweep.status; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -22,8 +22,19 @@ ORDER = (
         "weights",
         "data",
     ),
-    *("edits", "merges", "budgets", "models", "keys", "kernels", "apply", "loss", "evaluators"),
-    *("judging", "report", "tracking", "reference", "point", "run", "plan", "sweep", "cli", "save"),
+    *(
+        "edits",
+        "merges",
+        "budgets",
+        "models",
+        "keys",
+        "rekey",
+        "kernels",
+        "apply",
+        "loss",
+        "evaluators",
+    ),
+    *("judging", "report", "tracking", "reference", "point", "run", "plan", "sweep", "cli", "save", "cache"),
     *("plugins", "__main__", "testing", "__init__", "experiments"),
 )
 """Packages and single modules of deltalab, and those that are to come; nothing else has a place."""
