@@ -5,18 +5,16 @@ the workers of a launcher, share the open pair and everything that only depends 
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltalab import settings as checks
 from deltalab.apply import editing
@@ -24,37 +22,23 @@ from deltalab.apply.audit import audit
 from deltalab.apply.extras import Extras
 from deltalab.data import splits
 from deltalab.edits import needs_of
-from deltalab.evaluators.accuracy import Scores
-from deltalab.keys import determining
+from deltalab.evaluators.scores import Scores
+from deltalab.keys import BESIDE, Choices, determinants, salt_of
 from deltalab.loss import distill
-from deltalab.loss.artifacts import Store
-from deltalab.loss.engine import Engine
 from deltalab.loss.objectives import Loss, Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
 from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.report.classes import check_margin, classify, two_errors
-from deltalab.store import locks, records
+from deltalab.reference import OPENED, Reference, opened
+from deltalab.store import latest, locks, records
+from deltalab.store.digests import key_of
+from deltalab.store.effects import check_margin, classify, two_errors
 from deltalab.weights import finite, select
-from deltalab.weights.mapping import ModelPair, Weights, loaded
+from deltalab.weights.mapping import Weights, loaded
 
 log = logging.getLogger(__name__)
-NOT_DETERMINING = (
-    "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale",
-    "most_points", "device_tflops", "margin",
-)  # fmt: skip
 BUILT = ("objective", "evaluator", "riemann", "prediction")
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Which option of a config group was chosen, by name."""
-
-    model: str
-    edit: str
-    objective: str
-    experiment: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,15 @@ class Point:
     artifacts_gb: float | None
     margin: float
     objective_name: str
+    salt: str
     key: str
+    parts: Mapping[str, Any]
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What decides the edited weights beside the pair and the edit's line."""
+        version = self.parts["edit"]["version"]
+        return {"select": self.select, "seed": self.seed, "salt": self.salt, "version": version}
 
 
 def run(
@@ -103,11 +95,13 @@ def run(
     begun(point.key)
     tracker = build(settings["tracker"], "tracker")
     results = settings["results"]
-    if (done := _finished(results, point.key, settings["force"], choices.experiment)) is not None:
+    if (
+        done := records.finished(results, point.key, settings["force"], choices.experiment)
+    ) is not None:
         return done, True
     records.check_writable(results)
     with locks.held(records.lock_of(results, point.key)) as lock:
-        done = _finished(results, point.key, settings["force"], choices.experiment)
+        done = records.finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:
             return done, True  # another process has just finished it
         record = records.redacted(header(point, settings, choices))
@@ -129,14 +123,6 @@ def run(
     return record, False
 
 
-def _finished(results: str, key: str, force: bool, experiment: str | None) -> records.Record | None:
-    """Return a point's record if it need not be run again, and count it to the experiment."""
-    done = None if force else records.read(results, key)
-    if done is not None and experiment and done["experiment"] != experiment:
-        records.enrol(results, experiment, key)
-    return done
-
-
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     checks.check_top(settings)
@@ -151,12 +137,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     model = build(settings["model"], "model")
     parts = {name: build(settings[name], name) for name in BUILT}
     parts |= {"edit": edit, "model": model}
-    determinants = {
-        name: determining(value, parts.get(name))
-        for name, value in settings.items()
-        if name not in NOT_DETERMINING
-    }
-    determinants |= {"select": chosen, "choices": [choices.model, choices.edit]}
+    found = _determined(settings, choices, model)
     return Point(
         model=model,
         edit=edit,
@@ -171,18 +152,22 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         artifacts_gb=settings["artifacts_gb"],
         margin=margin,
         objective_name=choices.objective,
-        key=_key(determinants, model, settings["plan"]),
+        salt=salt_of(settings, choices),
+        key=key_of(found) if found else "",
+        parts=found,
     )
 
 
-def _key(determinants: Mapping[str, Any], model: Any, planning: bool) -> str:
-    """Return a point's key; empty in a plan where the models cannot be asked for their commits."""
+def _determined(settings: Mapping[str, Any], choices: Choices, model: Any) -> dict[str, Any]:
+    """Return what decides a point; empty in a plan where the models cannot be asked for."""
     try:
-        return records.key_of({**determinants, "inputs": model.fingerprints})
+        if hasattr(model, "ready"):
+            model.ready()
+        return determinants(settings, choices, settings.get("verify") == "full")
     except Absent:
-        if not planning:
+        if not settings["plan"]:
             raise
-        return ""
+        return {}
 
 
 def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
@@ -193,19 +178,12 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     """
     clock = Clock()
     with clock("open"):
-        known = reference(
-            point.model,
-            point.objective,
-            point.evaluator,
-            point.nonfinite,
-            point.artifacts,
-            point.artifacts_gb,
-        )
+        known = reference(point)
         pair = known.pair
         # What was fitted to half A of the objective's examples is judged on half B.
         judge = known.judge("B" if splits.tunes(needs_of(point.edit)) else None)
     with clock("edit"):
-        extras = provide(known, point.edit, point.seed)
+        extras = provide(known, point.edit, point.seed, point.salt)
         edited = dict(editing.edited(pair.pre, pair.post, point.edit, point.select, extras))
         finite.check_edited(edited)
         touched = audit(pair, point.edit, extras, edited)
@@ -213,7 +191,7 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         changes = judge.engine.changes(
             point.edit,
             shift_from(pair.post, edited),
-            {"select": point.select, "seed": point.seed},
+            point.drawn,
             point.riemann,
             point.prediction,
         )
@@ -262,100 +240,29 @@ CHANGE = "objective/change"
 nothing where it was fitted to."""
 
 
-def kept_documents(known: "Reference", scores: Scores, changes: Tensor) -> dict[str, list[float]]:
+def kept_documents(known: Reference, scores: Scores, changes: Tensor) -> dict[str, list[float]]:
     """Return what is kept of single documents: scores, those of post beside them, loss changes."""
     found = {name: values.tolist() for name, values in scores.documents.items()}
     post = {f"{name}@post": v.tolist() for name, v in known.post_scores.documents.items()}
     return {**found, **post, CHANGE: [float(f"{v:.7g}") for v in changes.tolist()]}
 
 
-@dataclass(frozen=True, eq=False)
-class Judge:
-    """The objective that points are judged by, and both ends of the pair measured by it.
-
-    Attributes:
-        half: which half of the objective's examples; None: all of them.
-        total: how many examples the whole objective has.
-    """
-
-    loss: Loss
-    engine: Engine
-    pre: Measured
-    post: Measured
-    half: splits.Half | None
-    total: int
-
-    def of_all(self, values: Tensor) -> Tensor:
-        """Return values of the judged examples in their places among all, NaN elsewhere."""
-        found = torch.full((self.total,), math.nan, dtype=values.dtype)
-        found[splits.places(self.total, self.half)] = values
-        return found
+def reference(point: Point) -> Reference:
+    """Open a point's pair with its objective and evaluator, and measure both of its ends, once."""
+    latest.stamp(**{name: key_of({"of": point.parts[name]}) for name in OPENED})
+    shared = {name: point.parts[name] for name in ("model", "objective", "nonfinite", "reads")}
+    return opened(
+        point.model,
+        point.objective,
+        point.evaluator,
+        point.nonfinite,
+        point.artifacts,
+        point.artifacts_gb,
+        shared,
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What every edit of a pair shares: the live module, and both of its ends measured."""
-
-    pair: ModelPair
-    whole: Judge
-    score: Callable[[nn.Module], Scores]
-    pre_scores: Scores
-    post_scores: Scores
-    store: Callable[[str | None], Store]
-    _halves: dict[str, Judge] = field(default_factory=dict)
-
-    def judge(self, half: splits.Half | None) -> Judge:
-        """Return the objective on one half of its examples, or on all of them."""
-        if half is None:
-            return self.whole
-        if half not in self._halves:
-            loss, total = splits.halved(self.whole.loss, half), self.whole.total
-            rows = splits.places(total, half)
-            pre, post = (
-                Measured(m.losses[rows], m.weights[rows]) for m in (self.whole.pre, self.whole.post)
-            )
-            engine = Engine(self.pair, loss, self.store(half))
-            self._halves[half] = Judge(loss, engine, pre, post, half, total)
-        return self._halves[half]
-
-
-@lru_cache(maxsize=1)
-def reference(
-    model: Any,
-    objective: Any,
-    evaluator: Any,
-    nonfinite: str,
-    artifacts: str,
-    artifacts_gb: float | None = None,
-) -> Reference:
-    """Open a pair with its objective and evaluator, and measure both of its ends, once."""
-    pair = finite.checked(model.open(), nonfinite)
-    inputs = {"model": repr(model), "objective": repr(objective), "nonfinite": nonfinite}
-    inputs |= {"fingerprints": model.fingerprints}
-    most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
-
-    def store(half: str | None) -> Store:
-        return Store(artifacts, inputs | ({"half": half} if half else {}), most)
-
-    loss = objective.open(pair, store(None))
-    score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
-    post, post_scores = measure(pair.module, loss), score(pair.module)
-    with loaded(pair.module, pair.pre, restore=pair.post):
-        pre, pre_scores = measure(pair.module, loss), score(pair.module)
-    if two_errors(*change(pre, post)) == "decreased":
-        log.warning(
-            "the pre-trained model has a lower loss than the post-trained one, %.4f < %.4f %s:"
-            " are model.pre and model.post swapped?",
-            pre.mean,
-            post.mean,
-            loss.unit,
-        )
-    engine = Engine(pair, loss, store(None))
-    whole = Judge(loss, engine, pre, post, None, len(post.losses))
-    return Reference(pair, whole, score, pre_scores, post_scores, store)
-
-
-def provide(known: Reference, edit: Any, seed: int) -> Extras:
+def provide(known: Reference, edit: Any, seed: int, salt: str = "") -> Extras:
     """Return the provider of what an edit may ask for, computed when it asks.
 
     What is fitted to the objective's examples (`splits.TUNED`) is given half A of them alone.
@@ -369,6 +276,7 @@ def provide(known: Reference, edit: Any, seed: int) -> Extras:
         edit,
         known.pair,
         seed=seed,
+        salt=salt,
         gradient=lambda: whole.engine.gradient,
         acts=lambda: distill.mean_inputs(module, examples()),
         scales=lambda deltas: distill.scales(
@@ -403,7 +311,8 @@ def paired(post: Scores, edited: Scores) -> dict[str, float]:
 def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> records.Record:
     """Return the fields of a record that are known before anything is computed."""
     hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
-    config = {k: v for k, v in settings.items() if k not in NOT_DETERMINING}
+    kept = ("data", "draws", "label")
+    config = {k: v for k, v in settings.items() if k not in BESIDE or k in kept}
     return {
         "schema": records.SCHEMA,
         "key": point.key,
@@ -413,6 +322,7 @@ def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> recor
         "model": choices.model,
         "edit": {"name": choices.edit, **hyper},
         "seed": point.seed,
+        "salt": point.salt,
         "select": point.select,
         "versions": versions(),
         "git": commit(),

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from deltalab.report import classes, outcomes, reading, summary, tables
+from deltalab.report import outcomes, reading, summary, tables
 from deltalab.report.command import main
 from deltalab.report.figures import accuracy, agreement, parts
+from deltalab.store import effects
 
 PARTS = {"attention": 0.3, "mlp": 0.6, "norm": 0.02, "embedding": 0.03, "head": 0.05, "other": 0.0}
 PRE = {"mnist/accuracy": 0.52, "mnist/loss": 1.61}
@@ -80,8 +81,8 @@ def record(edit: str, change: float | None, *, left: float = -0.1, **more: Any) 
             "gap": 1.45,
             "gap_error": 0.05,
         }
-        base["class"] = classes.classify(change, error, 1.45, 0.05)
-        base["class_two_errors"] = classes.two_errors(change, error)
+        base["class"] = effects.classify(change, error, 1.45, 0.05)
+        base["class_two_errors"] = effects.two_errors(change, error)
         base["metrics"] |= {"mnist/loss_change": change * 0.9, "mnist/loss_change_error": error}
     return base | more
 
@@ -205,8 +206,8 @@ def test_summary_agrees_with_independent_statistics() -> None:
     assert (
         "Wrong sign by left-5: expo alpha=0.5 on mnist_vit, expo alpha=0.5 on mnist_vit_e" in text
     )
-    counts = [sum(r["class"] == name for r in records) for name in classes.CLASSES]
-    named = [f"{n} {name}" for n, name in zip(counts, classes.CLASSES, strict=True)]
+    counts = [sum(r["class"] == name for r in records) for name in effects.CLASSES]
+    named = [f"{n} {name}" for n, name in zip(counts, effects.CLASSES, strict=True)]
     assert f"Classes on the objective: {', '.join(named)}." in text
 
 

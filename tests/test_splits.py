@@ -12,12 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from deltalab import run
+from deltalab import reference, run
 from deltalab.apply import editing
 from deltalab.data import splits
 from deltalab.edits import needs_of
 from deltalab.loss.answers import AnswerLoss, DpoLoss
 from deltalab.loss.objectives import CrossEntropy, change, measure
+from deltalab.store import latest
 from deltalab.weights.mapping import ModelPair, loaded
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -78,9 +79,9 @@ EDITS["bitdelta_distilled"] = edit_of("bitdelta_distilled", steps=9)
 
 @pytest.fixture
 def known():
-    run.reference.cache_clear()
-    yield run.reference(Model(), Objective(), None, "error", None)
-    run.reference.cache_clear()
+    latest.forget()
+    yield reference.opened(Model(), Objective(), None, "error", None, None, {})
+    latest.forget()
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -113,8 +114,8 @@ def test_there_are_edits_that_are_fitted():
 def evaluated(name, **fields):
     edit = edit_of(name, **fields)
     point = SimpleNamespace(
-        model=Model(), objective=Objective(), evaluator=None, nonfinite="error", artifacts=None,
-        artifacts_gb=None, edit=edit, select="all", seed=0, margin=0.02, objective_name="x",
+        edit=edit, select="all", seed=0, salt="", drawn={"select": "all", "seed": 0}, margin=0.02,
+        objective_name="x",
         riemann=instantiate(OmegaConf.load(CONF / "riemann" / "paper.yaml")),
         prediction=instantiate(OmegaConf.load(CONF / "prediction" / "on.yaml")),
     )  # fmt: skip
@@ -122,7 +123,8 @@ def evaluated(name, **fields):
 
 
 @pytest.mark.parametrize(("name", "half"), [("darex", "B"), ("dare", None)])
-def test_a_point_is_judged_by_the_half_that_it_was_not_fitted_to(known, name, half):
+def test_a_point_is_judged_by_the_half_that_it_was_not_fitted_to(known, monkeypatch, name, half):
+    monkeypatch.setattr(run, "reference", lambda point: known)
     (found, documents), edit = evaluated(name, p=0.5)
     rows, kept = splits.places(COUNT, half), documents[run.CHANGE]
     assert found["loss"]["half"] == half

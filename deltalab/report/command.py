@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from deltalab.commands import command
-from deltalab.report.classes import check_margin
 from deltalab.report.outcomes import Outcome, at_margin, rules
 from deltalab.report.reading import read
+from deltalab.store.effects import check_margin
 
 USAGE = """\
 usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [margin=SHARE]

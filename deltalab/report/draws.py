@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deltalab.report.classes import CLASSES, MARGINS, classify
-from deltalab.report.means import Mean, factor, over_draws, two_way
 from deltalab.report.outcomes import Outcome
 from deltalab.report.tables import NONE, Column, measured
+from deltalab.store.effects import CLASSES, MARGINS, classify
+from deltalab.store.means import Mean, factor, over_draws, two_way
 
 Examples = Callable[[Outcome], Sequence[float] | None]
 """Gives what every example of the objective says of a point's loss change, where it was kept."""

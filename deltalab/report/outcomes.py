@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deltalab.report.classes import MARGIN, classify
+from deltalab.store.effects import MARGIN, classify
 
 RULES = ("left", "gauss")
 """The rules shown first: the paper's own (Eq. 1) and the accurate one."""

@@ -6,11 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltalab.report.classes import MARGIN
 from deltalab.report.outcomes import Outcome, Term, at_margin, number, plain, sort_key
-from deltalab.store.records import enrolled
-
-SCHEMA = 1
+from deltalab.store.effects import MARGIN
+from deltalab.store.records import SCHEMA, enrolled
 
 
 def read(directory: Path, warn: Callable[[str], None]) -> list[Outcome]:

@@ -5,7 +5,6 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from deltalab.report.classes import CLASSES, MARGINS, two_errors
 from deltalab.report.outcomes import (
     Outcome,
     Term,
@@ -16,6 +15,7 @@ from deltalab.report.outcomes import (
     split_classes,
 )
 from deltalab.report.tables import NONE, Column, fixed, markdown, percent
+from deltalab.store.effects import CLASSES, MARGINS, two_errors
 
 
 def summary(points: Sequence[Outcome]) -> str:

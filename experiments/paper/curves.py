@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.report.means import Mean
 from deltalab.report.outcomes import Outcome, number, plain
+from deltalab.store.means import Mean
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltalab.report.figures.style import panels
-from deltalab.report.means import Mean
 from deltalab.report.outcomes import Outcome, plain
 from deltalab.report.tables import signed
+from deltalab.store.means import Mean
 from experiments.paper.alpha import by_alpha
 from experiments.paper.drawing import curve, zero
 from experiments.paper.evidence import Documents, Evidence

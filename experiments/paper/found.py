@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.report.means import Mean, holm
 from deltalab.report.outcomes import Outcome
 from deltalab.report.tables import is_lenient, is_score
+from deltalab.store.means import Mean, holm
 
 NEAR = 0.02
 """How far from the post-trained model's a score may be to count as kept."""

@@ -5,9 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 from deltalab.report.figures.style import HATCHES, looks, panels
-from deltalab.report.means import Mean
 from deltalab.report.outcomes import Outcome, number, plain
 from deltalab.report.tables import signed
+from deltalab.store.means import Mean
 from experiments.paper.drawing import curve, zero
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import LEVEL, Cell, Found, Table, above, every, mean

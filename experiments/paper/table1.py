@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from deltalab.report.figures.style import panels
-from deltalab.report.means import Mean
 from deltalab.report.outcomes import Outcome, number, plain
 from deltalab.report.tables import signed
+from deltalab.store.means import Mean
 from experiments.paper.drawing import curve, reference, zero
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (

@@ -9,10 +9,11 @@ import torch
 from scipy import stats
 
 from deltalab.loss.objectives import Measured, change, influences
-from deltalab.report import classes, command, draws, means
+from deltalab.report import command, draws
 from deltalab.report.comparison import compare
 from deltalab.report.outcomes import Outcome, at_margin
 from deltalab.report.reading import parse
+from deltalab.store import effects, means
 
 RUNS = 1000
 MOST = 0.03 + 2 * math.sqrt(0.03 * 0.97 / RUNS)  # 2.3 % is meant; few draws may make it 3 %
@@ -33,16 +34,16 @@ def table(rng, draws, examples, of_draw, of_example, of_rest, middle=0.0):
     return y + of_rest * rng.standard_normal((draws, examples))
 
 
-@pytest.mark.parametrize("effects", [(0, 1, 0.1), (0.3, 0.3, 1), (1, 0.1, 0.1), (0, 0, 1)])
+@pytest.mark.parametrize("parts", [(0, 1, 0.1), (0.3, 0.3, 1), (1, 0.1, 0.1), (0, 0, 1)])
 @pytest.mark.parametrize("number", [3, 8])
-def test_the_two_way_error_covers_the_truth(effects, number):
+def test_the_two_way_error_covers_the_truth(parts, number):
     """A change of no more than the margin is called decreased in 3 % of all cases at most."""
     rng = np.random.default_rng(0)
     beyond = inside = 0
     for _ in range(RUNS):
-        found = means.two_way(table(rng, number, 60, *effects, middle=0.1))
+        found = means.two_way(table(rng, number, 60, *parts, middle=0.1))
         wide = means.factor(found.freedom)
-        kind = classes.classify(found.value, found.error, 5.0, 0.1, 0.02, wide)
+        kind = effects.classify(found.value, found.error, 5.0, 0.1, 0.02, wide)
         beyond += kind == "decreased"
         inside += kind == "competitive"
     assert beyond / RUNS <= MOST
@@ -54,29 +55,29 @@ def test_one_draw_says_less_than_it_claims():
     rng, wrong = np.random.default_rng(1), 0
     for _ in range(RUNS):
         y = table(rng, 1, 60, 0.5, 0.5, 0.1)[0]
-        wrong += classes.two_errors(y.mean(), y.std(ddof=1) / math.sqrt(len(y))) != "competitive"
+        wrong += effects.two_errors(y.mean(), y.std(ddof=1) / math.sqrt(len(y))) != "competitive"
     assert wrong / RUNS > 0.5
 
 
-@pytest.mark.parametrize(("effects", "number"), [((0.01, 1, 0.1), 3), ((0.05, 0.3, 0.5), 8)])
-def test_classes_are_found_where_they_are(effects, number):
+@pytest.mark.parametrize(("parts", "number"), [((0.01, 1, 0.1), 3), ((0.05, 0.3, 0.5), 8)])
+def test_classes_are_found_where_they_are(parts, number):
     rng = np.random.default_rng(2)
     for middle, kind in ((0.0, "competitive"), (2.0, "decreased"), (-2.0, "improved")):
         right = 0
         for _ in range(300):
-            found = means.two_way(table(rng, number, 200, *effects, middle=middle))
+            found = means.two_way(table(rng, number, 200, *parts, middle=middle))
             wide = means.factor(found.freedom)
-            right += classes.classify(found.value, found.error, 50.0, 1.0, 0.02, wide) == kind
+            right += effects.classify(found.value, found.error, 50.0, 1.0, 0.02, wide) == kind
         assert right / 300 >= 0.9, kind
 
 
 def test_the_bound_is_one():
     """Without the examples the error is no smaller than with them, in the mean of many tables."""
     rng = np.random.default_rng(3)
-    for effects in ((0, 1, 0.1), (0.3, 0.3, 1), (1, 0.1, 0.1)):
+    for parts in ((0, 1, 0.1), (0.3, 0.3, 1), (1, 0.1, 0.1)):
         squares = []
         for _ in range(300):
-            y = table(rng, 4, 50, *effects)
+            y = table(rng, 4, 50, *parts)
             errors = y.std(1, ddof=1) / math.sqrt(y.shape[1])
             bound = means.over_draws(list(y.mean(1)), list(errors))
             squares.append((bound.error**2, means.two_way(y).error ** 2))
@@ -106,18 +107,18 @@ def test_examples_without_a_value_are_left_out():
 
 def test_more_examples_decide_and_never_make_a_small_change_large():
     """DARE on the small language model: 3e-4 nats of a gap of 2.3 was `decreased`."""
-    assert classes.two_errors(3.3e-4, 0.9e-4) == "decreased"
-    assert classes.classify(3.3e-4, 0.9e-4, 2.3, 0.1) == "competitive"
-    assert classes.classify(0.04, 0.03, 2.3, 0.1) == "undecided"
-    assert classes.classify(0.04, 0.003, 2.3, 0.1) == "competitive"
-    assert classes.classify(0.0, 0.0, 0.1, 0.06) == "undecided", "nothing was learned"
-    assert classes.classify(1.0, math.inf, 2.3, 0.1) == "undecided"
+    assert effects.two_errors(3.3e-4, 0.9e-4) == "decreased"
+    assert effects.classify(3.3e-4, 0.9e-4, 2.3, 0.1) == "competitive"
+    assert effects.classify(0.04, 0.03, 2.3, 0.1) == "undecided"
+    assert effects.classify(0.04, 0.003, 2.3, 0.1) == "competitive"
+    assert effects.classify(0.0, 0.0, 0.1, 0.06) == "undecided", "nothing was learned"
+    assert effects.classify(1.0, math.inf, 2.3, 0.1) == "undecided"
 
 
 @pytest.mark.parametrize("margin", [0, 1, -0.1, "x", None, True, math.nan])
 def test_margins_are_shares(margin):
     with pytest.raises(ValueError, match="margin=.*share of the gap"):
-        classes.check_margin(margin)
+        effects.check_margin(margin)
 
 
 def record(**more):
