@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, locks, settings, stopping, sweeps
+from deltalab import console, eviction, locks, settings, stopping, sweeps
 from deltalab.records import redacted
 from deltalab.settings import conf_dir
 
@@ -134,6 +134,7 @@ def guarded() -> Iterator[None]:
         cfg = original(self, *args, **kwargs)
         settings.check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
         settings.check_results(cfg.get("results"))
+        check_store(cfg.get("artifacts"))
         check_optional(cfg.hydra.runtime.choices, self)
         return cfg
 
@@ -142,6 +143,13 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         ConfigLoaderImpl.load_configuration = original  # type: ignore[method-assign]
+
+
+def check_store(artifacts: Any) -> None:
+    """Raise `ValueError` where a store of artefacts would lie among things of somebody else."""
+    if isinstance(artifacts, str) and artifacts:
+        with suppress(OSError):
+            eviction.check(Path(artifacts))
 
 
 def check_optional(choices: Any, loader: Any) -> None:

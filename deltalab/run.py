@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deltalab import apply, distill, finite, locks, records, select
+from deltalab import apply, distill, eviction, finite, locks, records, select
 from deltalab import settings as checks
 from deltalab.artifacts import Store
 from deltalab.audit import audit
@@ -100,6 +101,9 @@ def run(
     if (done := _finished(results, point.key, settings["force"], choices.experiment)) is not None:
         return done, True
     records.check_writable(results)
+    if point.artifacts:
+        with suppress(OSError):  # a store that cannot be written costs time and no point
+            eviction.claim(Path(point.artifacts))
     with locks.held(records.lock_of(results, point.key)) as lock:
         done = _finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:
