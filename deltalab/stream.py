@@ -8,7 +8,6 @@ program wrote it. What is not edited is copied as bytes.
 import json
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from deltalab import apply, console, finite
+from deltalab import apply, console, files, finite
 from deltalab.edits import needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
@@ -69,8 +68,9 @@ def stream(
 ) -> dict[str, Any]:
     """Write the edited checkpoint to `out` and return its manifest.
 
-    Everything goes to a temporary directory beside `out`, which is renamed at the end: whenever
-    the process is stopped, `out` is absent or complete.
+    Everything goes to a temporary directory beside `out`, which is renamed when it has reached the
+    disk itself: whenever the process or the machine is stopped, `out` is absent or complete. What a
+    killed process has left is named at the next run.
 
     Args:
         pre: pre-trained checkpoint, a file or a directory as for `weights.Checkpoint`.
@@ -86,7 +86,8 @@ def stream(
         describe: said about the edit in the manifest.
 
     Raises:
-        ValueError: `out` exists, or the checkpoints do not fit together.
+        ValueError: `out` exists, another process is writing it, or the checkpoints do not fit
+            together.
     """
     if mismatch not in MISMATCH:
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
@@ -105,18 +106,13 @@ def stream(
         "names": list(plan.pre),
         "kept": plan.kept,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial_out = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        _write(plan, partial_out, edit, extras, kernel)
-        _copy_companions(post, partial_out)
-        (partial_out / "deltalab.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        _verify(plan, partial_out)
-        partial_out.chmod(0o777 & ~_umask())
-        partial_out.rename(out)
-    except BaseException:
-        shutil.rmtree(partial_out, ignore_errors=True)
-        raise
+    for left, size in files.leftovers(out):
+        console.fail(f"{left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it")
+    with files.building(out) as made:
+        _write(plan, made, edit, extras, kernel)
+        _copy_companions(post, made)
+        files.write(made / "deltalab.json", json.dumps(manifest, indent=1) + "\n")
+        _verify(plan, made)
     return manifest
 
 
@@ -401,9 +397,3 @@ def _verify(plan: Plan, out: Path) -> None:
 
 def _parameters(plan: Plan) -> int:
     return sum(plan.rows[name] for name in plan.pre)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

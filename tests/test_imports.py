@@ -100,7 +100,7 @@ def test_the_package_never_imports_the_experiments():
 
 def test_reports_need_neither_torch_nor_the_machinery():
     light = {"outcomes", "tables", "figures", "report", "console", "records", "reading", "summary"}
-    light |= {"commands", "comparison", "files", "offline", "page"}
+    light |= {"commands", "comparison", "files", "locks", "offline", "page"}
     for module, path in sources():
         if module in light:
             assert set(imported(path)) <= light
