@@ -2,7 +2,8 @@
 
 For every experiment found in `DIR/records/*.json` it writes `DIR/<experiment>.md` and its figures
 `DIR/<experiment>_*.png` and `.svg`, and prints the table; then one page of everything there,
-`DIR/index.html`. The same records give the same bytes.
+`DIR/index.html`. The same records give the same bytes. Where git tracks such a file, the report
+goes to `DIR/report` instead, unless `into` says otherwise.
 """
 
 import re
@@ -12,23 +13,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from deltalab import files, placing
 from deltalab.commands import command
 from deltalab.outcomes import Outcome, rules
 from deltalab.reading import read
 
 USAGE = """\
-usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [compare='EDIT;EDIT']
+usage: deltalab-report [results=DIR] [into=DIR] [experiment=NAME] [from=wandb] [compare='EDIT;EDIT']
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
 DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
 
   results=DIR      where the records are and the report goes (default: results)
+  into=DIR         where the report goes instead; without it nothing that git tracks is overwritten:
+                   a report goes to DIR/report where git tracks one of its files in DIR
   experiment=NAME  report this experiment alone (default: every one there is)
   from=wandb       read what tracker=wandb has logged, DIR/wandb/*run-*, instead of DIR/records
   compare='A;B'    instead, compare two points document by document: each named by its key or as
                    the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
 """
-SETTINGS = {"results": "results", "experiment": "", "from": "records", "compare": ""}
+SETTINGS = {"results": "results", "into": "", "experiment": "", "from": "records", "compare": ""}
 SOURCES = {"records": "records/*.json", "wandb": "wandb/*run-*/run-*.wandb"}
 
 
@@ -61,7 +65,7 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     """Read `key=value` arguments over the defaults.
 
     >>> settings(["results=out"])
-    {'results': 'out', 'experiment': '', 'from': 'records', 'compare': ''}
+    {'results': 'out', 'into': '', 'experiment': '', 'from': 'records', 'compare': ''}
     """
     found = dict(SETTINGS)
     for argument in arguments:
@@ -75,7 +79,9 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def report(results: str, experiment: str = "", compare: str = "", source: str = "records") -> None:
+def report(
+    results: str, experiment: str = "", compare: str = "", source: str = "records", into: str = ""
+) -> None:
     """Write and print the report of one experiment, or of all (`experiment` empty)."""
     directory = Path(results).expanduser()
     if not directory.is_dir():
@@ -90,14 +96,36 @@ def report(results: str, experiment: str = "", compare: str = "", source: str = 
         own = [p for p in points if p.failure is None and experiment in ("", p.experiment)]
         _compare(own, compare, directory)
         return
+    chosen = [experiment] if experiment else names
+    place = _place(directory, into, chosen)
     figures = find_spec("matplotlib") is not None
-    if not figures and points:
+    if not figures and points and place:
         _warn("no figures without matplotlib (pip install deltalab[report])")
-    for name in [experiment] if experiment else names:
+    for name in chosen:
         own = [point for point in points if point.experiment == name]
         _show(own, name)
-        print(f"wrote {write(own, name, directory, figures=figures)}")
-    _page(points, directory)
+        if place:
+            print(f"wrote {write(own, name, place, figures=figures)}")
+    if place:
+        _page(points, directory, place)
+
+
+def _place(directory: Path, into: str, experiments: Sequence[str]) -> Path | None:
+    """Return where the report goes, None where nothing can be written beside the records."""
+    from deltalab.figures import FIGURES
+    from deltalab.page import NAME
+    from deltalab.page.plain import stem
+
+    names = [NAME]
+    for one in map(stem, experiments):
+        names += [f"{one}.md", *(f"{one}_{f}.{kind}" for f in FIGURES for kind in ("png", "svg"))]
+    place = Path(into).expanduser() if into else placing.place(directory, names)
+    if (why := placing.refusal(place)) is None:
+        return place
+    if into:
+        raise ValueError(f"into={into}: no report can be written there ({why})")
+    _warn(f"no report can be written in {place} ({why}): name a directory with into=DIR")
+    return None
 
 
 def _points(directory: Path, source: str) -> list[Outcome]:
@@ -114,7 +142,7 @@ def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def _page(points: Sequence[Outcome], directory: Path) -> None:
+def _page(points: Sequence[Outcome], directory: Path, place: Path) -> None:
     """Write the page of the whole directory, whichever experiment was asked for."""
     from deltalab import page
     from deltalab.page.libraries import missing
@@ -122,7 +150,7 @@ def _page(points: Sequence[Outcome], directory: Path) -> None:
     if absent := missing():
         _warn(f"no index.html without {', '.join(absent)} (pip install deltalab[report])")
     else:
-        print(f"wrote {page.write(directory, points, _warn)}")
+        print(f"wrote {page.write(directory, points, _warn, place)}")
 
 
 def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
@@ -160,9 +188,7 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
         for path, caption in draw(done, directory, name):
             sections += [f"![{re.split('[,;.]', caption)[0]}]({path.name})", "", f"*{caption}*", ""]
     sections += _failures([point for point in points if point.failure is not None])
-    page = directory / f"{name}.md"
-    page.write_text("\n".join(sections).rstrip("\n") + "\n", encoding="utf-8")
-    return page
+    return files.write(directory / f"{name}.md", "\n".join(sections).rstrip("\n") + "\n")
 
 
 def _parts(points: Sequence[Outcome]) -> list[str]:

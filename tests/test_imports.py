@@ -50,7 +50,7 @@ LAYERS = (
     ),
     ("audit", "comparison", "figures", "stream"),
     ("page",),
-    ("report", "run"),
+    ("placing", "report", "run"),
     ("closing", "preview"),
     ("gpus", "stopping"),
     ("cli",),
@@ -100,7 +100,7 @@ def test_the_package_never_imports_the_experiments():
 
 def test_reports_need_neither_torch_nor_the_machinery():
     light = {"outcomes", "tables", "figures", "report", "console", "records", "reading", "summary"}
-    light |= {"commands", "comparison", "files", "locks", "offline", "page"}
+    light |= {"commands", "comparison", "files", "locks", "offline", "page", "placing"}
     for module, path in sources():
         if module in light:
             assert set(imported(path)) <= light
