@@ -21,7 +21,8 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from deltalab import console, stopping
+    from deltalab import console
+    from deltalab.sweep import stopping
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
@@ -59,9 +60,11 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import edits, select, stream
+    from deltalab import edits
+    from deltalab.apply import stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
+    from deltalab.weights import select
 
     gc.freeze()
     gc.enable()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from deltalab import files, locks
+from deltalab.store import files, locks
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_one_process_builds_a_path(tmp_path):
 
 def test_files_are_as_open_as_the_umask_says(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from deltalab import files;"
+        "import os, sys; from pathlib import Path; from deltalab.store import files;"
         "os.umask(int(sys.argv[2], 8)); files.write(Path(sys.argv[1]) / sys.argv[2], 'x')"
     )
     for mask, mode in (("077", 0o600), ("022", 0o644)):

