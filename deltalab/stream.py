@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from deltalab import apply, console, finite
+from deltalab.checkpoints import opened
 from deltalab.edits import needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
 from deltalab.shards import Buffers, Entry, entries, read
-from deltalab.weights import PIECE, Checkpoint, LazyWeights, fingerprint, part_of
+from deltalab.weights import PIECE, LazyWeights, fingerprint, part_of
 
 MISMATCH = ("error", "truncate", "keep_post")
 SLICE = 1 << 22
@@ -124,9 +125,9 @@ def planned(pre: Path, post: Path, select: Any, mismatch: str) -> Plan:
     """Decide from the headers alone, tied tensors apart, what happens to every tensor.
 
     Raises:
-        ValueError: the sides differ and `mismatch` does not allow it.
+        ValueError: the sides differ and `mismatch` does not allow it, or one holds no weights.
     """
-    olds, news = (_all_entries(path) for path in (pre, post))
+    olds, news = _all_entries(pre, "model.pre"), _all_entries(post, "model.post")
     ties, old_ties = _tied(news), _tied(olds)
     chosen = {name for name, new in news.items() if selected(select, name, new.shape)}
     plan = Plan(post=news, pre={}, alias={name: name for name in news}, rows={}, kept={})
@@ -156,9 +157,9 @@ def planned(pre: Path, post: Path, select: Any, mismatch: str) -> Plan:
     return plan
 
 
-def _all_entries(path: Path) -> dict[str, Entry]:
+def _all_entries(path: Path, setting: str) -> dict[str, Entry]:
     """Return all tensors of a checkpoint, file by file."""
-    where = Checkpoint(path).shards
+    where = opened(path, setting).shards
     found: dict[str, Entry] = {}
     for file in dict.fromkeys(where.values()):
         found |= entries(file)

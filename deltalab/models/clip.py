@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltalab.checkpoints import check_local, opened
 from deltalab.models import clip_heads, clip_names, hub
 from deltalab.models.timm_vit import (
     check_dtype,
@@ -22,7 +23,7 @@ from deltalab.models.timm_vit import (
     live_pair,
     transform_of,
 )
-from deltalab.weights import Checkpoint, LazyWeights, ModelPair
+from deltalab.weights import LazyWeights, ModelPair
 
 log = logging.getLogger(__name__)
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
@@ -96,6 +97,8 @@ class ClipPair:
         """Return the classifier on the meta device; the projection counts as fixed."""
         import timm
 
+        check_local(self.pre, "model.pre")
+        check_local(self.post, "model.post")
         with torch.device("meta"):
             tower: Any = created(self.name, {**dict(self.args or ()), "num_classes": 0})
             dim = timm.models.get_pretrained_cfg_value(self.name, "num_classes") or 512
@@ -158,7 +161,7 @@ def _open(spec: ClipPair) -> ModelPair:
     shapes = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
     sides = []
     for setting, place in places.items():
-        sides.append(clip_names.found(Checkpoint(place), shapes, setting))
+        sides.append(clip_names.found(opened(place, setting), shapes, setting))
         if sides[-1].layout is clip_names.HUGGING_FACE:
             _check_described(place, tower, setting)
     pre, post = sides
