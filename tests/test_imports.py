@@ -19,6 +19,7 @@ LAYERS = (
         "edits",
         "objectives",
         "quantised",
+        "pictures",
         "records",
         "select",
         "formats",
