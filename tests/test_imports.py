@@ -34,7 +34,7 @@ LAYERS = (
         "translation",
     ),
     ("native",),
-    ("fused", "models", "shards"),
+    ("fused", "models", "shards", "layout"),
     (
         "apply",
         "distill",
