@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deltalab.data import Folder, HubImages, Packaged
+from deltalab.data.images import Folder, HubImages, Packaged
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_an_empty_file_is_called_that(tmp_path):
 
 def test_spare_outputs_are_told(tmp_path, caplog):
     from deltalab.evaluators.accuracy import Accuracy
-    from deltalab.weights import ModelPair
+    from deltalab.weights.mapping import ModelPair
 
     for name in "xy":
         picture(tmp_path / name / "a.png")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltalab import checkpoints, cli, quantised, save
-from deltalab.weights import Checkpoint
+from deltalab import cli, save
+from deltalab.weights import checkpoints, quantised
+from deltalab.weights.mapping import Checkpoint
 
 STEM = "model.layers.0.mlp.up_proj."
 U8, I8, I32 = torch.uint8, torch.int8, torch.int32

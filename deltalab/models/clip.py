@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltalab.checkpoints import check_local, opened
 from deltalab.models import clip_heads, clip_names, hub
 from deltalab.models.timm_vit import (
     check_dtype,
@@ -23,7 +22,8 @@ from deltalab.models.timm_vit import (
     live_pair,
     transform_of,
 )
-from deltalab.weights import LazyWeights, ModelPair
+from deltalab.weights.checkpoints import check_local, opened
+from deltalab.weights.mapping import LazyWeights, ModelPair
 
 log = logging.getLogger(__name__)
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}

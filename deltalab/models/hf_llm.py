@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from deltalab.checkpoints import check_local, opened
+from deltalab.data.text import Encoder
 from deltalab.models import facts, hub, vocabulary
-from deltalab.models.aligned import MISMATCH
 from deltalab.models.causal import architecture, configuration, differences, filled, generation
 from deltalab.models.timm_vit import device_of
-from deltalab.text import Encoder
-from deltalab.weights import ModelPair
+from deltalab.weights.aligned import MISMATCH
+from deltalab.weights.checkpoints import check_local, opened
+from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
 DTYPES = ("bfloat16", "float16", "float32", "float64")

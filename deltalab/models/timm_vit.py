@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltalab.checkpoints import opened
-from deltalab.weights import (
+from deltalab.weights.checkpoints import opened
+from deltalab.weights.mapping import (
     Checkpoint,
     LazyWeights,
     ModelPair,
