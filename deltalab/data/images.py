@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,8 @@ class Packaged:
     task: str
     split: str
     limit: int | None = None
+    contents: ClassVar = {"task": "packaged images"}
+    reads: ClassVar = ("images",)
 
     def __post_init__(self) -> None:
         if self.task not in (tasks := ("mnist", "fashion", "digits")):
@@ -130,6 +132,8 @@ class Folder:
     split: str | None = None
     class_map: str | None = None
     limit: int | None = None
+    contents: ClassVar = {"dir": "images", "class_map": "file"}
+    reads: ClassVar = ("images",)
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
@@ -189,6 +193,8 @@ class HubImages:
     label: str = "label"
     class_map: str | None = None
     limit: int | None = None
+    contents: ClassVar = {"path": "tree", "dir": "tree", "class_map": "file"}
+    reads: ClassVar = ("images",)
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
