@@ -13,7 +13,8 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
 from deltalab.weights import mapping, shards
-from deltalab.weights.mapping import Checkpoint, fingerprint
+from deltalab.weights.contents import of_checkpoint
+from deltalab.weights.mapping import Checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -152,7 +153,7 @@ def test_a_sub_directory_of_a_hub_snapshot(tmp_path):
     link = inner / "model.safetensors"
     link.symlink_to("../../../../blobs/0")
     assert same(Checkpoint(inner), Checkpoint(plain))
-    assert fingerprint(inner) == fingerprint(plain)
+    assert of_checkpoint(inner) == of_checkpoint(plain)
     for elsewhere in (tmp_path / "blobs" / "0", plain / "model.safetensors"):
         elsewhere.parent.mkdir(exist_ok=True)
         shutil.copy(blobs / "0", elsewhere) if not elsewhere.exists() else None

@@ -134,6 +134,7 @@ class Folder:
     limit: int | None = None
     contents: ClassVar = {"dir": "images", "class_map": "file"}
     reads: ClassVar = ("images",)
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
@@ -195,6 +196,7 @@ class HubImages:
     limit: int | None = None
     contents: ClassVar = {"path": "tree", "dir": "tree", "class_map": "file"}
     reads: ClassVar = ("images",)
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
