@@ -71,7 +71,8 @@ class Accuracy:
             for c in sorted(set(label.tolist())):
                 correct = (rank[label == c] < 1).double().mean()
                 metrics[f"{self.name}/accuracy/{c}"] = float(correct)
-        return Scores(metrics, {self.name: loss})
+        right = {f"{self.name}/accuracy": (rank < 1).double()}
+        return Scores(metrics, {self.name: loss}, right)
 
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
