@@ -276,6 +276,15 @@ def test_points_that_lack_what_a_check_needs_are_left_as_they_are():
         committed.judge("rules", RESULTS)
 
 
+def test_the_page_claims_no_order_that_the_terms_do_not_have():
+    """Fig. 3: DARE's term at p = .9 lies above Twin's; a sentence once said otherwise."""
+    notes = " ".join(json.loads((RESULTS / "paper" / "fig3.json").read_text())["notes"])
+    page = " ".join((RESULTS / "README.md").read_text().split())
+    assert "is not below Twin" in notes
+    assert "does not order all methods so" in page
+    assert "orders the methods as the paper says" not in page
+
+
 def test_the_log_is_what_the_cards_say():
     page = (RESULTS / "README.md").read_text()
     assert log.with_table(page, log.cards(RESULTS)) == page

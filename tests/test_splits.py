@@ -18,6 +18,7 @@ from deltalab.data import splits
 from deltalab.edits import needs_of
 from deltalab.loss.answers import AnswerLoss, DpoLoss
 from deltalab.loss.objectives import CrossEntropy, change, measure
+from deltalab.report.comparison import compare
 from deltalab.store import latest
 from deltalab.weights.mapping import ModelPair, loaded
 
@@ -190,3 +191,10 @@ def test_changes_of_a_half_are_those_of_its_examples(known):
     whole = change(known.whole.post, known.whole.pre)
     assert judge.post.losses.tolist() == known.whole.post.losses[rows].tolist()
     assert change(judge.post, judge.pre) != whole
+
+
+def test_edits_are_compared_on_the_examples_that_neither_was_fitted_to(known, monkeypatch):
+    monkeypatch.setattr(run, "reference", lambda point: known)
+    fitted, other = (evaluated(name, p=0.5)[0][1] for name in ("darex", "dare"))
+    found = {each.metric: each.documents for each in compare(fitted, other)}
+    assert found[run.CHANGE] == len(B)
