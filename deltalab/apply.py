@@ -14,22 +14,12 @@ from deltalab.extras import Extras
 from deltalab.models.aligned import saved_names
 from deltalab.native import Place
 from deltalab.select import selected
-from deltalab.weights import LazyWeights, Weights, shape_of
+from deltalab.weights import LazyWeights, Weights, difference, shape_of
 
 SLICE = {"cpu": 1 << 15, "cuda": 1 << 25}
 """Elements that an edit handles at once where it can: on a GPU enough to keep it busy; on a CPU few
 enough for the cache, and for PyTorch not to start threads, whose barriers cost more than the work
 as soon as the machine has anything else to do."""
-
-
-def difference(pre: Tensor, post: Tensor) -> Tensor:
-    """Return W_post - W_pre in float32; equal entries give zero, infinite ones too.
-
-    >>> difference(torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf]))
-    tensor([0.5000, 0.0000])
-    """
-    a, b = pre.float(), post.float()
-    return torch.where(a == b, 0.0, b - a)
 
 
 def stored(pre: Tensor, post: Tensor, delta: Tensor, hat: Tensor) -> Tensor:

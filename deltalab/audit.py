@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deltalab import apply
 from deltalab.extras import Extras
-from deltalab.weights import LazyWeights, ModelPair, Weights
+from deltalab.weights import LazyWeights, ModelPair, Weights, difference
 
 
 def audit(pair: ModelPair, edit: Any, extras: Extras, edited: Weights) -> dict[str, Any]:
@@ -17,13 +16,13 @@ def audit(pair: ModelPair, edit: Any, extras: Extras, edited: Weights) -> dict[s
     Frobenius norms over the touched tensors; `sparsity` is the share of touched entries that have
     the pre-trained value.
     """
-    deltas = LazyWeights(edited, lambda name: apply.difference(pair.pre[name], pair.post[name]))
+    deltas = LazyWeights(edited, lambda name: difference(pair.pre[name], pair.post[name]))
     zeros = entries = 0
     shift2 = delta2 = ideal2 = lost2 = 0.0
     for name in edited:
         before = deltas[name]
         ideal = edit(before, **extras.for_tensor(name, deltas)) - before
-        shift = edited[name].float() - pair.post[name].float()
+        shift = difference(pair.post[name], edited[name])
         zeros += int((edited[name] == pair.pre[name]).sum())
         entries += shift.numel()
         shift2 += squared(shift)

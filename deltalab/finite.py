@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltalab.weights import LazyWeights, ModelPair, Weights
+from deltalab.weights import LazyWeights, ModelPair, Weights, difference
 
 NONFINITE = ("error", "zero")
 _SLICE = 1 << 17
@@ -110,10 +110,8 @@ def _finite(pre: Tensor, post: Tensor) -> bool:
 
 def _mask(pre: Tensor, post: Tensor, buffer: bool) -> Tensor:
     """Return where a number is none, on either side or in the delta."""
-    bad = ~(post.float() - pre.float()).isfinite()
-    if buffer:
-        return bad & ~(pre == post)
-    return bad | ~pre.isfinite() | ~post.isfinite()
+    bad = ~difference(pre, post).isfinite()
+    return bad if buffer else bad | ~pre.isfinite() | ~post.isfinite()
 
 
 def _complaint(name: str, pre: Tensor, post: Tensor, count: int) -> str:

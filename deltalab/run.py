@@ -32,7 +32,7 @@ from deltalab.objectives import Loss, Measured, change, classify, measure
 from deltalab.prediction import Predict
 from deltalab.provenance import commit, device_name, peak_memory, versions
 from deltalab.riemann import Riemann
-from deltalab.weights import ModelPair, Weights, loaded
+from deltalab.weights import ModelPair, Weights, difference, loaded
 
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
@@ -303,7 +303,7 @@ def provide(known: Reference, edit: Any, seed: int) -> Extras:
 
 def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:
     """Return W_edit - W_post in float32, of the weights as they are evaluated."""
-    return {name: edited[name].float() - post[name].float() for name in edited}
+    return {name: difference(post[name], edited[name]) for name in edited}
 
 
 def paired(post: Scores, edited: Scores) -> dict[str, float]:

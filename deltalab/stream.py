@@ -26,7 +26,7 @@ from deltalab.edits import needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
 from deltalab.shards import Buffers, Entry, entries, read
-from deltalab.weights import PIECE, Checkpoint, LazyWeights, fingerprint, part_of
+from deltalab.weights import PIECE, Checkpoint, LazyWeights, difference, fingerprint, part_of
 
 MISMATCH = ("error", "truncate", "keep_post")
 SLICE = 1 << 22
@@ -358,7 +358,7 @@ class _Deltas(LazyWeights):
     def _whole(self, name: str) -> Tensor:
         """Return one delta: the rows that both sides have."""
         new, count = self._plan.post[name], self._plan.rows[name]
-        flat = apply.difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
+        flat = difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
         return flat.reshape(_shape(new.shape, count, 0))
 
     def pieces(self, name: str) -> Iterator[Callable[[], Tensor]]:
@@ -373,7 +373,7 @@ class _Deltas(LazyWeights):
             read(entry, start, stop, _buffers.take(side, _dtype(entry), stop - start))
             for side, entry in sides.items()
         )
-        return apply.difference(a, b)
+        return difference(a, b)
 
 
 def _copy_companions(post: Path, out: Path) -> None:

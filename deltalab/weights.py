@@ -309,15 +309,26 @@ def floating(weights: Weights, name: str) -> bool:
     return weights[name].is_floating_point()
 
 
+def difference(pre: Tensor, post: Tensor) -> Tensor:
+    """Return W_post - W_pre in float32: what delta and shift mean everywhere.
+
+    Entries that are equal as stored give zero, infinite ones too, as the masks of attention hold.
+
+    >>> difference(torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf]))
+    tensor([0.5000, 0.0000])
+    """
+    return torch.where(pre == post, 0.0, post.float() - pre.float())
+
+
 def delta(pre: Weights, post: Weights) -> LazyWeights:
-    """Return W_post - W_pre of every floating-point tensor, in float32, lazily.
+    """Return the `difference` of every floating-point tensor, lazily.
 
     >>> pre, post = {"w": torch.tensor([1.0])}, {"w": torch.tensor([1.5])}
     >>> delta(pre, post)["w"]
     tensor([0.5000])
     """
     names = [n for n in post if floating(post, n)]
-    return LazyWeights(names, lambda n: post[n].float() - pre[n].float())
+    return LazyWeights(names, lambda n: difference(pre[n], post[n]))
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deltalab import run
 from deltalab.weights import (
     Checkpoint,
     LazyWeights,
     ModelPair,
     delta,
+    difference,
     fingerprint,
     loaded,
     part_of,
@@ -309,3 +311,14 @@ def test_fingerprint_is_of_the_content(tmp_path, tensors):
     changed["layer3.weight"][2, 3] += 1
     save_file(changed, b)
     assert fingerprint(a) != fingerprint(b)
+
+
+def test_the_delta_is_one_thing_everywhere():
+    """Equal infinities have none; what float32 alone makes equal has one that is no number."""
+    mask = {"mask": torch.tensor([0.0, -torch.inf, torch.inf, 1.0])}
+    moved = {"mask": torch.tensor([0.5, -torch.inf, torch.inf, 1.0])}
+    assert delta(mask, moved)["mask"].tolist() == [0.5, 0.0, 0.0, 0.0]
+    assert run.shift_from(mask, moved)["mask"].tolist() == [0.5, 0.0, 0.0, 0.0]
+    beyond = torch.tensor([1e300], dtype=torch.float64)
+    assert difference(beyond, beyond).tolist() == [0.0]
+    assert difference(beyond, 2 * beyond).isnan().all()
