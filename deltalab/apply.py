@@ -1,6 +1,6 @@
 """Apply an edit to weights: one tensor, or lazily all selected tensors of a pair."""
 
-from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ from deltalab.extras import Extras
 from deltalab.models.aligned import saved_names
 from deltalab.native import Place
 from deltalab.select import selected
-from deltalab.weights import LazyWeights, Weights, difference, shape_of
+from deltalab.weights import LazyWeights, Weights, delta, difference, meta
 
 SLICE = {"cpu": 1 << 15, "cuda": 1 << 25}
 """Elements that an edit handles at once where it can: on a GPU enough to keep it busy; on a CPU few
@@ -158,16 +158,28 @@ def edited(
         extras: provider of what the edit needs.
         kernel: as for `edited_tensor`.
     """
-    found = (_selected_name(select, post, n) for n in post)
-    names = [n for n in found if n is not None and post[n].is_floating_point()]
-    deltas = LazyWeights(names, lambda n: difference(pre[n], post[n]))
-    load: Callable[[str], Tensor] = lambda n: edited_tensor(  # noqa: E731
-        pre[n], post[n], edit, kernel, **extras.for_tensor(n, deltas)
-    )
-    return LazyWeights(names, load)
+    touched = LazyWeights(chosen(post, select), post.__getitem__, partial(meta, post))
+    deltas = delta(pre, touched)
+
+    def load(name: str) -> Tensor:
+        needs = extras.for_tensor(name, deltas)
+        return edited_tensor(pre[name], post[name], edit, kernel, **needs)
+
+    return LazyWeights(touched, load, touched.meta)
 
 
-def _selected_name(select: Any, post: Weights, name: str) -> str | None:
-    """Return the name by which a tensor is selected; a tied one has several, as it was saved."""
-    names = saved_names(post, name)
-    return next((n for n in names if selected(select, n, shape_of(post, n))), None)
+def chosen(post: Weights, select: Any) -> list[str]:
+    """Return the names of the floating-point tensors that a selection touches; reads none.
+
+    A tied tensor has several names, as it was saved: it goes by the first that is selected.
+
+    >>> chosen({"head.weight": torch.ones(2, 2), "steps": torch.tensor(3)}, "all")
+    ['head.weight']
+    """
+    found = []
+    for listed in post:
+        shape = meta(post, listed).shape
+        names = (n for n in saved_names(post, listed) if selected(select, n, shape))
+        if meta(post, listed).floating and (name := next(names, None)) is not None:
+            found.append(name)
+    return found

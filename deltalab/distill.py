@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from deltalab.edits.bitdelta import mean_magnitude
 from deltalab.objectives import Loss, evaluating
-from deltalab.weights import Weights
+from deltalab.weights import Weights, meta
 
 
 class _Watched(nn.Module):
@@ -53,7 +53,8 @@ def scales(
         A float32 scalar for each tensor of at least two dimensions; mean |D| throughout if learning
         did not lower the difference over all batches.
     """
-    names = [name for name in deltas if deltas[name].ndim > 1 and deltas[name].numel()]
+    shapes = {name: meta(deltas, name).shape for name in deltas}
+    names = [name for name, shape in shapes.items() if len(shape) > 1 and 0 not in shape]
     start = {name: mean_magnitude(deltas[name], "tensor") for name in names}
     if not steps or not names:
         return start

@@ -13,6 +13,7 @@ With g and H the gradient and Hessian of the objective at W_post, and E the shif
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from deltalab.objectives import Loss
 from deltalab.passes import curvature, inner, probing, targets
 from deltalab.records import key_of
 from deltalab.rng import Rng
-from deltalab.weights import LazyWeights, Weights
+from deltalab.weights import LazyWeights, Weights, meta
 
 
 def moments(edit: Any) -> tuple[float, float] | None:
@@ -241,7 +242,7 @@ def diagonal_probe(
         return torch.where(Rng(seed, f"hutchinson/{name}").below(values, 0.5), -values, values)
 
     names = dict(module.named_parameters(remove_duplicate=False))
-    vector = LazyWeights([n for n in delta if n in names], signed)
+    vector = LazyWeights([n for n in delta if n in names], signed, partial(meta, delta))
     touched = targets(module, vector)
     with probing(module, touched, post):
         return curvature(module, touched, vector, loss)

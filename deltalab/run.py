@@ -196,18 +196,20 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         pair, loss = known.pair, known.loss
     with clock("edit"):
         extras = provide(known, point.edit, point.seed)
-        edited = dict(apply.edited(pair.pre, pair.post, point.edit, point.select, extras))
+        post = {name: pair.post[name] for name in apply.chosen(pair.post, point.select)}
+        edited = dict(apply.edited(pair.pre, post, point.edit, point.select, extras))
         finite.check_edited(edited)
-        touched = audit(pair, point.edit, extras, edited)
+        touched = audit(pair, post, point.edit, extras, edited)
     with clock("term"):
         changes = known.engine.changes(
             point.edit,
-            shift_from(pair.post, edited),
+            shift_from(post, edited),
             {"select": point.select, "seed": point.seed},
             point.riemann,
             point.prediction,
+            post,
         )
-    with loaded(pair.module, edited, restore=pair.post):
+    with loaded(pair.module, edited, restore=post):
         with clock("loss"):
             measured = measure(pair.module, loss)
         with clock("evaluate"):

@@ -26,7 +26,15 @@ from deltalab.edits import needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
 from deltalab.shards import Buffers, Entry, entries, read
-from deltalab.weights import PIECE, Checkpoint, LazyWeights, difference, fingerprint, part_of
+from deltalab.weights import (
+    PIECE,
+    Checkpoint,
+    LazyWeights,
+    Meta,
+    difference,
+    fingerprint,
+    part_of,
+)
 
 MISMATCH = ("error", "truncate", "keep_post")
 SLICE = 1 << 22
@@ -351,7 +359,7 @@ class _Deltas(LazyWeights):
     """The deltas of the tensors that are edited, for edits that need more than a piece of one."""
 
     def __init__(self, plan: Plan, names: list[str]) -> None:
-        super().__init__(names, self._whole)
+        super().__init__(names, self._whole, self._meta_of)
         self._plan = plan
         self.step: Callable[[], None] = lambda: None
 
@@ -360,6 +368,10 @@ class _Deltas(LazyWeights):
         new, count = self._plan.post[name], self._plan.rows[name]
         flat = difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
         return flat.reshape(_shape(new.shape, count, 0))
+
+    def _meta_of(self, name: str) -> Meta:
+        shape = _shape(self._plan.post[name].shape, self._plan.rows[name], 0)
+        return Meta(shape, torch.float32)
 
     def pieces(self, name: str) -> Iterator[Callable[[], Tensor]]:
         """Yield what `weights.pieces` does, without the whole delta."""

@@ -10,6 +10,7 @@ from deltalab import run
 from deltalab.weights import (
     Checkpoint,
     LazyWeights,
+    Meta,
     ModelPair,
     delta,
     difference,
@@ -44,7 +45,7 @@ def test_lazy_weights_load_on_access_only():
         asked.append(name)
         return torch.ones(1)
 
-    lazy = LazyWeights(["a", "b"], load)
+    lazy = LazyWeights(["a", "b"], load, lambda name: Meta((1,), torch.float32))
     assert list(lazy) == ["a", "b"]
     assert len(lazy) == 2
     assert "b" in lazy

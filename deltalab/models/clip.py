@@ -22,7 +22,7 @@ from deltalab.models.timm_vit import (
     live_pair,
     transform_of,
 )
-from deltalab.weights import Checkpoint, LazyWeights, ModelPair
+from deltalab.weights import Checkpoint, LazyWeights, Meta, ModelPair, meta
 
 log = logging.getLogger(__name__)
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
@@ -190,7 +190,13 @@ def _named(side: clip_names.Found, tuned: bool) -> LazyWeights:
             return side.projection
         return side.tower[name.removeprefix("visual.")]
 
-    return LazyWeights(names + [clip_names.PROJECTION] * tuned, load)
+    def told(name: str) -> Meta:
+        if name == clip_names.PROJECTION:
+            assert side.projection is not None
+            return meta({name: side.projection}, name)
+        return side.tower.meta(name.removeprefix("visual."))
+
+    return LazyWeights(names + [clip_names.PROJECTION] * tuned, load, told)
 
 
 def _head(spec: ClipPair, pre: Path, dim: int) -> Tensor:

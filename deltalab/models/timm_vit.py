@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deltalab.weights import (
     Checkpoint,
-    LazyWeights,
     ModelPair,
     Weights,
+    cast,
     check_same_layout,
     fingerprint,
     mixed_dtypes,
@@ -193,16 +192,6 @@ def device_of(device: str) -> str:
     if kind == "cuda" and number >= torch.cuda.device_count():
         raise ValueError(f"model.device={device}: {torch.cuda.device_count()} GPUs are here")
     return device
-
-
-def cast(weights: Weights, dtype: torch.dtype) -> LazyWeights:
-    """Return weights whose floating-point tensors have the dtype in which they are evaluated."""
-
-    def load(name: str) -> Tensor:
-        tensor = weights[name]
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return LazyWeights(weights, load)
 
 
 def locate(source: str, setting: str) -> Path:
