@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab import run
+from deltalab import run, shards
 from deltalab.weights import (
     Checkpoint,
     LazyWeights,
@@ -79,15 +79,15 @@ def test_checkpoint_mistakes_name_the_file(tmp_path, tensors):
     bad.write_bytes(b"\x00" * 64)
     with pytest.raises(ValueError, match="bad.safetensors: not a valid safetensors file"):
         Checkpoint(bad)
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    sharded(shards, tensors)
-    (shards / "model-2.safetensors").unlink()
+    many = tmp_path / "shards"
+    many.mkdir()
+    sharded(many, tensors)
+    (many / "model-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-2.safetensors"):
-        Checkpoint(shards)
-    save_file({"other": torch.ones(1)}, shards / "model-2.safetensors")
+        Checkpoint(many)
+    save_file({"other": torch.ones(1)}, many / "model-2.safetensors")
     with pytest.raises(ValueError, match="layer2.weight"):
-        Checkpoint(shards)
+        Checkpoint(many)
 
 
 def header(entries, data=0, length=None):
@@ -131,9 +131,10 @@ def entry(begin=0, end=4, dtype="F32", shape=(1,)):
 def test_every_claim_of_a_header_is_checked(tmp_path, content, message):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        Checkpoint(path)
-    assert str(path) in str(caught.value)
+    for read in (Checkpoint, shards.entries):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
 
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
