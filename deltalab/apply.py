@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltalab import fused
+from deltalab.edits import Edit
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
 from deltalab.extras import Extras
@@ -35,7 +36,7 @@ def stored(pre: Tensor, post: Tensor, delta: Tensor, hat: Tensor) -> Tensor:
 def edited_tensor(
     pre: Tensor,
     post: Tensor,
-    edit: Any,
+    edit: Edit,
     kernel: str = "auto",
     out: Tensor | None = None,
     **needs: Any,
@@ -69,7 +70,7 @@ def edited_tensor(
 
 
 def edited_files(
-    edit: Any,
+    edit: Edit,
     dtypes: tuple[torch.dtype, torch.dtype],
     files: tuple[Place, Place, Place],
     shape: tuple[int, ...],
@@ -95,32 +96,32 @@ def edited_files(
     return fused.edited_files(edit, dtypes, files, shape, needs, _edited)
 
 
-def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+def _edited(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Tensor:
     """The edit of one tensor or slice in full: the body of the compiled pass too."""
     delta = difference(pre, post)
     return stored(pre, post, delta, edit(delta, **needs))
 
 
-def _in_slices(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any], out: Tensor) -> None:
+def _in_slices(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any], out: Tensor) -> None:
     """Edit slice by slice, the same bits in bounded memory; or all at once, if the edit must."""
     if post.ndim == 0 or not post.numel():
         out.copy_(_edited(pre, post, edit, needs))
         return
     a, b, into = pre.reshape(-1), post.reshape(-1), out.view(-1)
-    if (unit := getattr(edit, "unit", "tensor")) == "tensor":
+    if edit.unit == "tensor":
         hat = _edited_delta(pre, post, edit, needs)
         for part in _slices(post, 1):
             into[part] = stored(a[part], b[part], difference(a[part], b[part]), hat[part])
         return
-    width = 1 if unit == "entry" else post[0].numel() if post.ndim > 1 else None
+    width = 1 if edit.unit == "entry" else post[0].numel() if post.ndim > 1 else None
     for part in _slices(post, width):
-        shape = (-1,) if unit == "entry" or post.ndim < 2 else (-1, width or 1)
+        shape = (-1,) if edit.unit == "entry" or post.ndim < 2 else (-1, width or 1)
         given = {k: _sliced(k, v, part, shape) for k, v in needs.items()}
         old, new = a[part].reshape(shape), b[part].reshape(shape)
         into[part] = _edited(old, new, edit, given).reshape(-1)
 
 
-def _edited_delta(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+def _edited_delta(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Tensor:
     """Return the flat edited delta of an edit that sees the whole tensor."""
     delta = torch.empty(post.shape, dtype=torch.float32, device=post.device)
     a, b, into = pre.reshape(-1), post.reshape(-1), delta.view(-1)
@@ -146,7 +147,7 @@ def _sliced(name: str, value: Any, part: slice, shape: tuple[int, ...]) -> Any:
 
 
 def edited(
-    pre: Weights, post: Weights, edit: Any, select: Any, extras: Extras, kernel: str = "auto"
+    pre: Weights, post: Weights, edit: Edit, select: Any, extras: Extras, kernel: str = "auto"
 ) -> LazyWeights:
     """Return the selected floating-point tensors of a pair, edited one by one when asked for.
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deltalab.artifacts import Store
-from deltalab.lines import Lines, approximate, line_of
+from deltalab.edits import Edit
+from deltalab.lines import Lines, approximate
 from deltalab.objectives import Loss
 from deltalab.passes import gradient
 from deltalab.prediction import Predict, Predictor
@@ -71,7 +72,7 @@ class Engine:
 
     def changes(
         self,
-        edit: Any,
+        edit: Edit,
         shift: Weights,
         selection: Mapping[str, Any],
         settings: Riemann,
@@ -94,7 +95,7 @@ class Engine:
         """
         module, post = self.pair.module, self.pair.post if post is None else post
         first = self.gradient if settings.starts_at_post or predict.enabled else None
-        line = line_of(edit) if _exact(post, shift) else None
+        line = edit.line() if _exact(post, shift) else None
         if settings.rule is not None and not _exact(post, shift) and not self._told:
             self._told.append(True)
             log.warning(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deltalab import native, translation
-from deltalab.edits import needs_of
+from deltalab.edits import Edit, needs_of
 from deltalab.rng import Keyed
 from deltalab.translation import Body, Program
 
@@ -32,7 +32,7 @@ _translating = Lock()
 _programs: deque[tuple[Any, Any, Program | None]] = deque(maxlen=16)
 
 
-def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
+def wanted(edit: Edit, count: int, kernel: str, device: str = "cpu") -> bool:
     """Return whether to run an edit of one tensor compiled.
 
     Args:
@@ -47,7 +47,7 @@ def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel}: must be one of {', '.join(KERNELS)}")
-    fusible = getattr(edit, "unit", None) == "entry" or getattr(edit, "fuses", False)
+    fusible = edit.unit == "entry" or edit.fuses
     able = fusible and set(needs_of(edit)) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
     large = count >= SMALLEST and device == "cpu"
     return able and not _broken and (kernel == "compiled" or (kernel == "auto" and large))
@@ -56,7 +56,7 @@ def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
 def edited(
     pre: Tensor,
     post: Tensor,
-    edit: Any,
+    edit: Edit,
     needs: Mapping[str, Any],
     body: Body,
     out: Tensor,
@@ -92,7 +92,7 @@ def edited(
 
 
 def edited_files(
-    edit: Any,
+    edit: Edit,
     dtypes: tuple[torch.dtype, torch.dtype],
     files: tuple[native.Place, native.Place, native.Place],
     shape: tuple[int, ...],
@@ -127,9 +127,9 @@ def _give_up(error: Exception) -> None:
     _broken.append(reason)
 
 
-def _sees_matrix(edit: Any, shape: Sequence[int]) -> bool:
+def _sees_matrix(edit: Edit, shape: Sequence[int]) -> bool:
     """Whether the edit is shown a tensor of this shape as a matrix, and not entry by entry."""
-    return getattr(edit, "unit", None) != "entry" and len(shape) > 1
+    return edit.unit != "entry" and len(shape) > 1
 
 
 def _known(edit: Any, needs: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _known(edit: Any, needs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _program(
-    edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body, known: Mapping[str, Any]
+    edit: Edit, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body, known: Mapping[str, Any]
 ) -> Program | None:
     """Return the edit in C, or None if it has no translation; for one tensor if more is known."""
     setting = (dtypes, matrix, body)
@@ -176,7 +176,7 @@ def _compiled(body: Callable[..., Tensor], threads: int) -> Callable[..., Tensor
     """Return the compiled body; the number of threads is a constant of the code."""
 
     def traced(
-        pre: Tensor, post: Tensor, edit: Any, keys: Tensor | None, grad: Tensor | None
+        pre: Tensor, post: Tensor, edit: Edit, keys: Tensor | None, grad: Tensor | None
     ) -> Tensor:
         needs: dict[str, Any] = {}
         if keys is not None:

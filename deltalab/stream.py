@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deltalab import apply, console, finite
-from deltalab.edits import needs_of
+from deltalab.edits import Edit, needs_of
 from deltalab.extras import Extras, Memo
 from deltalab.select import selected
 from deltalab.shards import Buffers, Entry, entries, read
@@ -67,7 +67,7 @@ def stream(
     pre: Path,
     post: Path,
     out: Path,
-    edit: Any,
+    edit: Edit,
     *,
     select: Any,
     seed: int,
@@ -215,7 +215,7 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
     """
     names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
     deltas = _Deltas(plan, names)
-    if getattr(edit, "scope", None) == "model" and names:
+    if edit.whole_model and "quantile" in edit.needs and names:
         with console.steps("ranking", 2 * len(names)) as deltas.step:
             extras.for_tensor(names[0], deltas)["quantile"](edit.keep)
     files = dict.fromkeys(entry.file for entry in plan.post.values())
@@ -262,7 +262,7 @@ def _pieces(stop: int, width: int, size: int | None = None) -> Iterator[tuple[in
 def _edit_piece(
     plan: Plan,
     name: str,
-    edit: Any,
+    edit: Edit,
     given: dict[str, Any],
     kernel: str,
     target: BinaryIO,
@@ -325,12 +325,11 @@ def _item(entry: Entry) -> int:
     return entry.size // max(1, prod(entry.shape))
 
 
-def _width(edit: Any, entry: Entry) -> int:
+def _width(edit: Edit, entry: Entry) -> int:
     """Return the entries that must stay together, or 0 for a whole tensor."""
-    unit = getattr(edit, "unit", "tensor")
-    if unit == "row":
+    if edit.unit == "row":
         return prod(entry.shape[1:]) if len(entry.shape) > 1 else 0
-    return 1 if unit == "entry" else 0
+    return 1 if edit.unit == "entry" else 0
 
 
 def _shape(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:

@@ -1,8 +1,12 @@
 """The contract that every edit keeps, and the closed forms and identities of each."""
 
+import ast
+import inspect
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from deltalab import apply, select
-from deltalab.edits import multibit, needs_of
+from deltalab.edits import Edit, Unit, multibit, needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -96,6 +100,64 @@ def test_fields_are_the_yaml_keys(name: str) -> None:
     settings = yaml.safe_load((CONF / "edit" / f"{name}.yaml").read_text())
     assert set(settings) - {"_target_", "select"} == {f.name for f in fields(built(name))}
     assert settings["select"] in select.PRESETS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_edit_says_of_itself(name: str) -> None:
+    """Every edit derives from `Edit`; its version can be read from the source alone."""
+    edit = built(name)
+    assert isinstance(edit, Edit)
+    assert edit.unit in get_args(Unit)
+    assert {type(edit.fuses), type(edit.whole_model)} == {bool}
+    tree = ast.parse(Path(inspect.getsourcefile(type(edit))).read_text())
+    (body,) = (n.body for n in tree.body if getattr(n, "name", "") == type(edit).__name__)
+    said = {
+        n.target.id: (ast.unparse(n.annotation), ast.literal_eval(n.value))
+        for n in body
+        if isinstance(n, ast.AnnAssign) and n.value is not None
+    }
+    assert said["version"] == ("ClassVar[int]", type(edit).version)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_are_those_of_the_draws(name: str) -> None:
+    """Of the shift relative to the delta, on as many entries as tell 3 % of a variance."""
+    edit = built(name)
+    if (moments := edit.moments()) is None:
+        return
+    x = call(edit, torch.ones(200_000)) - 1
+    assert x.mean().item() == pytest.approx(moments.mean, abs=0.01)
+    assert x.var().item() == pytest.approx(moments.variance, rel=0.03, abs=1e-9)
+
+
+def settings_of(name: str) -> list[dict]:
+    """The settings of an edit's own grid, or its defaults."""
+    path = CONF / "grid" / f"{name}.yaml"
+    axes = yaml.safe_load(path.read_text()) if path.exists() else {}
+    values = {k.removeprefix("edit."): yaml.safe_load(f"[{v}]") for k, v in axes.items()}
+    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edits_on_one_line_shift_in_one_direction(name: str) -> None:
+    default, delta = built(name), tensor((16, 24))
+    if type(default).line is Edit.line:
+        assert default.line() is None
+        return
+    families: dict[str, list[Tensor]] = {}
+    for settings in settings_of(name):
+        edit = replace(default, **settings)
+        if (line := edit.line()) is None:
+            continue
+        shift = call(edit, delta) - delta
+        assert line.low <= line.at <= line.high
+        assert line.at or torch.equal(shift, torch.zeros_like(shift))
+        families.setdefault(line.family, [])
+        families[line.family] += [shift / line.at] if line.at else []
+    assert max(map(len, families.values())) > 1, "a line that nothing shares"
+    for first, *others in families.values():
+        for other in others:
+            assert torch.allclose(first, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -578,7 +640,7 @@ def test_further_mistakes_name_the_field_and_the_range(make, message: str) -> No
 
 
 def test_a_need_outside_the_vocabulary_is_an_error() -> None:
-    class Odd:
+    class Odd(Edit):
         def __call__(self, delta, *, hessian):
             return delta
 

@@ -1,15 +1,16 @@
 """BitDelta with distilled scales, its second step (arXiv 2402.10193)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deltalab.edits import whole, within
+from deltalab.edits import Edit, whole, within
 
 
 @dataclass(frozen=True)
-class BitDeltaDistilled:
+class BitDeltaDistilled(Edit):
     """Keep the signs and one learned scale a matrix.
 
     D_hat = alpha sign(D), sign(0) = +1, with the scales of all matrices learned together so that
@@ -31,6 +32,8 @@ class BitDeltaDistilled:
 
     steps: int
     lr: float
+    version: ClassVar[int] = 1
+    whole_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 0)

@@ -1,16 +1,17 @@
 """DAREx-q: DARE with another rescale, for extreme drop rates (arXiv 2410.09344)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Unit, within
 from deltalab.rng import Rng
 
 
 @dataclass(frozen=True)
-class Darex:
+class Darex(Edit):
     """Drop entries at random and divide the rest by q instead of 1 - p.
 
     D_hat = (1 - M) D / q with M ~ Bernoulli(p). With q > 1 - p this is biased by the factor
@@ -32,6 +33,7 @@ class Darex:
 
     p: float
     q: float | str
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1)")
@@ -46,7 +48,7 @@ class Darex:
         return ("rng", "acts") if self.q == "closed_form" else ("rng",)
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:  # type: ignore[override]
         """Entry by entry where q is given; the closed form sees the whole tensor."""
         return "tensor" if self.q == "closed_form" else "entry"
 

@@ -15,7 +15,6 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.figures.style import looks, panels
 from deltalab.outcomes import Outcome, number, spearman
-from deltalab.prediction import moments
 from experiments.paper.drawing import one_legend
 from experiments.paper.found import Found, Table, end, mean, metrics, models, scored
 
@@ -78,7 +77,7 @@ def _series(points: Sequence[Outcome]) -> dict[str, list[Place]]:
     for point in points:
         if point.edit not in EDITS:
             continue
-        found = moments(EDITS[point.edit](**point.settings))
+        found = EDITS[point.edit](**point.settings).moments()
         k = number(point.settings.get("k"))
         name = point.edit if k is None else f"k = {k:g}"
         if found is not None and found[1] > 0:
