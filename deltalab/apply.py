@@ -11,7 +11,7 @@ from deltalab import fused
 from deltalab.edits import Edit
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
-from deltalab.extras import Extras
+from deltalab.extras import SLICED, Extras, handed, thresholds
 from deltalab.models.aligned import saved_names
 from deltalab.native import Place
 from deltalab.select import selected
@@ -51,7 +51,7 @@ def edited_tensor(
             the same.
         out: where to put the result, contiguous, of post's shape, dtype and device; None for a new
             tensor.
-        needs: the keyword arguments that the edit declares.
+        needs: the keyword arguments that the edit declares, on whatever device.
 
     >>> from deltalab.edits.expo import Expo
     >>> edited_tensor(torch.tensor([1.0]), torch.tensor([1.5]), Expo(alpha=1.0))
@@ -61,8 +61,9 @@ def edited_tensor(
         out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
     if isinstance(edit, Keep | Discard):
         return out.copy_(post if isinstance(edit, Keep) else pre)
+    needs = handed(needs, post.device)
     compiled = fused.wanted(edit, post.numel(), kernel, post.device.type)
-    if compiled and fused.edited(pre, post, edit, needs, _edited, out):
+    if compiled and fused.edited(pre, post, edit, _found(edit, needs), _edited, out):
         return out
     with torch.no_grad():
         _in_slices(pre, post, edit, needs, out)
@@ -93,7 +94,14 @@ def edited_files(
     """
     if not fused.wanted(edit, prod(shape), kernel) or "grad" in needs:
         return False
-    return fused.edited_files(edit, dtypes, files, shape, needs, _edited)
+    return fused.edited_files(edit, dtypes, files, shape, _found(edit, needs), _edited)
+
+
+def _found(edit: Edit, needs: dict[str, Any]) -> dict[str, Any]:
+    """Return the needs with the model-wide thresholds found, before the edit is recorded."""
+    if "quantile" not in needs:
+        return needs
+    return {**needs, "quantile": thresholds(edit, needs).__getitem__}
 
 
 def _edited(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Tensor:
@@ -140,7 +148,8 @@ def _slices(tensor: Tensor, width: int | None) -> list[slice]:
 
 def _sliced(name: str, value: Any, part: slice, shape: tuple[int, ...]) -> Any:
     """Return one need of an edit for a slice of the flat tensor."""
-    assert name in ("rng", "grad", "acts"), f"an edit that runs in slices cannot ask for {name}"
+    if name not in SLICED:
+        raise ValueError(f"an edit that runs in slices cannot ask for {name!r}")
     if name == "rng":
         return value.at(part.start)
     return value.reshape(-1)[part].reshape(shape) if name == "grad" else value

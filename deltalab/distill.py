@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,45 @@ from torch.func import functional_call
 
 from deltalab.edits.bitdelta import mean_magnitude
 from deltalab.objectives import Loss, evaluating
-from deltalab.weights import Weights, meta
+from deltalab.weights import ModelPair, Weights, meta
+
+PROVIDED = ("grad", "acts", "scale")
+"""What `providers` provides."""
+
+
+def providers(
+    pair: ModelPair, loss: Loss, gradient: Callable[[], Weights]
+) -> dict[str, Callable[[str, Weights], Any]]:
+    """Return the providers of what an edit may ask for of a live model on an objective.
+
+    Args:
+        pair: the open pair.
+        loss: the opened objective.
+        gradient: the gradient at W_post, computed when it is first asked for.
+
+    Returns:
+        For `extras.Extras`, by need; what is learned or averaged is so once for all tensors.
+    """
+
+    @cache
+    def inputs() -> dict[str, Tensor]:
+        return mean_inputs(pair.module, loss)
+
+    learned: dict[tuple[int, float], dict[str, Tensor]] = {}
+
+    def scale(name: str, deltas: Weights) -> Callable[[int, float], Tensor | None]:
+        def learn(steps: int, lr: float) -> Tensor | None:
+            if (steps, lr) not in learned:
+                learned[steps, lr] = scales(pair.module, pair.pre, deltas, loss, steps=steps, lr=lr)
+            return learned[steps, lr].get(name)
+
+        return learn
+
+    return {
+        "grad": lambda name, _: gradient()[name],
+        "acts": lambda name, _: inputs().get(name),
+        "scale": scale,
+    }
 
 
 class _Watched(nn.Module):
@@ -137,7 +176,9 @@ def mean_inputs(module: nn.Module, loss: Loss) -> dict[str, Tensor]:
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 axis = -1 if isinstance(layer, nn.Linear) else 1
-                handle = layer.register_forward_pre_hook(watch(f"{name}.weight", axis))
+                handle = layer.register_forward_pre_hook(
+                    watch(f"{name}.weight".removeprefix("."), axis)
+                )
                 hooks.callback(handle.remove)
         for batch in loss.batches:
             loss(module, batch)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deltalab import native, translation
-from deltalab.edits import Edit, needs_of
+from deltalab.edits import Edit
 from deltalab.rng import Keyed
 from deltalab.translation import Body, Program
 
@@ -48,7 +48,7 @@ def wanted(edit: Edit, count: int, kernel: str, device: str = "cpu") -> bool:
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel}: must be one of {', '.join(KERNELS)}")
     fusible = edit.unit == "entry" or edit.fuses
-    able = fusible and set(needs_of(edit)) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
+    able = fusible and set(edit.needs) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
     large = count >= SMALLEST and device == "cpu"
     return able and not _broken and (kernel == "compiled" or (kernel == "auto" and large))
 
@@ -67,15 +67,16 @@ def edited(
         pre: pre-trained tensor.
         post: post-trained tensor.
         edit: the edit.
-        needs: its keyword arguments, `rng`, `grad` and `quantile` at most.
+        needs: its keyword arguments, `rng`, `grad` and `quantile` at most; the last looks up what
+            has been found, for the edit is recorded while it asks.
         body: the eager function of (pre, post, edit, needs) to compile.
         out: where to put the result, contiguous.
     """
     grads = [t for name, t in needs.items() if name == "grad"]
     dtypes = tuple(t.dtype for t in (pre, post, *grads))
-    known = _known(edit, needs)
+    known = _known(needs)
     try:
-        cpu = post.device.type == "cpu"
+        cpu = all(t.device.type == "cpu" for t in (pre, post, out, *grads))
         matrix = _sees_matrix(edit, post.shape)
         program = _program(edit, dtypes, matrix, body, known) if cpu else None
         if program is None and known:
@@ -106,10 +107,10 @@ def edited_files(
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result.
         shape: of the whole tensor; or for an edit of unit "entry" of any part of it.
-        needs: its keyword arguments, `rng` of the first entry and `quantile` at most.
+        needs: its keyword arguments, `rng` of the first entry and `quantile` at most, as there.
         body: as for `edited`.
     """
-    known, rng = _known(edit, needs), needs.get("rng")
+    known, rng = _known(needs), needs.get("rng")
     try:
         program = _program(edit, dtypes, _sees_matrix(edit, shape), body, known)
         return program is not None and native.edit_files(program, files, prod(shape), rng)
@@ -132,12 +133,9 @@ def _sees_matrix(edit: Edit, shape: Sequence[int]) -> bool:
     return edit.unit != "entry" and len(shape) > 1
 
 
-def _known(edit: Any, needs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is the same for all entries of a tensor: its share in a model-wide threshold."""
-    if "quantile" not in needs:
-        return {}
-    limit = needs["quantile"](edit.keep)  # found now, not while the edit is being recorded
-    return {"quantile": lambda keep: limit}
+def _known(needs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is the same for all entries of a tensor: its share in model-wide thresholds."""
+    return {name: need for name, need in needs.items() if name == "quantile"}
 
 
 def _program(
@@ -150,7 +148,7 @@ def _program(
             if edited_ is edit and its == setting and not known:
                 return program
         try:
-            program = translation.program(edit, needs_of(edit), body, dtypes, matrix, known)
+            program = translation.program(edit, edit.needs, body, dtypes, matrix, known)
         except translation.Untranslatable:
             program = None
         if not known:

@@ -22,10 +22,9 @@ from deltalab import apply, distill, finite, locks, records, select
 from deltalab import settings as checks
 from deltalab.artifacts import Store
 from deltalab.audit import audit
-from deltalab.edits import needs_of
 from deltalab.engine import Engine
 from deltalab.evaluators.accuracy import Scores
-from deltalab.extras import Extras
+from deltalab.extras import Extras, check_needs
 from deltalab.keys import determining
 from deltalab.models.hub import Absent
 from deltalab.objectives import Loss, Measured, change, classify, measure
@@ -140,7 +139,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     chosen = settings["select"] or chosen
     select.check(chosen)
     edit = build(edit_settings, "edit")
-    needs_of(edit)
+    check_needs(edit, distill.PROVIDED)
     model = build(settings["model"], "model")
     parts = {name: build(settings[name], name) for name in BUILT}
     parts |= {"edit": edit, "model": model}
@@ -290,17 +289,9 @@ def reference(
 
 def provide(known: Reference, edit: Any, seed: int) -> Extras:
     """Return the provider of what an edit may ask for, computed when it asks."""
-    module, pre, loss = known.pair.module, known.pair.pre, known.loss
-    return Extras.of(
-        edit,
-        known.pair,
-        seed=seed,
-        gradient=lambda: known.engine.gradient,
-        acts=lambda: distill.mean_inputs(module, loss),
-        scales=lambda deltas: distill.scales(
-            module, pre, deltas, loss, steps=edit.steps, lr=edit.lr
-        ),
-    )
+    gradient = lambda: known.engine.gradient  # noqa: E731
+    providers = distill.providers(known.pair, known.loss, gradient)
+    return Extras.of(edit, known.pair, seed=seed, providers=providers)
 
 
 def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:

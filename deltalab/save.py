@@ -55,7 +55,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import edits, select, stream
+    from deltalab import extras, select, stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
 
@@ -81,7 +81,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     chosen: Any = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     select.check(chosen)
     edit = build(settings["edit"], "edit")
-    edits.needs_of(edit)
+    extras.check_needs(edit)
     out = Path(own["out"]).expanduser()
     pre, post = _checkpoints(settings["model"])
     manifest = stream.stream(

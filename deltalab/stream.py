@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from deltalab import apply, console, finite
-from deltalab.edits import Edit, needs_of
-from deltalab.extras import Extras, Memo
+from deltalab.edits import Edit
+from deltalab.extras import Extras, Memo, thresholds
 from deltalab.select import selected
 from deltalab.shards import Buffers, Entry, entries, read
 from deltalab.weights import (
@@ -100,7 +100,7 @@ def stream(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    extras = Extras(needs_of(edit), seed, memo=Memo(limit=0))
+    extras = Extras(edit.needs, seed, memo=Memo(limit=0))
     plan = planned(pre, post, select, mismatch)
     manifest = {
         "edit": describe,
@@ -207,7 +207,7 @@ def _equal(a: Entry, b: Entry) -> bool:
     return all(torch.equal(read(a, *piece), read(b, *piece)) for piece in pieces)
 
 
-def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> None:
+def _write(plan: Plan, out: Path, edit: Edit, extras: Extras, kernel: str) -> None:
     """Write all files: headers and untouched tensors as bytes, edited tensors piece by piece.
 
     Pieces are independent: each worker reads one, edits it with one thread and writes it to its
@@ -217,7 +217,7 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
     deltas = _Deltas(plan, names)
     if edit.whole_model and "quantile" in edit.needs and names:
         with console.steps("ranking", 2 * len(names)) as deltas.step:
-            extras.for_tensor(names[0], deltas)["quantile"](edit.keep)
+            thresholds(edit, extras.for_tensor(names[0], deltas))
     files = dict.fromkeys(entry.file for entry in plan.post.values())
     workers = torch.get_num_threads()
     with (

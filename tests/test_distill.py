@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from deltalab import apply, distill
-from deltalab.edits import needs_of
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.bitdelta_distilled import BitDeltaDistilled
 from deltalab.extras import Extras, Memo
@@ -60,17 +59,10 @@ def test_one_linear_layer_finds_the_closed_form(pair) -> None:
 def test_no_steps_is_bitdelta(pair) -> None:
     edit = BitDeltaDistilled(steps=0, lr=0.1)
     loss = Squares((tensor((5, 6), 3),))
-    extras = Extras.of(
-        edit,
-        pair,
-        seed=0,
-        scales=lambda d: distill.scales(
-            pair.module, pair.pre, d, loss, steps=edit.steps, lr=edit.lr
-        ),
-    )
+    extras = Extras.of(edit, pair, seed=0, providers=distill.providers(pair, loss, dict))
     got = apply.edited(pair.pre, pair.post, edit, "all", extras)
     plain = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
-    expected = apply.edited(pair.pre, pair.post, plain, "all", Extras(needs_of(plain), memo=Memo()))
+    expected = apply.edited(pair.pre, pair.post, plain, "all", Extras(plain.needs, memo=Memo()))
     for name in got:
         assert torch.equal(got[name], expected[name])
 
@@ -96,3 +88,23 @@ def test_mean_inputs() -> None:
         inner = module[1](module[0](x))
     assert torch.allclose(means["2.weight"], inner.mean((0, 1)), atol=1e-6)
     assert not module[0]._forward_pre_hooks
+
+
+def test_what_is_averaged_or_learned_is_so_once_for_all_tensors(pair, monkeypatch) -> None:
+    calls = []
+    for name in ("mean_inputs", "scales"):
+        original = getattr(distill, name)
+        counted = lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k)  # noqa: E731
+        monkeypatch.setattr(distill, name, counted)
+    gradient = {name: tensor(tuple(t.shape), 7) for name, t in pair.post.items()}
+    given = distill.providers(pair, Squares((tensor((5, 6), 3),)), lambda: gradient)
+    assert tuple(given) == distill.PROVIDED
+    assert given["grad"]("bias", {}) is gradient["bias"]
+    assert given["acts"]("weight", {}).shape == (6,)
+    assert given["acts"]("bias", {}) is None
+    scale = {name: given["scale"](name, deltas(pair)) for name in pair.post}
+    assert scale["bias"](2, 0.1) is None
+    assert scale["weight"](2, 0.1).ndim == 0
+    assert calls == ["mean_inputs", "scales"]
+    scale["weight"](3, 0.1)
+    assert calls[2:] == ["scales"], "other settings are another scale"

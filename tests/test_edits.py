@@ -14,8 +14,8 @@ import yaml
 from hydra.utils import instantiate
 from torch import Tensor
 
-from deltalab import apply, select
-from deltalab.edits import Edit, Unit, multibit, needs_of
+from deltalab import apply, distill, select
+from deltalab.edits import Edit, Unit, multibit
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -33,6 +33,7 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
+from deltalab.extras import Extras, check_needs, thresholds
 from deltalab.factor import svd
 from deltalab.rng import Rng
 from deltalab.threshold import ModelThreshold, ascending
@@ -58,12 +59,11 @@ def needs(edit, delta: Tensor, name: str = "layer.weight", seed: int = 0) -> dic
         "rng": Rng(seed, name),
         "grad": tensor(tuple(delta.shape), seed=99).to(delta.device),
         "acts": torch.ones(delta[0].numel()) if delta.ndim > 1 and len(delta) else None,
-        "peers": [],
-        "scale": delta.abs().mean() if delta.numel() else torch.tensor(0.0),
+        "scale": lambda steps, lr: delta.abs().mean() if delta.ndim > 1 and delta.numel() else None,
         "svd": lambda: svd(delta.flatten(1)),
         "quantile": lambda keep: ModelThreshold().of(keep, {name: delta})[name],
     }
-    return {need: given[need] for need in needs_of(edit)}
+    return {need: given[need] for need in edit.needs}
 
 
 def call(edit, delta: Tensor, **where) -> Tensor:
@@ -644,5 +644,75 @@ def test_a_need_outside_the_vocabulary_is_an_error() -> None:
         def __call__(self, delta, *, hessian):
             return delta
 
-    with pytest.raises(ValueError, match="needs 'hessian', which is not one of rng, grad"):
-        needs_of(Odd())
+    class Told(Odd):
+        @property
+        def needs(self):
+            return ("rng", "hessian")
+
+    for edit in (Odd(), Told(), Chain(steps=["dare", Odd()])):
+        with pytest.raises(ValueError, match="needs 'hessian', which is not one of rng, grad"):
+            check_needs(edit, distill.PROVIDED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_edits_ask_for_is_provided(name: str) -> None:
+    check_needs(built(name), distill.PROVIDED)
+
+
+@pytest.mark.parametrize("need", ["peers", "gram", "fisher", "share"])
+def test_what_nobody_provides_yet_is_an_error_before_a_model_is_opened(need: str) -> None:
+    class Early(Edit):
+        needs = (need,)
+
+        def __call__(self, delta, **given):
+            return delta
+
+    text = f"edit Early needs '{need}', which is not available here; rng, svd, quantile, grad, acts"
+    with pytest.raises(ValueError, match=text):
+        check_needs(Early(), distill.PROVIDED)
+    with pytest.raises(ValueError, match=f"needs '{need}', which is not available here"):
+        Extras((need,))
+
+
+def test_what_a_slice_has_not_cannot_be_asked_for_in_slices() -> None:
+    class Sliced(Edit):
+        unit = "entry"
+
+        def __call__(self, delta, *, svd):
+            return delta
+
+    with pytest.raises(ValueError, match=r"edit Sliced needs 'svd', .* unit=entry goes with rng,"):
+        check_needs(Sliced())
+    with pytest.raises(ValueError, match="in slices cannot ask for 'svd'"):
+        apply.edited_tensor(tensor((2, 2)), tensor((2, 2), seed=1), Sliced(), svd=lambda: ())
+
+
+def test_what_is_no_edit_is_told_what_to_derive_from() -> None:
+    with pytest.raises(ValueError, match=r"edit int: must be derived from deltalab\.edits\.Edit"):
+        check_needs(3)
+
+
+def test_a_threshold_is_asked_for_at_whatever_fraction_an_edit_likes() -> None:
+    """Compiled too: no field has to be called `keep`."""
+
+    class Middle(Edit):
+        fuses = True
+
+        def __init__(self, low: float, high: float) -> None:
+            self.low, self.high = low, high
+
+        def __call__(self, delta, *, quantile):
+            outer, inner = quantile(self.low), quantile(self.high)
+            return torch.where(inner.survivors(delta) & ~outer.survivors(delta), delta, 0.0)
+
+    pre, post = tensor((300, 301)), tensor((300, 301), seed=1)
+    edit, delta = Middle(0.1, 0.4), post - pre
+    given = needs(edit, delta)
+    assert sorted(thresholds(edit, given)) == [0.1, 0.4]
+    hat = edit(delta, **given)
+    kept = delta.abs()[hat != 0]
+    assert len(kept) == 4 * delta.numel() // 10 - delta.numel() // 10
+    ranked = delta.abs().flatten().sort(descending=True).values
+    assert kept.max() == ranked[delta.numel() // 10]
+    eager = apply.edited_tensor(pre, post, edit, "eager", **given)
+    assert torch.equal(apply.edited_tensor(pre, post, edit, "compiled", **given), eager)

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltalab import apply, finite, weights
-from deltalab.edits import needs_of
 from deltalab.factor import svd
 from deltalab.rng import Rng
 from deltalab.threshold import ModelThreshold
@@ -64,12 +63,11 @@ def needs(edit, delta, seed=0):
         "rng": Rng(seed, "w"),
         "grad": torch.ones(delta.shape).cumsum(0).sub(1.5) if delta.ndim else torch.ones(()),
         "acts": torch.ones(delta[0].numel()) if wide else None,
-        "peers": [],
         "svd": lambda: svd(delta.flatten(1)),
         "quantile": lambda keep: ModelThreshold().of(keep, {"w": delta})["w"],
-        "scale": delta.contiguous().abs().mean() if delta.numel() else torch.tensor(0.0),
+        "scale": lambda steps, lr: delta.contiguous().abs().mean() if delta.numel() else None,
     }
-    return {need: given_[need] for need in needs_of(edit)}
+    return {need: given_[need] for need in edit.needs}
 
 
 @times(8)

@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from deltalab import apply, save
-from deltalab.edits import needs_of
 from deltalab.edits.dare import Dare
 from deltalab.edits.discard import Discard
 from deltalab.edits.ties import Ties
@@ -117,7 +116,7 @@ def logits(module):
 
 
 def edited(found, edit, select="all", seed=0):
-    extras = Extras(needs_of(edit), seed)
+    extras = Extras(edit.needs, seed)
     return dict(apply.edited(found.pre, found.post, edit, select, extras))
 
 

@@ -96,7 +96,7 @@ class Edit(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What it asks for beside the delta, of the names in `NEEDS`."""
+        """What it asks for beside the delta, of the names in `extras.NEEDS`."""
         parameters = inspect.signature(type(self).__call__).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
@@ -121,26 +121,6 @@ class Edit(Protocol):
         With it, the call is to be `encode(...).decode()`. None where there is no such form.
         """
         return None
-
-
-NEEDS = ("rng", "grad", "acts", "peers", "svd", "quantile", "scale")
-"""All that an edit may ask for: random numbers of this tensor; the loss gradient at W_post; the
-mean input activations of its layer; other models' deltas; its singular value decomposition; the
-model-wide magnitude threshold; a scale learned for this tensor."""
-
-
-def needs_of(edit: Edit) -> tuple[str, ...]:
-    """Return what an edit asks for.
-
-    Raises:
-        ValueError: it asks for something that is not in the vocabulary.
-    """
-    for name in edit.needs:
-        if name not in NEEDS:
-            raise ValueError(
-                f"edit {type(edit).__name__} needs {name!r}, which is not one of {', '.join(NEEDS)}"
-            )
-    return edit.needs
 
 
 def within(field: str, value: object, interval: str) -> None:

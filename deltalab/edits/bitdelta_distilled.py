@@ -1,5 +1,6 @@
 """BitDelta with distilled scales, its second step (arXiv 2402.10193)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ class BitDeltaDistilled(Edit):
         ValueError: a field is out of range.
 
     >>> edit = BitDeltaDistilled(steps=10, lr=0.01)
-    >>> edit(torch.tensor([[1.0, -3.0]]), scale=torch.tensor(1.5))
+    >>> edit(torch.tensor([[1.0, -3.0]]), scale=lambda steps, lr: torch.tensor(1.5))
     tensor([[ 1.5000, -1.5000]])
     """
 
@@ -39,8 +40,8 @@ class BitDeltaDistilled(Edit):
         whole("steps", self.steps, 0)
         within("lr", self.lr, "(0, inf)")
 
-    def __call__(self, delta: Tensor, *, scale: Tensor) -> Tensor:
+    def __call__(self, delta: Tensor, *, scale: Callable[[int, float], Tensor | None]) -> Tensor:
         """Return the signs times the learned scale."""
-        if delta.ndim < 2:
+        if delta.ndim < 2 or (alpha := scale(self.steps, self.lr)) is None:
             return delta.clone()
-        return torch.where(delta < 0, -scale.to(delta.device), scale.to(delta.device))
+        return torch.where(delta < 0, -alpha, alpha)
