@@ -1,5 +1,6 @@
 """Apply an edit to weights: one tensor, or lazily all selected tensors of a pair."""
 
+from collections.abc import Iterable
 from functools import partial
 from math import prod
 from typing import Any
@@ -156,9 +157,17 @@ def _sliced(name: str, value: Any, part: slice, shape: tuple[int, ...]) -> Any:
 
 
 def edited(
-    pre: Weights, post: Weights, edit: Edit, select: Any, extras: Extras, kernel: str = "auto"
+    pre: Weights,
+    post: Weights,
+    edit: Edit,
+    select: Any,
+    extras: Extras,
+    kernel: str = "auto",
+    device: torch.device | str | None = None,
 ) -> LazyWeights:
     """Return the selected floating-point tensors of a pair, edited one by one when asked for.
+
+    Each comes back to where `post` has it.
 
     Args:
         pre: pre-trained weights.
@@ -167,15 +176,23 @@ def edited(
         select: a preset or a `select.Selection`.
         extras: provider of what the edit needs.
         kernel: as for `edited_tensor`.
+        device: where to edit: that of the live model, where a GPU has it; None for where they are.
     """
     touched = LazyWeights(chosen(post, select), post.__getitem__, partial(meta, post))
-    deltas = delta(pre, touched)
+    deltas = delta(*(_moved(side, touched, device) for side in (pre, post)))
 
     def load(name: str) -> Tensor:
+        old, new = pre[name], post[name]
         needs = extras.for_tensor(name, deltas)
-        return edited_tensor(pre[name], post[name], edit, kernel, **needs)
+        made = edited_tensor(old.to(device), new.to(device), edit, kernel, **needs)
+        return made.to(new.device)
 
     return LazyWeights(touched, load, touched.meta)
+
+
+def _moved(weights: Weights, names: Iterable[str], device: Any) -> LazyWeights:
+    """Return some of the weights, each on a device when it is asked for."""
+    return LazyWeights(names, lambda n: weights[n].to(device), partial(meta, weights))
 
 
 def chosen(post: Weights, select: Any) -> list[str]:

@@ -98,7 +98,7 @@ def scales(
     if not steps or not names:
         return start
     watched = _Watched(module)
-    with evaluating(module):
+    with evaluating(module), torch.enable_grad():  # an edit asks for it without
         factors = {n: torch.ones((), device=start[n].device, requires_grad=True) for n in names}
         optimiser = torch.optim.Adam(factors.values(), lr=lr)
         begin = _distance(watched, pre, deltas, start, loss)

@@ -196,7 +196,8 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     with clock("edit"):
         extras = provide(known, point.edit, point.seed)
         post = {name: pair.post[name] for name in apply.chosen(pair.post, point.select)}
-        edited = dict(apply.edited(pair.pre, post, point.edit, point.select, extras))
+        device = next(pair.module.parameters()).device
+        edited = dict(apply.edited(pair.pre, post, point.edit, point.select, extras, device=device))
         finite.check_edited(edited)
         touched = audit(pair, post, point.edit, extras, edited)
     with clock("term"):

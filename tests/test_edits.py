@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
+from second_device import DEVICES, SECOND, back, lent, on
 from torch import Tensor
 
 from deltalab import apply, distill, select
@@ -33,7 +34,7 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
-from deltalab.extras import Extras, check_needs, thresholds
+from deltalab.extras import Extras, check_needs, handed, thresholds
 from deltalab.factor import svd
 from deltalab.rng import Rng
 from deltalab.threshold import ModelThreshold, ascending
@@ -54,37 +55,77 @@ def tensor(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def needs(edit, delta: Tensor, name: str = "layer.weight", seed: int = 0) -> dict:
+def needs(
+    edit, delta: Tensor, name: str = "layer.weight", seed: int = 0, device: str = "cpu"
+) -> dict:
+    """What an edit asks for, on one of `DEVICES`, whichever the delta's is."""
+    delta = back(delta)
+    matrix = delta.ndim > 1 and delta.numel() > 0
+    inputs = tensor((delta[0].numel(),), seed=98).abs() if matrix else None
     given = {
         "rng": Rng(seed, name),
-        "grad": tensor(tuple(delta.shape), seed=99).to(delta.device),
-        "acts": torch.ones(delta[0].numel()) if delta.ndim > 1 and len(delta) else None,
-        "scale": lambda steps, lr: delta.abs().mean() if delta.ndim > 1 and delta.numel() else None,
-        "svd": lambda: svd(delta.flatten(1)),
+        "grad": on(device, tensor(tuple(delta.shape), seed=99)),
+        "acts": on(device, inputs) if matrix else None,
+        "scale": lambda steps, lr: on(device, delta.abs().mean()) if matrix else None,
+        "svd": lambda: tuple(on(device, factor) for factor in svd(delta.flatten(1))),
         "quantile": lambda keep: ModelThreshold().of(keep, {name: delta})[name],
     }
     return {need: given[need] for need in edit.needs}
 
 
 def call(edit, delta: Tensor, **where) -> Tensor:
-    return edit(delta, **needs(edit, delta, **where))
+    return edit(delta, **handed(needs(edit, delta, **where), delta.device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_contract(name: str, shape: tuple[int, ...]) -> None:
-    edit, delta = built(name), tensor(shape)
-    before = delta.clone()
-    hat = call(edit, delta)
-    assert hat.shape == delta.shape
-    assert hat.dtype == torch.float32
-    assert hat.device == delta.device
-    assert torch.equal(delta, before), "the input was changed"
-    assert hat.numel() == 0 or hat.data_ptr() != delta.data_ptr(), "the input was returned"
-    assert torch.isfinite(hat).all()
-    call(edit, tensor(shape, seed=5), name="another")
-    assert torch.equal(call(edit, delta), hat), "not the same bits for the same seed"
-    assert torch.equal(call(edit, torch.zeros(shape)), torch.zeros(shape)), "zero must stay zero"
+def test_contract(name: str, shape: tuple[int, ...], device: str) -> None:
+    edit, expected = built(name), call(built(name), tensor(shape))
+    delta, zero = on(device, tensor(shape)), on(device, torch.zeros(shape))
+    with lent():
+        hat = call(edit, delta)
+        assert hat.shape == delta.shape
+        assert hat.dtype == torch.float32
+        assert hat.device == delta.device
+        assert torch.equal(back(delta), tensor(shape)), "the input was changed"
+        returned = back(hat).data_ptr() == back(delta).data_ptr()
+        assert hat.numel() == 0 or not returned, "the input itself"
+        assert torch.isfinite(back(hat)).all()
+        call(edit, on(device, tensor(shape, seed=5)), name="another")
+        assert torch.equal(back(call(edit, delta)), back(hat)), "other bits for the same seed"
+        assert torch.equal(back(call(edit, zero)), torch.zeros(shape)), "zero must stay zero"
+    compare = torch.allclose if device == "cuda" else torch.equal
+    assert compare(back(hat), expected), "another result than on the CPU"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", ["eager", "compiled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_needs_come_from_any_device(name: str, kernel: str, device: str) -> None:
+    """Tensors on one device, what they need on another, as a GPU's gradient for mapped weights."""
+    edit, (pre, post) = built(name), (tensor((16, 24)), tensor((16, 24), seed=1))
+    expected = apply.edited_tensor(pre, post, edit, "eager", **needs(edit, post - pre))
+    for other in DEVICES:
+        given = needs(edit, post - pre, device=other)
+        with lent():
+            out = apply.edited_tensor(*(on(device, t) for t in (pre, post)), edit, kernel, **given)
+        assert out.device == on(device, pre).device
+        compare = torch.allclose if "cuda" in (device, other) else torch.equal
+        assert compare(back(out), expected)
+
+
+def test_the_second_device_refuses_what_a_gpu_does() -> None:
+    here, there = tensor((3, 4)), on("second", tensor((3, 4)))
+    assert there.device == SECOND != here.device
+    assert torch.equal(back(there + there), here + here)
+    with pytest.raises(RuntimeError, match="tensors on two devices"):
+        here + there
+    with pytest.raises(RuntimeError, match="tensors on two devices"):
+        BiasedProduct(k=0.5, p=None)(there, grad=here)
+    with lent():
+        total = there + here.to(SECOND) + torch.ones(4, device=SECOND)
+    assert torch.equal(back(total), 2 * here + 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
