@@ -18,20 +18,23 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deltalab import apply, distill, finite, locks, records, select
 from deltalab import settings as checks
-from deltalab.artifacts import Store
-from deltalab.audit import audit
-from deltalab.engine import Engine
+from deltalab.apply import editing
+from deltalab.apply.audit import audit
+from deltalab.apply.extras import Extras, check_needs
 from deltalab.evaluators.accuracy import Scores
-from deltalab.extras import Extras, check_needs
 from deltalab.keys import determining
+from deltalab.loss import distill
+from deltalab.loss.artifacts import Store
+from deltalab.loss.engine import Engine
+from deltalab.loss.objectives import Loss, Measured, change, classify, measure
+from deltalab.loss.prediction import Predict
+from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
-from deltalab.objectives import Loss, Measured, change, classify, measure
-from deltalab.prediction import Predict
 from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.riemann import Riemann
-from deltalab.weights import ModelPair, Weights, difference, loaded
+from deltalab.store import locks, records
+from deltalab.weights import finite, select
+from deltalab.weights.mapping import ModelPair, Weights, difference, loaded
 
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
@@ -195,9 +198,11 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         pair, loss = known.pair, known.loss
     with clock("edit"):
         extras = provide(known, point.edit, point.seed)
-        post = {name: pair.post[name] for name in apply.chosen(pair.post, point.select)}
+        post = {name: pair.post[name] for name in editing.chosen(pair.post, point.select)}
         device = next(pair.module.parameters()).device
-        edited = dict(apply.edited(pair.pre, post, point.edit, point.select, extras, device=device))
+        edited = dict(
+            editing.edited(pair.pre, post, point.edit, point.select, extras, device=device)
+        )
         finite.check_edited(edited)
         touched = audit(pair, post, point.edit, extras, edited)
     with clock("term"):

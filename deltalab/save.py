@@ -55,9 +55,10 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import extras, select, stream
+    from deltalab.apply import extras, stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
+    from deltalab.weights import select
 
     gc.freeze()
     gc.enable()

@@ -9,7 +9,8 @@ import torch
 from second_device import SECOND, lent, on
 from torch import Tensor, nn
 
-from deltalab import apply, distill
+from deltalab.apply import editing
+from deltalab.apply.extras import Extras, Memo
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.bitdelta_distilled import BitDeltaDistilled
@@ -17,8 +18,8 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.darex import Darex
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
-from deltalab.extras import Extras, Memo
-from deltalab.weights import ModelPair
+from deltalab.loss import distill
+from deltalab.weights.mapping import ModelPair
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +69,9 @@ def test_no_steps_is_bitdelta(pair) -> None:
     edit = BitDeltaDistilled(steps=0, lr=0.1)
     loss = Squares((tensor((5, 6), 3),))
     extras = Extras.of(edit, pair, seed=0, providers=distill.providers(pair, loss, dict))
-    got = apply.edited(pair.pre, pair.post, edit, "all", extras)
+    got = editing.edited(pair.pre, pair.post, edit, "all", extras)
     plain = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
-    expected = apply.edited(pair.pre, pair.post, plain, "all", Extras(plain.needs, memo=Memo()))
+    expected = editing.edited(pair.pre, pair.post, plain, "all", Extras(plain.needs, memo=Memo()))
     for name in got:
         assert torch.equal(got[name], expected[name])
 
@@ -172,7 +173,7 @@ def test_a_pair_whose_module_is_on_another_device_is_edited_there(edit, monkeypa
             extras = Extras.of(edit, pair, seed=0, providers=given)
             where = next(pair.module.parameters()).device
             made[device] = dict(
-                apply.edited(pair.pre, pair.post, edit, "all", extras, device=where)
+                editing.edited(pair.pre, pair.post, edit, "all", extras, device=where)
             )
     assert set(seen) == {"cpu", "meta"}
     assert all(type(t) is Tensor for t in made["second"].values()), "back where the weights are"

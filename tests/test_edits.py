@@ -15,7 +15,8 @@ from hydra.utils import instantiate
 from second_device import DEVICES, SECOND, back, lent, on
 from torch import Tensor
 
-from deltalab import apply, distill, select
+from deltalab.apply import editing
+from deltalab.apply.extras import Extras, check_needs, handed, thresholds
 from deltalab.edits import Edit, Unit, multibit
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -34,10 +35,11 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
-from deltalab.extras import Extras, check_needs, handed, thresholds
-from deltalab.factor import svd
+from deltalab.loss import distill
 from deltalab.rng import Rng
-from deltalab.threshold import ModelThreshold, ascending
+from deltalab.weights import select
+from deltalab.weights.factor import svd
+from deltalab.weights.threshold import ModelThreshold, ascending
 
 ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
 CONF = Path(__file__).parents[1] / "conf"
@@ -105,11 +107,13 @@ def test_contract(name: str, shape: tuple[int, ...], device: str) -> None:
 def test_needs_come_from_any_device(name: str, kernel: str, device: str) -> None:
     """Tensors on one device, what they need on another, as a GPU's gradient for mapped weights."""
     edit, (pre, post) = built(name), (tensor((16, 24)), tensor((16, 24), seed=1))
-    expected = apply.edited_tensor(pre, post, edit, "eager", **needs(edit, post - pre))
+    expected = editing.edited_tensor(pre, post, edit, "eager", **needs(edit, post - pre))
     for other in DEVICES:
         given = needs(edit, post - pre, device=other)
         with lent():
-            out = apply.edited_tensor(*(on(device, t) for t in (pre, post)), edit, kernel, **given)
+            out = editing.edited_tensor(
+                *(on(device, t) for t in (pre, post)), edit, kernel, **given
+            )
         assert out.device == on(device, pre).device
         compare = torch.allclose if "cuda" in (device, other) else torch.equal
         assert compare(back(out), expected)
@@ -209,7 +213,7 @@ def test_edited_tensor_keeps_dtype_and_inputs(name: str, dtype: torch.dtype) -> 
     post = (pre.float() + 0.1 * tensor((16, 24), seed=1)).to(dtype)
     copies = pre.clone(), post.clone()
     given = needs(edit, post.float() - pre.float())
-    out = apply.edited_tensor(pre, post, edit, **given)
+    out = editing.edited_tensor(pre, post, edit, **given)
     assert out.dtype == dtype
     assert out.shape == post.shape
     assert torch.equal(pre, copies[0])
@@ -275,7 +279,7 @@ def test_reference_lines_are_bitwise(edit, source: str, dtype: torch.dtype) -> N
     pre, post = tensor((50, 50)).to(dtype), (3 * tensor((50, 50), seed=1)).to(dtype)
     pre[0, :4] = torch.tensor([-0.0, 0.0, torch.inf, torch.nan])
     post[0, :4] = torch.tensor([0.0, -0.0, torch.inf, torch.nan])
-    out = apply.edited_tensor(pre, post, edit)
+    out = editing.edited_tensor(pre, post, edit)
     word = torch.int16 if dtype == torch.bfloat16 else torch.int32
     assert torch.equal(out.view(word), {"pre": pre, "post": post}[source].view(word))
 
@@ -287,12 +291,12 @@ def test_identity_edits_give_back_post_bitwise(edit) -> None:
     """Although pre + (post - pre) is not post in floating point."""
     pre, post = 1e3 * tensor((50, 50)), 1e-3 * tensor((50, 50), seed=1)
     assert not torch.equal(pre + (post - pre), post)
-    assert torch.equal(apply.edited_tensor(pre, post, edit, **needs(edit, post)), post)
+    assert torch.equal(editing.edited_tensor(pre, post, edit, **needs(edit, post)), post)
 
 
 def test_expo_minus_one_gives_pre_bitwise() -> None:
     pre, post = 1e-3 * tensor((50, 50)), 1e3 * tensor((50, 50), seed=1)
-    assert torch.equal(apply.edited_tensor(pre, post, Expo(alpha=-1.0)), pre)
+    assert torch.equal(editing.edited_tensor(pre, post, Expo(alpha=-1.0)), pre)
 
 
 def test_dare_has_two_multipliers_of_mean_one() -> None:
@@ -725,7 +729,7 @@ def test_what_a_slice_has_not_cannot_be_asked_for_in_slices() -> None:
     with pytest.raises(ValueError, match=r"edit Sliced needs 'svd', .* unit=entry goes with rng,"):
         check_needs(Sliced())
     with pytest.raises(ValueError, match="in slices cannot ask for 'svd'"):
-        apply.edited_tensor(tensor((2, 2)), tensor((2, 2), seed=1), Sliced(), svd=lambda: ())
+        editing.edited_tensor(tensor((2, 2)), tensor((2, 2), seed=1), Sliced(), svd=lambda: ())
 
 
 def test_what_is_no_edit_is_told_what_to_derive_from() -> None:
@@ -755,5 +759,5 @@ def test_a_threshold_is_asked_for_at_whatever_fraction_an_edit_likes() -> None:
     assert len(kept) == 4 * delta.numel() // 10 - delta.numel() // 10
     ranked = delta.abs().flatten().sort(descending=True).values
     assert kept.max() == ranked[delta.numel() // 10]
-    eager = apply.edited_tensor(pre, post, edit, "eager", **given)
-    assert torch.equal(apply.edited_tensor(pre, post, edit, "compiled", **given), eager)
+    eager = editing.edited_tensor(pre, post, edit, "eager", **given)
+    assert torch.equal(editing.edited_tensor(pre, post, edit, "compiled", **given), eager)

@@ -10,13 +10,15 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltalab import apply, finite, run
+from deltalab import run
+from deltalab.apply import editing
+from deltalab.apply.extras import Extras
 from deltalab.edits.dare import Dare
-from deltalab.extras import Extras
 from deltalab.models import zoo
-from deltalab.models.aligned import Aligned
 from deltalab.settings import conf_dir
-from deltalab.weights import Checkpoint, LazyWeights, Meta, cast, delta, meta
+from deltalab.weights import finite
+from deltalab.weights.aligned import Aligned
+from deltalab.weights.mapping import Checkpoint, LazyWeights, Meta, cast, delta, meta
 
 KINDS = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
@@ -68,14 +70,14 @@ def test_views_tell_without_reading() -> None:
     assert cast(one, torch.float64).meta("steps").dtype == torch.int64
     assert list(delta(one, other)) == ["w"]
     assert delta(one, other).meta("w") == Meta((3, 4), torch.float32)
-    edited = apply.edited(one, other, Dare(p=0.5, k=0.0), "all", rng)
+    edited = editing.edited(one, other, Dare(p=0.5, k=0.0), "all", rng)
     assert list(edited) == ["w"]
     assert edited.meta("w") == Meta((3, 4), torch.float32)
     tied = Aligned({"w": ("w", "head")}, other.__getitem__, other.meta)
     assert tied.meta("head") == tied.meta("w") == Meta((3, 4), torch.float32)
     for weights in (cast(pre, torch.float64), delta(pre, post)):
         told_rightly(weights)
-    told_rightly(apply.edited(pre, post, Dare(p=0.5, k=0.0), "all", rng))
+    told_rightly(editing.edited(pre, post, Dare(p=0.5, k=0.0), "all", rng))
     with pytest.raises(KeyError):
         edited.meta("steps")
 

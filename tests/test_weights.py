@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab import run, shards
-from deltalab.weights import (
+from deltalab import run
+from deltalab.weights import shards
+from deltalab.weights.mapping import (
     Checkpoint,
     LazyWeights,
     Meta,

@@ -13,8 +13,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from deltalab.headers import plain
-from deltalab.weights import Checkpoint, LazyWeights, Meta
+from deltalab.weights.headers import plain
+from deltalab.weights.mapping import Checkpoint, LazyWeights, Meta
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 PROJECTION = "visual_projection"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deltalab.weights import (
+from deltalab.weights.mapping import (
     Checkpoint,
     ModelPair,
     Weights,
