@@ -14,8 +14,10 @@ from deltalab import run
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
 from deltalab.edits.dare import Dare
+from deltalab.keys import Choices
 from deltalab.models import zoo
 from deltalab.settings import conf_dir
+from deltalab.store import latest
 from deltalab.weights import finite
 from deltalab.weights.aligned import Aligned
 from deltalab.weights.mapping import Checkpoint, LazyWeights, Meta, cast, delta, meta
@@ -109,9 +111,8 @@ def test_a_point_reads_each_tensor_a_few_times(edit: str, rule: str, monkeypatch
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         cfg = compose("config", overrides)
     settings = OmegaConf.to_container(cfg, resolve=True)
-    point = run.prepare(settings, run.Choices("digits_vit", edit, "classification"))
-    for opener in (run.reference, zoo._open):
-        opener.cache_clear()
+    point = run.prepare(settings, Choices("digits_vit", edit, "classification"))
+    latest.forget()
     found, _ = run.evaluate(point)
     most = {side: max(n for (of, _), n in reads.items() if of == side) for side in SIDES}
     assert found["term"]["rule"] == rule

@@ -8,6 +8,7 @@ from torch import nn
 
 from deltalab import run
 from deltalab.weights import shards
+from deltalab.weights.contents import of_checkpoint
 from deltalab.weights.mapping import (
     Checkpoint,
     LazyWeights,
@@ -15,7 +16,6 @@ from deltalab.weights.mapping import (
     ModelPair,
     delta,
     difference,
-    fingerprint,
     loaded,
     part_of,
 )
@@ -305,15 +305,15 @@ def test_part_of(name, part):
     assert part_of(name) == part
 
 
-def test_fingerprint_is_of_the_content(tmp_path, tensors):
+def test_the_digest_is_of_the_content(tmp_path, tensors):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(tensors, a)
     save_file(tensors, b)
-    assert fingerprint(a) == fingerprint(b)
+    assert of_checkpoint(a) == of_checkpoint(b)
     changed = {n: t.clone() for n, t in tensors.items()}
     changed["layer3.weight"][2, 3] += 1
     save_file(changed, b)
-    assert fingerprint(a) != fingerprint(b)
+    assert of_checkpoint(a) != of_checkpoint(b)
 
 
 def test_the_delta_is_one_thing_everywhere():

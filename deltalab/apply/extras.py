@@ -158,6 +158,7 @@ class Extras:
         needs: what the edit asks for.
         seed: seed of the random numbers.
         providers: of what needs more than pair and seed, by need.
+        salt: sets the random numbers of one model apart from those of others with its tensor names.
         memo: factorisations and thresholds, shared by all points of a sweep over one pair.
 
     Raises:
@@ -167,6 +168,7 @@ class Extras:
     needs: tuple[str, ...] = ()
     seed: int = 0
     providers: Mapping[str, Provider] = field(default_factory=dict)
+    salt: str = ""
     memo: "Memo" = field(default_factory=lambda: Memo())
 
     @classmethod
@@ -176,6 +178,7 @@ class Extras:
         pair: ModelPair,
         *,
         seed: int,
+        salt: str = "",
         providers: Mapping[str, Provider] | None = None,
     ) -> "Extras":
         """Return the provider for an edit of an open pair, with the pair's shared memo.
@@ -184,7 +187,7 @@ class Extras:
             ValueError: the edit needs what is not there.
         """
         check_needs(edit, providers or ())
-        return cls(edit.needs, seed, providers or {}, _memos.setdefault(pair, Memo()))
+        return cls(edit.needs, seed, providers or {}, salt, _memos.setdefault(pair, Memo()))
 
     def __post_init__(self) -> None:
         _check_provided("this edit", self.needs, [*OWN, *self.providers])
@@ -197,7 +200,7 @@ class Extras:
             deltas: the deltas of all selected tensors, in order; read where a need calls for it.
         """
         own: dict[str, Provider] = {
-            "rng": lambda name, _: Rng(self.seed, name),
+            "rng": lambda name, _: Rng(self.seed, name, salt=self.salt),
             "svd": lambda name, deltas: lambda: self.memo.svd(name, deltas),
             "quantile": lambda name, deltas: lambda keep: self.memo.threshold(keep, name, deltas),
         }

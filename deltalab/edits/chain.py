@@ -37,6 +37,7 @@ class Chain(Edit):
 
     steps: list[Any]
     version: ClassVar[int] = 1
+    options: ClassVar = {"steps": "edit"}
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, list | tuple) or not self.steps:
