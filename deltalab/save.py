@@ -55,8 +55,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import edits
-    from deltalab.apply import stream
+    from deltalab.apply import extras, stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
     from deltalab.weights import select
@@ -88,7 +87,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
             " only error"
         )
     edit = build(settings["edit"], "edit")
-    edits.needs_of(edit)
+    extras.check_needs(edit)
     out = Path(own["out"]).expanduser()
     pre, post = _checkpoints(settings["model"])
     manifest = stream.stream(

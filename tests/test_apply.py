@@ -17,7 +17,6 @@ from torch import Tensor
 
 from deltalab.apply import editing, stream
 from deltalab.apply.extras import Extras, Memo
-from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -82,7 +81,7 @@ def test_compiled_and_eager_give_the_same_bits(edit, dtype: torch.dtype, monkeyp
     post[0, :50] = pre[0, :50]
     pre[1, :50], post[1, :50] = 1e-40, 3e-40
     needs = {"rng": Rng(3, "w"), "grad": tensor((241, 173), seed=2)}
-    needs = {k: v for k, v in needs.items() if k in needs_of(edit)}
+    needs = {k: v for k, v in needs.items() if k in edit.needs}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
@@ -102,7 +101,7 @@ def test_the_order_of_tensors_does_not_matter(edit) -> None:
     gradient = {n: tensor((12, 16), seed=5) for n in pre}
 
     def run(names: str) -> dict[str, Tensor]:
-        extras = Extras(needs_of(edit), 7, gradient=lambda: gradient, memo=Memo())
+        extras = Extras(edit.needs, 7, {"grad": lambda name, _: gradient[name]}, Memo())
         given = ({n: w[n] for n in names} for w in (pre, post))
         return dict(editing.edited(*given, edit, "all", extras))
 
@@ -194,7 +193,7 @@ def test_streaming_equals_editing_in_memory(
     monkeypatch.setattr(shards, "SLICE", slice_size)
     stream.stream(*pair, tmp_path / "out", edit, select="matrices", seed=3, kernel=kernel)
     pre, post, out = loaded(pair[0]), loaded(pair[1]), loaded(tmp_path / "out")
-    edited = editing.edited(pre, post, edit, "matrices", Extras(needs_of(edit), 3), "eager")
+    edited = editing.edited(pre, post, edit, "matrices", Extras(edit.needs, 3), "eager")
     assert set(edited) == {n for n in post if post[n].ndim > 1}
     for name, tensor_ in post.items():
         expected = edited.get(name, tensor_)
