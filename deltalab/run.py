@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
 from deltalab.provenance import commit, device_name, peak_memory, versions
 from deltalab.reference import OPENED, Reference, opened
-from deltalab.store import latest, locks, records
+from deltalab.store import eviction, latest, locks, records
 from deltalab.store.digests import key_of
 from deltalab.store.effects import check_margin, classify, two_errors
 from deltalab.weights import finite, select
@@ -99,6 +100,9 @@ def run(
     ) is not None:
         return done, True
     records.check_writable(results)
+    if point.artifacts:
+        with suppress(OSError):  # a store that cannot be written costs time and no point
+            eviction.claim(Path(point.artifacts))
     with locks.held(records.lock_of(results, point.key)) as lock:
         done = records.finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:

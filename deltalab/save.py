@@ -22,15 +22,20 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from deltalab import console
+    from deltalab.sweep import stopping
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
     try:
-        manifest = save(sys.argv[1:])
+        with stopping.ending():
+            manifest = save(sys.argv[1:])
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         console.fail(console.one_line(error))
         sys.exit(2)
+    except stopping.Stopped:
+        console.fail("stopped; nothing was written")
+        sys.exit(143)
     except KeyboardInterrupt:
         console.fail("interrupted; nothing was written")
         sys.exit(130)

@@ -7,9 +7,6 @@ made (`layout`).
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -27,6 +24,7 @@ from deltalab.apply import editing, layout
 from deltalab.apply.extras import Extras, Memo, thresholds
 from deltalab.apply.layout import Written
 from deltalab.edits import Edit
+from deltalab.store import files
 from deltalab.weights import contents, finite
 from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
 from deltalab.weights.select import selected
@@ -73,8 +71,9 @@ def stream(
 ) -> dict[str, Any]:
     """Write the edited checkpoint to `out` and return its manifest.
 
-    Everything goes to a temporary directory beside `out`, which is renamed at the end: whenever
-    the process is stopped, `out` is absent or complete.
+    Everything goes to a temporary directory beside `out`, which is renamed when it has reached the
+    disk itself: whenever the process or the machine is stopped, `out` is absent or complete. What a
+    killed process has left is named at the next run.
 
     Args:
         pre: pre-trained checkpoint, a file or a directory as for `weights.Checkpoint`.
@@ -90,7 +89,8 @@ def stream(
         describe: said about the edit in the manifest.
 
     Raises:
-        ValueError: `out` exists, or the checkpoints do not fit together.
+        ValueError: `out` exists, another process is writing it, or the checkpoints do not fit
+            together.
     """
     if mismatch not in MISMATCH:
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
@@ -109,18 +109,13 @@ def stream(
         "names": list(plan.pre),
         "kept": plan.kept,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial_out = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        _write(plan, partial_out, edit, extras, kernel)
-        layout.copy_companions(post, partial_out, plan.index)
-        (partial_out / "deltalab.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        _verify(plan, partial_out)
-        partial_out.chmod(0o777 & ~_umask())
-        partial_out.rename(out)
-    except BaseException:
-        shutil.rmtree(partial_out, ignore_errors=True)
-        raise
+    for left, size in files.leftovers(out):
+        console.fail(f"{left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it")
+    with files.building(out) as made:
+        _write(plan, made, edit, extras, kernel)
+        layout.copy_companions(post, made, plan.index)
+        files.write(made / "deltalab.json", json.dumps(manifest, indent=1) + "\n")
+        _verify(plan, made)
     return manifest
 
 
@@ -383,9 +378,3 @@ def _verify(plan: Plan, out: Path) -> None:
 
 def _parameters(plan: Plan) -> int:
     return sum(plan.rows[name] for name in plan.pre)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
