@@ -7,7 +7,7 @@ nothing else: what Hydra would call by name is checked here first.
 import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,53 @@ def conf_dir() -> Path:
     package = Path(__file__).parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed package that brings options of its own.
+
+    Attributes:
+        name: what its options are called by, as `name:option`; its top-level module.
+        conf: the directory of its configs, laid out as deltalab's own.
+        classes: exactly what its configs may name.
+    """
+
+    name: str
+    conf: Path
+    classes: frozenset[str]
+
+
+@cache
+def packages() -> tuple[Package, ...]:
+    """Return the installed packages that name themselves by entry points of the group `deltalab`.
+
+    Each entry point is one class, `shrink = "mypackage.shrink:Shrink"`; the configs are in `conf`
+    of its top-level package. Nothing of a package is imported to learn this.
+    """
+    from importlib.metadata import entry_points
+    from importlib.util import find_spec
+
+    classes: dict[str, set[str]] = {}
+    for point in entry_points(group="deltalab"):
+        top = point.module.partition(".")[0]
+        classes.setdefault(top, set()).add(f"{point.module}.{point.attr}")
+    found = []
+    for name, targets in sorted(classes.items()):
+        spec = find_spec(name)
+        places = (spec.submodule_search_locations if spec else None) or []
+        conf = next((Path(p) / "conf" for p in places if (Path(p) / "conf").is_dir()), None)
+        if conf is not None:
+            found.append(Package(name, conf, frozenset(targets)))
+    return tuple(found)
+
+
+def option_file(group: str, name: str) -> Path | None:
+    """Return the file of an option, deltalab's own or an installed package's."""
+    for conf in (conf_dir(), *(package.conf for package in packages())):
+        if (file := conf / group / f"{name}.yaml").is_file():
+            return file
+    return None
 
 
 @cache
