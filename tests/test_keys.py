@@ -248,7 +248,7 @@ GOLDEN = {
     "edit=dare model=hf_llm model.pre=DIR/pre model.post=DIR/post"
     " data.path=DIR/rows.jsonl": "951dcd481427e526",
     "edit=dare model=timm_vit model.name=vit model.pre=DIR/pre model.post=DIR/post"
-    " data.dir=DIR/images": "b3328f54d434ec5e",
+    " data.dir=DIR/images": "86fc67fcbc9d6c89",
     "edit=dare model=tiny_llm evaluator=alpaca_eval"
     " evaluator.reference=DIR/rows.jsonl": "e9d0b32993544c0d",
 }
