@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, locks, settings, stopping, sweeps
+from deltalab import allowed, console, locks, settings, stopping, sweeps
 from deltalab.records import redacted
 from deltalab.settings import conf_dir
 
@@ -128,20 +128,33 @@ def guarded() -> Iterator[None]:
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-    original = ConfigLoaderImpl.load_configuration
+    allowed.restrict_environment()
+    loader: Any = ConfigLoaderImpl
+    original, search = loader.load_configuration, loader._process_config_searchpath
 
-    def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-        cfg = original(self, *args, **kwargs)
-        settings.check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
+    def checked(
+        self: Any, config_name: str | None, overrides: list[str], run_mode: Any, **kwargs: Any
+    ) -> DictConfig:
+        cfg: DictConfig = original(self, config_name, overrides, run_mode, **kwargs)
+        allowed.check_hydra(cfg.hydra, overrides)
         settings.check_results(cfg.get("results"))
         check_optional(cfg.hydra.runtime.choices, self)
         return cfg
 
-    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+    def searched(self: Any, config_name: str | None, overrides: list[Any], repo: Any) -> None:
+        places = [o.value() for o in overrides if o.get_key_element() == "hydra.searchpath"]
+        loaded = None if config_name is None else repo.load_config(config_path=config_name)
+        if loaded is not None and OmegaConf.is_dict(loaded.config):
+            places.append(OmegaConf.select(loaded.config, "hydra.searchpath"))
+        for place in places:
+            allowed.check_search_path(place if isinstance(place, list | ListConfig) else [])
+        search(self, config_name, overrides, repo)
+
+    loader.load_configuration, loader._process_config_searchpath = checked, searched
     try:
         yield
     finally:
-        ConfigLoaderImpl.load_configuration = original  # type: ignore[method-assign]
+        loader.load_configuration, loader._process_config_searchpath = original, search
 
 
 def check_optional(choices: Any, loader: Any) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deltalab.rng import Rng
+from deltalab.settings import COMPILER
 from deltalab.translation import Program
 
 Place = tuple[int, int]
@@ -155,7 +156,7 @@ def _compiled(source: str) -> Any:
     Raises:
         OSError, subprocess.SubprocessError: there is no working compiler.
     """
-    compiler = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-shared", "-fPIC", *_EXACT]
+    compiler = [*shlex.split(COMPILER), "-O3", "-shared", "-fPIC", *_EXACT]
     with TemporaryDirectory(prefix="deltalab-") as directory:
         code, library = Path(directory, "edit.c"), Path(directory, "edit.so")
         code.write_text(source)

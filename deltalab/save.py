@@ -55,7 +55,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import edits, select, stream
+    from deltalab import cli, edits, select, stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
 
@@ -72,7 +72,8 @@ def save(arguments: list[str]) -> dict[str, Any]:
             overrides.append(argument)
     if not own["out"]:
         raise ValueError("out=: name the directory to write")
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+    where = initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()))
+    with cli.guarded(), where:
         cfg = compose("config", overrides)
     settings: Any = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("edit", "model")}
     described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}

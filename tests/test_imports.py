@@ -6,7 +6,17 @@ from pathlib import Path
 import deltalab
 
 LAYERS = (
-    ("commands", "eviction", "files", "headers", "locks", "pickles", "provenance", "settings"),
+    (
+        "allowed",
+        "commands",
+        "eviction",
+        "files",
+        "headers",
+        "locks",
+        "pickles",
+        "provenance",
+        "settings",
+    ),
     ("finite", "quadrature", "threshold", "rng", "weights", "outcomes", "passes", "factor"),
     (
         "answers",
