@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class LmEval:
         backend: `hf` scores the live module, `vllm` writes it to a directory and starts vLLM.
         data_dir: a directory that holds the tasks' data, read in place of the hub's.
         run_code: whether tasks may run the code that the model writes (HumanEval).
+        run_task_code: whether task files of `include` may run Python that lies beside them.
         max_new_tokens: the most tokens to generate; None: as the task says.
     """
 
@@ -54,6 +55,8 @@ class LmEval:
     data_dir: str | None = None
     run_code: bool = False
     max_new_tokens: int | None = None
+    run_task_code: bool = False
+    beside: ClassVar[tuple[str, ...]] = ("run_task_code",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", lm_asked.asked(self.tasks))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltalab.evaluators import lm_data, run_code
+from deltalab.evaluators import lm_code, lm_data, run_code
 from deltalab.evaluators.hflm import quiet
 from deltalab.evaluators.lm_asked import Asked, refusal
 from deltalab.settings import near
@@ -67,7 +67,7 @@ def load(spec: Any) -> tuple[Run, ...]:
             run, or has fewer examples than are asked for.
     """
     runs: list[Run] = []
-    with quiet(), redirect_stderr(StringIO()), seeded(spec.seed), templates_kept():
+    with quiet(), redirect_stderr(StringIO()), seeded(spec.seed), lm_code.templates():
         index = _index(spec)
         for task, count in [(each, n) for each in spec.tasks for n in each.shots]:
             for name, leaves, groups in _parts(_built(index, spec, task)):
@@ -184,8 +184,14 @@ def _built(index: Any, spec: Any, task: Asked) -> Any:
     if entry.yaml_path and lm_data.raw(entry.yaml_path).get("unsafe_code") and not spec.run_code:
         raise ValueError(refusal(task.name))  # before its file imports what would run the code
     try:
-        with run_code.in_place() if spec.run_code else nullcontext():
+        stock = (_stock(), EMBEDDED)
+        with (
+            run_code.in_place() if spec.run_code else nullcontext(),
+            lm_code.refused(stock, spec.run_task_code),
+        ):
             return index._factory.build(entry, overrides=overrides, registry=index.task_index)
+    except lm_code.Refused as error:
+        raise ValueError(f"{where}: {error}") from None
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{where}: needs the package {error.name}, which is not installed"
@@ -204,11 +210,10 @@ def _index(spec: Any) -> Any:
     Raises:
         ValueError: a task that no file names, or whose file cannot be read.
     """
-    import lm_eval
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    stock = Path(lm_eval.__file__).parent / "tasks"
+    stock = _stock()
     own = [EMBEDDED, *(lm_data.directory(d, "evaluator.include") for d in spec.include)]
     names = [task.name for task in spec.tasks]
     folders = [
@@ -231,6 +236,13 @@ def _index(spec: Any) -> Any:
     if gone := [name for name in missing if name not in index.task_index]:
         raise ValueError(f"evaluator.tasks.{gone[0]}: {files[gone[0]]} names it, but not as a task")
     return index
+
+
+def _stock() -> Path:
+    """Return the directory of lm-eval's own task files."""
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent / "tasks"
 
 
 def _within(task: str, folder: str) -> bool:
@@ -259,22 +271,3 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
-
-
-@contextmanager
-def templates_kept() -> Iterator[None]:
-    """Compile every prompt template once; lm-eval would compile it again for every document."""
-    from lm_eval.utils import env
-
-    env.from_string = _compiled
-    try:
-        yield
-    finally:
-        del env.from_string
-
-
-@lru_cache(maxsize=256)
-def _compiled(source: str) -> Any:
-    from lm_eval.utils import env
-
-    return type(env).from_string(env, source)
