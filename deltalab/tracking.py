@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from deltalab import runs
 from deltalab.offline import POINT, RECORD
+from deltalab.records import secret_in
 
 MODES = ("offline", "online", "disabled")
 _log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Wandb:
             raise ValueError(f"tracker.mode={self.mode!r}: must be one of {', '.join(MODES)}")
         if not self.project:
             raise ValueError(f"tracker.project={self.project!r}: must be a project's name")
+        if name := secret_in([self.project, self.entity, self.group]):
+            raise ValueError(f"tracker: what {name} holds is no name of a project, team or group")
         if find_spec("wandb") is None:
             raise ValueError("tracker=wandb: needs the package wandb (pip install deltalab[wandb])")
 

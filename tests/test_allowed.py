@@ -231,3 +231,15 @@ def test_every_resolver_is_known_to_read_no_secret():
         "oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.env",
         "oc.select", "now", "hydra", "python_version",
     }  # fmt: skip
+
+
+def test_no_secret_is_asked_of_a_hub_or_names_a_run(monkeypatch):
+    from deltalab.models import hub
+    from deltalab.tracking import Wandb
+
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    with pytest.raises(ValueError, match="model.pre: what HF_TOKEN holds is not asked of the hub"):
+        hub.identity("evil/hf_0123456789", "model.pre")
+    for field in ("project", "entity", "group"):
+        with pytest.raises(ValueError, match="tracker: what HF_TOKEN holds"):
+            Wandb(**{field: "a hf_0123456789"})
