@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import allowed, console, locks, settings, stopping, sweeps
+from deltalab import allowed, console, flags, locks, settings, stopping, sweeps
 from deltalab.records import redacted
 from deltalab.settings import conf_dir
 
@@ -187,7 +187,7 @@ def known_names(arguments: list[str]) -> list[str]:
     """Return all settings of the config with the groups that the arguments choose, as `edit.p`."""
     from hydra import compose, initialize_config_dir
 
-    groups = [a for a in arguments if "." not in a.split("=")[0] and a.split("=")[0] in top_level()]
+    groups = [a for a in arguments if a.split("=")[0] in top_level() and "=" in a]
     for chosen in (groups, []):
         try:
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -205,6 +205,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)
     try:
+        arguments = sys.argv[1:]
+        sys.argv[1:] = flags.arranged(arguments, lambda: known_names(arguments))
         with guarded():
             run()
     except console.SweepFailed as error:

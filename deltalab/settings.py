@@ -213,6 +213,8 @@ def suggestion(message: str, known: Iterable[str]) -> str:
 
     >>> suggestion("Could not override 'edit.pp'. Key 'pp' is not in struct", ["edit.p"])
     '; did you mean edit.p?'
+    >>> suggestion("Could not override 'p'. Key 'p' is not in struct", ["edit", "edit.p"])
+    '; did you mean edit.p?'
     >>> suggestion("Could not find 'edit/dre'. Available options in 'edit': dare, ties", [])
     '; did you mean edit=dare?'
     """
@@ -220,7 +222,9 @@ def suggestion(message: str, known: Iterable[str]) -> str:
         group, word, options = option.groups()
         return near(f"{group}={word}", (f"{group}={o.strip()}" for o in options.split(",")))
     if key := re.search(r"Could not override '([^']*)'", message):
-        return near(key[1], known)
+        known = list(known)
+        own = [name for name in known if name.endswith(f".{key[1]}")]
+        return f"; did you mean {own[0]}?" if own else near(key[1], known)
     return ""
 
 

@@ -90,6 +90,12 @@ def cli_zoo():
         (["-m", "sweeps=[{edit: dare}, {edit: expo, edit.q: '1'}]"], ["edit.q"]),
         (["-m", "edit=dare", "grid=none", "seed=range(0,2000)", "edit.pp=1"], ["edit.pp"]),
         (["-m", "sweeps=3"], ["sweeps=3: must be a list of grids"]),
+        (["edit=dare", "--p", "0.9"], ["--p: no such flag", "did you mean edit.p=0.9?"]),
+        (["edit=dare", "--edit.p=0.9"], ["--edit.p: no such flag", "did you mean edit.p=0.9?"]),
+        (["edit=dare", "-p", "0.9"], ["--package (-p): chooses what --cfg prints"]),
+        (["edit=dare", "--multi"], ["--multi: no such flag", "did you mean --multirun?"]),
+        (["--experimental-rerun", "x.pickle"], ["--experimental-rerun: would run what a file"]),
+        (["edit=dare", "p=0.5"], ["Could not override 'p'", "did you mean edit.p?"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
@@ -164,6 +170,15 @@ def test_a_sweep_uses_the_grid_of_its_edit_and_axes_replace_it(deltalab, tmp_pat
     code, _, err = deltalab("-m", "edit=expo", "edit.alpha=-1,0,0.3", *FAST)
     assert code == 0, err
     assert sorted(r["edit"]["alpha"] for r in records_in(tmp_path)) == [-1, 0, 0.3]
+
+
+def test_flags_may_stand_anywhere(deltalab, tmp_path):
+    code, out, err = deltalab("edit=dare", "-m", "plan=true", "edit.p=0.5", "edit.k=0")
+    assert code == 0, err
+    assert out.startswith("points       1,")
+    code, out, err = deltalab("edit=dare", "--cfg", "job", "--package=edit")
+    assert code == 0, err
+    assert "k: " in out
 
 
 def test_plan_prints_the_cost_and_runs_nothing(deltalab, tmp_path):
