@@ -108,6 +108,18 @@ def check_results(results: Any) -> None:
             raise ValueError(f"results={results}: {there} is a file, name a directory")
 
 
+def home(path: str, setting: str) -> str:
+    """Return a path in which a leading `~` is a home directory.
+
+    >>> home("a/~", "results")
+    'a/~'
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(f"{setting}={path}: no such user; ./{path} is a directory of this name")
+    return found
+
+
 def check_node(node: Any, setting: str) -> None:
     """Check a config node, and all within it, against the dataclasses that it names.
 

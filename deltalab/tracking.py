@@ -15,6 +15,7 @@ from urllib.parse import quote
 from deltalab import runs
 from deltalab.offline import POINT, RECORD
 from deltalab.records import secret_in
+from deltalab.settings import home
 
 MODES = ("offline", "online", "disabled")
 _log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Wandb:
     dir: str = "results"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dir", home(self.dir, "tracker.dir"))
         if self.mode not in MODES:
             raise ValueError(f"tracker.mode={self.mode!r}: must be one of {', '.join(MODES)}")
         if not self.project:

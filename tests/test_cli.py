@@ -95,6 +95,19 @@ def cli_zoo():
         (["edit=dare", "-p", "0.9"], ["--package (-p): chooses what --cfg prints"]),
         (["edit=dare", "--multi"], ["--multi: no such flag", "did you mean --multirun?"]),
         (["--experimental-rerun", "x.pickle"], ["--experimental-rerun: would run what a file"]),
+        (["model=tiny_llm", "evaluator/tasks=gsm8kk"],
+         ["evaluator/tasks=gsm8kk: must be one of", "did you mean gsm8k?"]),
+        (["model=tiny_llm", "evaluator/tasks=[gsm8k,mmluu]"],
+         ["evaluator/tasks=mmluu: must be one of", "did you mean mmlu?"]),
+        (["-m", "model=tiny_llm", "evaluator/tasks=gsm8k,mmluu"], ["did you mean mmlu?"]),
+        (["grid=drae"], ["grid=drae: must be one of", "did you mean dare?"]),
+        (["edit=2"], ["Could not find 'edit/2'", "dare"]),
+        (["-m", "model=1,2"], ["Could not find 'model/1'", "mnist_vit"]),
+        (["experiment=7"], ["experiment=7: must be one of demo"]),
+        (["experiment=true"], ["experiment=true: must be one of demo"]),
+        (["model=timm_vit", "model.name=7", "model.pre=a", "model.post=b", "data.dir=."],
+         ["model.name=7: must be a text"]),
+        (["artifacts=~nobody-of-this-name/x"], ["artifacts=~nobody-of-this-name/x: no such user"]),
         (["edit=dare", "p=0.5"], ["Could not override 'p'", "did you mean edit.p?"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -170,6 +183,37 @@ def test_a_sweep_uses_the_grid_of_its_edit_and_axes_replace_it(deltalab, tmp_pat
     code, _, err = deltalab("-m", "edit=expo", "edit.alpha=-1,0,0.3", *FAST)
     assert code == 0, err
     assert sorted(r["edit"]["alpha"] for r in records_in(tmp_path)) == [-1, 0, 0.3]
+
+
+def test_options_may_be_numbers(deltalab, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "2024.yaml").write_text("# @package _global_\nseed: 41\n")
+    own = ("--config-dir", str(tmp_path / "own"), "experiment=2024", "--cfg", "job")
+    code, out, err = deltalab(*own)
+    assert code == 0, err
+    assert "seed: 41" in out
+
+
+def test_a_tilde_is_the_home_directory_wherever_output_goes(monkeypatch, tmp_path, capfd):
+    """On the code before, results='~/x' made a directory named ~, which no other command found."""
+    from deltalab import cache, report, save, status
+
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for given in ("results=~/x", "results='~/x'"):
+        arguments = ["edit=keep", "riemann=off", "evaluator=none", "data.objective.limit=8", given]
+        monkeypatch.setattr(sys, "argv", ["deltalab", *arguments])
+        cli.main()
+    assert "done before" in capfd.readouterr().out
+    assert report.main(["results=~/x"]) == 0
+    assert cache.main(["results=~/x"]) in (0, 2)  # there may be no artefacts, but not there
+    assert status.main(["results=~/x"]) == 2
+    assert f"no sweep in {tmp_path}/home/x/logs" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="model.pre="):
+        save.save(["results=~/x", "out=~/y"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home"]
+    assert {"records", "logs"} <= {p.name for p in (tmp_path / "home" / "x").iterdir()}
 
 
 def test_flags_may_stand_anywhere(deltalab, tmp_path):
