@@ -50,12 +50,34 @@ def point(cfg: DictConfig) -> str | None:
         if sweeping:  # the sweeper counts failures when all points have run
             overrides = " ".join(hydra.overrides.task)
             sweeps.note(hydra.runtime.output_dir, sweeps.FAILURE, console.one_line(error))
+            if unopened(error):
+                raise stopping.Ended(error) from None
             console.point_done(f"failed: {overrides}: {console.one_line(error)}")
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
         raise
     console.point_done(console.describe(record, skipped))
     return None
+
+
+def unopened(error: Exception) -> bool:
+    """Whether a point failed because its pair cannot be opened: so would all others of it."""
+    from deltalab.run import Unopened
+
+    return isinstance(error, Unopened)
+
+
+def check(cfg: DictConfig, chosen: Any) -> None:
+    """Build all parts of a point but its models, and its tracker.
+
+    Raises:
+        ValueError: a setting out of range, unknown, or of the wrong type.
+    """
+    from deltalab.run import build, validated
+
+    values, _ = _plain(cfg, chosen)
+    validated(values)
+    build(values["tracker"], "tracker")
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:

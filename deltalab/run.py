@@ -22,6 +22,7 @@ from deltalab import apply, distill, finite, locks, records, select
 from deltalab import settings as checks
 from deltalab.artifacts import Store
 from deltalab.audit import audit
+from deltalab.console import one_line
 from deltalab.edits import needs_of
 from deltalab.engine import Engine
 from deltalab.evaluators.accuracy import Scores
@@ -133,17 +134,8 @@ def _finished(results: str, key: str, force: bool, experiment: str | None) -> re
 
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
-    checks.check_top(settings)
-    finite.check(settings["nonfinite"])
-    edit_settings = dict(settings["edit"])
-    chosen = edit_settings.pop("select")
-    chosen = settings["select"] or chosen
-    select.check(chosen)
-    edit = build(edit_settings, "edit")
-    needs_of(edit)
-    model = build(settings["model"], "model")
-    parts = {name: build(settings[name], name) for name in BUILT}
-    parts |= {"edit": edit, "model": model}
+    chosen, parts = validated(settings)
+    model = parts["model"]
     determinants = {
         name: determining(value, parts.get(name))
         for name, value in settings.items()
@@ -151,12 +143,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     }
     determinants |= {"select": chosen, "choices": [choices.model, choices.edit]}
     return Point(
-        model=model,
-        edit=edit,
-        objective=parts["objective"],
-        evaluator=parts["evaluator"],
-        riemann=parts["riemann"],
-        prediction=parts["prediction"],
+        **parts,
         select=chosen,
         seed=settings["seed"],
         nonfinite=settings["nonfinite"],
@@ -167,14 +154,32 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     )
 
 
+def validated(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the tensors to edit and the parts of a point by name, each built; touches no file.
+
+    Raises:
+        ValueError: a setting of the wrong type, out of range, or unknown.
+    """
+    checks.check_top(settings)
+    finite.check(settings["nonfinite"])
+    edit_settings = dict(settings["edit"])
+    chosen = edit_settings.pop("select")
+    chosen = settings["select"] or chosen
+    select.check(chosen)
+    edit = build(edit_settings, "edit")
+    needs_of(edit)
+    parts = {name: build(settings[name], name) for name in ("model", *BUILT)}
+    return chosen, {"edit": edit, **parts}
+
+
 def _key(determinants: Mapping[str, Any], model: Any, planning: bool) -> str:
     """Return a point's key; empty in a plan where the models cannot be asked for their commits."""
     try:
         return records.key_of({**determinants, "inputs": model.fingerprints})
-    except Absent:
-        if not planning:
-            raise
-        return ""
+    except (ValueError, OSError) as error:
+        if planning and isinstance(error, Absent):
+            return ""
+        raise Unopened(one_line(error)) from error
 
 
 def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
@@ -241,6 +246,10 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     return found, {name: values.tolist() for name, values in scores.documents.items()}
 
 
+class Unopened(ValueError):
+    """The pair cannot be opened, and so no point of it can be run."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """What every edit of a pair shares: the live module, and both of its ends measured."""
@@ -264,8 +273,15 @@ def reference(
     artifacts: str,
     artifacts_gb: float | None = None,
 ) -> Reference:
-    """Open a pair with its objective and evaluator, and measure both of its ends, once."""
-    pair = finite.checked(model.open(), nonfinite)
+    """Open a pair with its objective and evaluator, and measure both of its ends, once.
+
+    Raises:
+        Unopened: the pair's files are missing, damaged, or do not fit.
+    """
+    try:
+        pair = finite.checked(model.open(), nonfinite)
+    except (ValueError, OSError) as error:
+        raise Unopened(one_line(error)) from error
     inputs = {"model": repr(model), "objective": repr(objective), "nonfinite": nonfinite}
     most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
     store = Store(artifacts, inputs | {"fingerprints": model.fingerprints}, most)
