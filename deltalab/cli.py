@@ -17,9 +17,11 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import allowed, console, flags, locks, settings, stopping, sweeps
-from deltalab.records import redacted
+from deltalab import allowed, console, flags, settings
 from deltalab.settings import conf_dir
+from deltalab.store import locks
+from deltalab.store.records import redacted
+from deltalab.sweep import stopping, sweeps
 
 
 def point(cfg: DictConfig) -> str | None:
@@ -95,8 +97,8 @@ def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], b
 
 def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     """Return what points would cost, given their configs and the options chosen in them."""
-    from deltalab.hours import Device
-    from deltalab.preview import preview
+    from deltalab.plan.hours import Device
+    from deltalab.plan.preview import preview
     from deltalab.run import prepare
 
     points, leave = [], False

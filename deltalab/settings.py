@@ -43,7 +43,7 @@ def allowed_targets(group: str = "") -> frozenset[str]:
         group: a group of configs, as `hydra/launcher`; all of them where empty.
 
     >>> sorted(allowed_targets("riemann"))
-    ['deltalab.riemann.Riemann']
+    ['deltalab.loss.riemann.Riemann']
     """
     return frozenset(in_configs(r"^\s*_target_:\s*[\"']?([\w.]+)", group))
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from deltalab import allowed, cli, run, settings
 
 QUICK = ("riemann=off", "evaluator=none", "data.objective.limit=8")
-CODE = "deltalab.evaluators.run_code.passes"
+CODE = "deltalab.evaluators.lm.run_code.passes"
 
 
 def composed(*overrides):
@@ -113,7 +113,7 @@ def test_threads_and_devices_may_be_set():
 
 
 def test_the_compiler_is_the_one_the_person_had_when_the_process_began(monkeypatch, tmp_path):
-    from deltalab import native
+    from deltalab.kernels import native
 
     canary = tmp_path / "canary"
     fake = tmp_path / "cc"
@@ -188,7 +188,12 @@ def test_the_targets_are_those_of_the_configs_exactly():
     known = settings.allowed_targets()
     assert "deltalab.edits.dare.Dare" in known
     assert CODE not in known
-    for target in ("deltalab.run.Point", "deltalab.records.path_of", "deltalab.locks.Busy", CODE):
+    for target in (
+        "deltalab.run.Point",
+        "deltalab.store.records.path_of",
+        "deltalab.store.locks.Busy",
+        CODE,
+    ):
         with pytest.raises(ValueError, match="only targets of deltalab"):
             run.build({"_target_": target}, "edit")
     for target in known - settings.allowed_targets("hydra"):
@@ -235,7 +240,7 @@ def test_every_resolver_is_known_to_read_no_secret():
 
 def test_no_secret_is_asked_of_a_hub_or_names_a_run(monkeypatch):
     from deltalab.models import hub
-    from deltalab.tracking import Wandb
+    from deltalab.tracking.trackers import Wandb
 
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     with pytest.raises(ValueError, match="model.pre: what HF_TOKEN holds is not asked of the hub"):

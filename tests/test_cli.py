@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from deltalab import cli
 from deltalab.settings import conf_dir
-from deltalab.weights import Checkpoint
+from deltalab.weights.mapping import Checkpoint
 
 FAST = ["data.test.limit=64", "data.objective.limit=64", "riemann.rule=gauss", "riemann.points=2"]
 
@@ -196,7 +196,9 @@ def test_options_may_be_numbers(deltalab, tmp_path):
 
 def test_a_tilde_is_the_home_directory_wherever_output_goes(monkeypatch, tmp_path, capfd):
     """On the code before, results='~/x' made a directory named ~, which no other command found."""
-    from deltalab import cache, report, save, status
+    from deltalab import cache, save
+    from deltalab.report import command as report
+    from deltalab.sweep import status
 
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -236,7 +238,7 @@ def test_plan_prints_the_cost_and_runs_nothing(deltalab, tmp_path):
 
 
 def test_plan_refuses_what_does_not_fit(deltalab, monkeypatch):
-    from deltalab import planning
+    from deltalab.plan import planning
 
     monkeypatch.setattr(planning, "available", lambda device: 1 << 20)
     code, _, err = deltalab("edit=dare", "plan=true")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from deltalab.evaluators import confined, run_code
+from deltalab.evaluators.lm import confined, run_code
 
 WAYS = [run_code._way(), "here"] if run_code._way() == "alone" else ["here"]
 alone = pytest.mark.skipif(WAYS == ["here"], reason="this system has no namespaces")

@@ -7,7 +7,9 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from deltalab.evaluators import lm_code, lm_requests, lm_tasks
+from deltalab.evaluators.lm import code as lm_code
+from deltalab.evaluators.lm import requests
+from deltalab.evaluators.lm import tasks as lm_tasks
 from deltalab.evaluators.lm_eval import LmEval
 
 TASK = {
@@ -50,7 +52,7 @@ def write(directory, name="mine", raw="", **changes):
 
 def load(directory, *tasks, **settings):
     runs = lm_tasks.load(LmEval(tasks or ("mine",), include=(str(directory),), **settings))
-    return [lm_requests.prepare(run, None, True, 0) for run in runs]
+    return [requests.prepare(run, None, True, 0) for run in runs]
 
 
 FUNCTION = "@!function utils.d@"

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from deltalab.records import secret_in
-from deltalab.weights import fingerprint
+from deltalab.store.records import secret_in
+from deltalab.weights.mapping import fingerprint
 
 AROUND = (
     "config.json",
