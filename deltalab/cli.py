@@ -5,23 +5,23 @@ Only light imports here: `--help` and tab completion load this module at every k
 
 import logging
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import allowed, console, flags, settings
+from deltalab import console, flags, keys, settings
+from deltalab.report.point_line import describe
 from deltalab.settings import conf_dir
-from deltalab.store import locks
+from deltalab.store import locks, records
+from deltalab.store.digests import key_of
 from deltalab.store.records import redacted
-from deltalab.sweep import stopping, sweeps
+from deltalab.sweep import composing, stopping, sweeps
 
 
 def point(cfg: DictConfig) -> str | None:
@@ -36,7 +36,7 @@ def point(cfg: DictConfig) -> str | None:
     sweeping = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     try:
         if cfg.plan:
-            print(plan([(cfg, hydra.runtime.choices)]))
+            print(plan([(cfg, hydra)]))
             return None
         with stopping.working():
             record, skipped = _run(cfg, hydra, sweeping)
@@ -58,7 +58,7 @@ def point(cfg: DictConfig) -> str | None:
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
         raise
-    console.point_done(console.describe(record, skipped))
+    console.point_done(describe(record, skipped))
     return None
 
 
@@ -69,30 +69,43 @@ def unopened(error: Exception) -> bool:
     return isinstance(error, Unopened)
 
 
-def check(cfg: DictConfig, chosen: Any) -> None:
-    """Build all parts of a point but its models, and its tracker.
+def check(cfg: DictConfig, hydra: Any) -> None:
+    """Build all parts of a point but its models, and its tracker; what is finished was valid.
 
     Raises:
         ValueError: a setting out of range, unknown, or of the wrong type.
     """
-    from deltalab.run import build, validated
+    values, choices = _plain(cfg, hydra)
+    if _done(values, choices) is None:
+        from deltalab.run import build, validated
 
-    values, _ = _plain(cfg, chosen)
-    validated(values)
-    build(values["tracker"], "tracker")
+        validated(values, choices)
+        build(values["tracker"], "tracker")
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:
-    from deltalab.run import run
-
-    values, choices = _plain(cfg, hydra.runtime.choices)
+    values, choices = _plain(cfg, hydra)
     group = Path(hydra.sweep.dir if sweeping else hydra.run.dir).name
 
     def begun(key: str) -> None:
         if sweeping:
             sweeps.note(hydra.runtime.output_dir, sweeps.KEY, key)
 
+    if (done := _done(values, choices)) is not None:
+        begun(done["key"])
+        return done, True
+    from deltalab.run import run
+
     return run(values, choices, group, begun)
+
+
+def _done(values: dict[str, Any], choices: keys.Choices) -> dict[str, Any] | None:
+    """Return the record of a finished point without importing what would run it."""
+    try:
+        found = keys.determinants(values, choices, values["verify"] == "full")
+    except (OSError, ValueError, keys.Unmade):
+        return None  # preparing the point says what is wrong
+    return records.finished(values["results"], key_of(found), values["force"], choices.experiment)
 
 
 def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
@@ -102,8 +115,8 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     from deltalab.run import prepare
 
     points, leave = [], False
-    for cfg, chosen in configs:
-        values, choices = _plain(cfg, chosen)
+    for cfg, hydra in configs:
+        values, choices = _plain(cfg, hydra)
         evaluator = values["evaluator"] or {}
         if any(str(task).startswith("humaneval") for task in evaluator.get("tasks") or ()):
             leave |= not evaluator["run_code"]
@@ -114,19 +127,20 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     return text + asks * leave
 
 
-def _plain(cfg: DictConfig, chosen: Any) -> tuple[dict[str, Any], Any]:
-    """Return a point's settings as plain containers, checked by name, and its choices."""
-    from deltalab.run import Choices
+def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:
+    """Return a point's settings as plain containers, checked by name, and its choices.
 
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    Numbers are those that were meant: `range(0.1,0.4,0.1)` gives 0.3 and not 0.30000000000000004.
+    """
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    values: dict[str, Any] = settings.tidy(container)
     settings.check_top(values, top_level())
-    choices = Choices(
-        model=chosen["model"],
-        edit=chosen["edit"],
-        objective=chosen["objective"],
-        experiment=chosen.get("experiment"),
-    )
-    return values, choices
+    chosen, sources = hydra.runtime.choices, hydra.runtime.config_sources
+    named = {
+        group: settings.option(group, chosen[group], sources)
+        for group in ("model", "edit", "objective")
+    }
+    return values, keys.Choices(**named, experiment=chosen.get("experiment"))
 
 
 def mistakes() -> tuple[type[Exception], ...]:
@@ -142,109 +156,6 @@ def top_level() -> list[str]:
     primary = OmegaConf.load(conf_dir() / "config.yaml")
     groups = (p.name for p in conf_dir().iterdir() if p.is_dir())
     return [str(name) for name in [*primary, *groups] if name not in ("defaults", "hydra")]
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Check every config that Hydra composes before Hydra calls anything that it names.
-
-    Callbacks, plugins and log handlers are called before a job starts, so that no check within the
-    job comes in time; Hydra has a list of what is forbidden, and here is what is allowed.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-    allowed.restrict_environment()
-    loader: Any = ConfigLoaderImpl
-    original, search = loader.load_configuration, loader._process_config_searchpath
-
-    def checked(
-        self: Any, config_name: str | None, overrides: list[str], run_mode: Any, **kwargs: Any
-    ) -> DictConfig:
-        overrides = as_text(overrides, self)
-        cfg: DictConfig = original(self, config_name, overrides, run_mode, **kwargs)
-        allowed.check_hydra(cfg.hydra, overrides)
-        expand(cfg)
-        settings.check_results(cfg.get("results"))
-        check_options(cfg.hydra.runtime.choices, overrides, self)
-        return cfg
-
-    def searched(self: Any, config_name: str | None, overrides: list[Any], repo: Any) -> None:
-        places = [o.value() for o in overrides if o.get_key_element() == "hydra.searchpath"]
-        loaded = None if config_name is None else repo.load_config(config_path=config_name)
-        if loaded is not None and OmegaConf.is_dict(loaded.config):
-            places.append(OmegaConf.select(loaded.config, "hydra.searchpath"))
-        for place in places:
-            allowed.check_search_path(place if isinstance(place, list | ListConfig) else [])
-        search(self, config_name, overrides, repo)
-
-    loader.load_configuration, loader._process_config_searchpath = checked, searched
-    try:
-        yield
-    finally:
-        loader.load_configuration, loader._process_config_searchpath = original, search
-
-
-def check_options(choices: Any, overrides: list[str], loader: Any) -> None:
-    """Raise `ValueError` for an option that does not exist: Hydra ignores it in optional groups.
-
-    Args:
-        choices: the option of every group, as composed.
-        overrides: what was typed, where a group may have a list of options.
-        loader: Hydra's.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    chosen: list[tuple[str, Any]] = [
-        (str(group).split("@")[0], [option]) for group, option in choices.items()
-    ]
-    listed = OverridesParser.create().parse_overrides([o for o in overrides if "=[" in o])
-    is_group = loader.repository.group_exists
-    chosen += [(o.key_or_group, o.value()) for o in listed if is_group(o.key_or_group)]
-    follow = {"grid": "edit", "evaluator/tasks": "data"}  # an option of that name, if there is one
-    for group, named in chosen:
-        for option in named:
-            if option is None or option == choices.get(follow.get(group, "")):
-                continue
-            if str(option) not in (options := _options(loader, group)):
-                hint = settings.near(str(option), options)
-                raise ValueError(f"{group}={option}: must be one of {', '.join(options)}{hint}")
-
-
-def as_text(overrides: list[str], loader: Any) -> list[str]:
-    """Return overrides with quotes where Hydra would take no text: `edit=2`, `results=~/x`."""
-    found = []
-    for line in overrides:
-        key, _, value = line.partition("=")
-        number = re.fullmatch(r"[\d.+-][\w.+-]*|true|false", value)
-        group = number and loader.repository.group_exists(key.lstrip("+").split("@")[0])
-        found.append(f"{key}='{value}'" if group or re.fullmatch(r"~[^',]*", value) else line)
-    return found
-
-
-def expand(cfg: DictConfig) -> None:
-    """Write out a `~` in the directories that a run writes to.
-
-    Raises:
-        ValueError: a home directory of nobody.
-    """
-    hydra = cfg.hydra
-    for node, key in (
-        (cfg, "results"),
-        (cfg, "artifacts"),
-        (hydra.run, "dir"),
-        (hydra.sweep, "dir"),
-    ):
-        kept = OmegaConf.to_container(node, resolve=False).get(key)  # type: ignore[union-attr]
-        given = node.get(key) if node is cfg else kept
-        if isinstance(given, str) and given.startswith("~"):
-            node[key] = settings.home(given, "hydra.dir" if node is not cfg else key)
-
-
-@cache
-def _options(loader: Any, group: str) -> list[str]:
-    """Return the options of a group; a sweep composes many configs from the same directories."""
-    options: list[str] = loader.get_group_options(group)
-    return options
 
 
 def fail(error: BaseException, code: int = 2) -> NoReturn:
@@ -279,7 +190,7 @@ def main() -> None:
     try:
         arguments = sys.argv[1:]
         sys.argv[1:] = flags.arranged(arguments, lambda: known_names(arguments))
-        with guarded():
+        with composing.guarded():
             run()
     except console.SweepFailed as error:
         fail(error, 2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)

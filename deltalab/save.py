@@ -55,10 +55,11 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import cli, edits
+    from deltalab import edits
     from deltalab.apply import stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
+    from deltalab.sweep import composing
     from deltalab.weights import select
 
     gc.freeze()
@@ -75,7 +76,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     if not own["out"]:
         raise ValueError("out=: name the directory to write")
     where = initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()))
-    with cli.guarded(), where:
+    with composing.guarded(), where:
         cfg = compose("config", overrides)
     settings: Any = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("edit", "model")}
     described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from deltalab import allowed, cli, run, settings
+from deltalab.sweep import composing
 
 QUICK = ("riemann=off", "evaluator=none", "data.objective.limit=8")
 CODE = "deltalab.evaluators.lm.run_code.passes"
@@ -14,7 +15,7 @@ CODE = "deltalab.evaluators.lm.run_code.passes"
 
 def composed(*overrides):
     """Compose as the command does, with its checks."""
-    with initialize_config_dir(str(settings.conf_dir()), version_base="1.3"), cli.guarded():
+    with initialize_config_dir(str(settings.conf_dir()), version_base="1.3"), composing.guarded():
         return compose("config", list(overrides), return_hydra_config=True)
 
 
@@ -176,7 +177,7 @@ def test_configs_are_looked_for_in_directories_never_in_packages(tmp_path, monke
     own.write_text("defaults: [config]\nhydra: {searchpath: ['pkg://evilpackage']}\n")
     with (
         initialize_config_dir(str(tmp_path), version_base="1.3"),
-        cli.guarded(),
+        composing.guarded(),
         pytest.raises(ValueError, match="would run a package"),
     ):
         compose("mine")

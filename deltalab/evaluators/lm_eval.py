@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.console import steps
-from deltalab.evaluators.accuracy import Scores
 from deltalab.evaluators.lm import asked, hflm, requests, vllm
 from deltalab.evaluators.lm import tasks as lm_tasks
+from deltalab.evaluators.scores import Scores
 from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ class LmEval:
     run_code: bool = False
     max_new_tokens: int | None = None
     run_task_code: bool = False
-    beside: ClassVar[tuple[str, ...]] = ("run_task_code",)
+    beside: ClassVar = ("run_task_code",)
+    contents: ClassVar = {"include": "tree", "data_dir": "tree"}
+    reads: ClassVar = ("lm_eval", "tokens")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", asked.asked(self.tasks))

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
-from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from deltalab.evaluators.lm import data as lm_data
 from deltalab.evaluators.lm.asked import Asked, refusal
 from deltalab.evaluators.lm.hflm import quiet
 from deltalab.settings import near
+from deltalab.store.latest import latest
 
 EMBEDDED = Path(__file__).parents[2] / "tasks"
 _NAME = re.compile(r"^\s*(?:- )?(?:task|group|tag):[ \t]*[\"']?([\w.\-]+)", re.MULTILINE)
@@ -59,7 +59,7 @@ class Run:
     groups: dict[str, Any] = field(default_factory=dict)
 
 
-@lru_cache(maxsize=1)
+@latest("tasks", "evaluator")
 def load(spec: Any) -> tuple[Run, ...]:
     """Build the tasks of a `LmEval`, once: edits and pairs share them.
 

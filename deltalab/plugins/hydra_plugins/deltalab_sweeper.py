@@ -124,8 +124,8 @@ class PointsSweeper(BasicSweeper):
         """Refuse a sweep of which one value is out of range, before its first point."""
         from deltalab import cli
 
-        for cfg, chosen in self._composed(list(distinct(points, is_group))):
-            cli.check(cfg, chosen)
+        for cfg, hydra in self._composed(list(distinct(points, is_group))):
+            cli.check(cfg, hydra)
 
     def _launched(self, points: List[List[str]]) -> Iterator[Any]:
         """Run all points and yield their results; those that other processes run come last.
@@ -156,7 +156,7 @@ class PointsSweeper(BasicSweeper):
         print(cli.plan(self._composed(points)))
 
     def _composed(self, points: List[List[str]]) -> Iterator[Tuple[DictConfig, Any]]:
-        """Yield the config of every point, good until the next one, and the options chosen in it.
+        """Yield the config of every point, good until the next one, and its own section of Hydra's.
 
         Points that differ in plain values alone share one composed config, in which the values are
         set as Hydra sets them: composing every one of 400 anew would take most of a minute.
@@ -175,10 +175,10 @@ class PointsSweeper(BasicSweeper):
             kind = named, tuple(o.input_line for o in parsed if o.key_or_group not in named)
             if kind not in known:
                 cfg = loader.load_sweep_config(self.config, point)
-                chosen = cfg.hydra.runtime.choices
+                hydra = cfg.hydra
                 with open_dict(cfg):
                     del cfg["hydra"]
-                known[kind] = cfg, chosen
+                known[kind] = cfg, hydra
             ConfigLoaderImpl._apply_overrides_to_config(values, known[kind][0])
             yield known[kind]
 
