@@ -19,7 +19,7 @@ APP = """
 import os, signal, sys, time
 from pathlib import Path
 import hydra
-from deltalab import console
+from deltalab import cli, console
 from deltalab.settings import conf_dir
 from deltalab.sweep import composing
 

@@ -11,6 +11,7 @@ from deltalab.evaluators.lm import code as lm_code
 from deltalab.evaluators.lm import requests
 from deltalab.evaluators.lm import tasks as lm_tasks
 from deltalab.evaluators.lm_eval import LmEval
+from deltalab.store import latest
 
 TASK = {
     "task": "mine",
@@ -36,9 +37,9 @@ def place(tmp_path):
     code += "class Own:\n    def __init__(self, config):\n        pass\n"
     for where in (directory, directory / "below", tmp_path):
         (where / "utils.py").write_text(code)
-    lm_tasks.load.cache_clear()
+    latest.forget()
     yield directory, canary
-    lm_tasks.load.cache_clear()
+    latest.forget()
 
 
 def write(directory, name="mine", raw="", **changes):
