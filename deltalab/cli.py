@@ -64,7 +64,7 @@ def point(cfg: DictConfig) -> str | None:
 
 def unopened(error: Exception) -> bool:
     """Whether a point failed because its pair cannot be opened: so would all others of it."""
-    from deltalab.run import Unopened
+    from deltalab.reference import Unopened
 
     return isinstance(error, Unopened)
 
