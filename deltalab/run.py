@@ -21,6 +21,7 @@ from deltalab import settings as checks
 from deltalab.apply import editing
 from deltalab.apply.audit import audit
 from deltalab.apply.extras import Extras, check_needs
+from deltalab.console import one_line
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
 from deltalab.keys import BESIDE, Choices, determinants, salt_of
@@ -30,7 +31,7 @@ from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
 from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.reference import OPENED, Reference, opened
+from deltalab.reference import OPENED, Reference, Unopened, opened
 from deltalab.store import eviction, latest, locks, records
 from deltalab.store.digests import key_of
 from deltalab.store.effects import check_margin, classify, two_errors
@@ -128,26 +129,11 @@ def run(
 
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
-    checks.check_top(settings)
-    finite.check(settings["nonfinite"])
+    chosen, parts = validated(settings, choices)
     margin = check_margin(settings["margin"])
-    edit_settings = dict(settings["edit"])
-    chosen = edit_settings.pop("select")
-    chosen = settings["select"] or chosen
-    select.check(chosen)
-    edit = build(edit_settings, "edit")
-    check_needs(edit, distill.PROVIDED)
-    model = build(settings["model"], "model")
-    parts = {name: build(settings[name], name) for name in BUILT}
-    parts |= {"edit": edit, "model": model}
-    found = _determined(settings, choices, model)
+    found = _determined(settings, choices, parts["model"])
     return Point(
-        model=model,
-        edit=edit,
-        objective=parts["objective"],
-        evaluator=parts["evaluator"],
-        riemann=parts["riemann"],
-        prediction=parts["prediction"],
+        **parts,
         select=chosen,
         seed=settings["seed"],
         nonfinite=settings["nonfinite"],
@@ -161,16 +147,40 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     )
 
 
+def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[str, Any]]:
+    """Return the tensors to edit and the parts of a point by name, each built; touches no file.
+
+    Raises:
+        ValueError: a setting of the wrong type, out of range, or unknown.
+    """
+    checks.check_top(settings)
+    salt_of(settings, choices)
+    finite.check(settings["nonfinite"])
+    check_margin(settings["margin"])
+    edit_settings = dict(settings["edit"])
+    chosen = edit_settings.pop("select")
+    chosen = settings["select"] or chosen
+    select.check(chosen)
+    edit = build(edit_settings, "edit")
+    check_needs(edit, distill.PROVIDED)
+    parts = {name: build(settings[name], name) for name in ("model", *BUILT)}
+    return chosen, {"edit": edit, **parts}
+
+
 def _determined(settings: Mapping[str, Any], choices: Choices, model: Any) -> dict[str, Any]:
-    """Return what decides a point; empty in a plan where the models cannot be asked for."""
+    """Return what decides a point; empty in a plan where the models cannot be asked for.
+
+    Raises:
+        Unopened: the model's files are missing or damaged.
+    """
     try:
         if hasattr(model, "ready"):
             model.ready()
         return determinants(settings, choices, settings.get("verify") == "full")
-    except Absent:
-        if not settings["plan"]:
-            raise
-        return {}
+    except (ValueError, OSError) as error:
+        if settings["plan"] and isinstance(error, Absent):
+            return {}
+        raise Unopened(one_line(error)) from error
 
 
 def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:

@@ -14,6 +14,7 @@ ORDER = (
     *(
         "settings",
         "allowed",
+        "flags",
         "commands",
         "rng",
         "provenance",

@@ -221,7 +221,7 @@ def test_what_has_no_translation_is_left_to_torch() -> None:
     "compiler", ["/no/such/compiler", "false", "sh -c 'echo wrong >&2; exit 1'"]
 )
 def test_without_a_compiler_edits_run_eagerly_with_one_warning(compiler, monkeypatch) -> None:
-    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(native, "COMPILER", compiler)
     monkeypatch.setattr(fused, "_broken", [])
     native._compiled.cache_clear()
     pre, post = tensor((50, 50)), tensor((50, 50), seed=1)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deltalab.kernels.translation import Program
 from deltalab.rng import Rng
+from deltalab.settings import COMPILER
 
 Place = tuple[int, int]
 """A file descriptor and the position in it of the first byte."""
@@ -161,7 +162,7 @@ def _compiled(source: str) -> Any:
     Raises:
         OSError, subprocess.SubprocessError: there is no working compiler.
     """
-    compiler = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-shared", "-fPIC", *_EXACT]
+    compiler = [*shlex.split(COMPILER), "-O3", "-shared", "-fPIC", *_EXACT]
     with TemporaryDirectory(prefix="deltalab-") as directory:
         code, library = Path(directory, "edit.c"), Path(directory, "edit.so")
         code.write_text(source)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
+from deltalab.evaluators.lm.code import templates
 from deltalab.evaluators.lm.hflm import quiet
-from deltalab.evaluators.lm.tasks import Entry, Run, seeded, templates_kept
+from deltalab.evaluators.lm.tasks import Entry, Run, seeded
 
 _DEFAULT_NEW_TOKENS = 256  # what lm-eval generates where a task does not say
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -48,7 +49,7 @@ class Prepared:
         groups = self.run.groups
         tasks = {"tasks": self.run.tasks, "groups": groups}
         tasks["group_map"] = {name: group.child_names for name, group in groups.items()}
-        with templates_kept():
+        with templates():
             results: Mapping[str, Any] = evaluate(
                 lm=lm,
                 task_dict=tasks,
@@ -70,7 +71,7 @@ def prepare(run: Run, template: Any, multiturn: bool, seed: int) -> Prepared:
         seed: of the choice of examples.
     """
     requests = {}
-    with quiet(), redirect_stderr(StringIO()), seeded(seed), templates_kept():
+    with quiet(), redirect_stderr(StringIO()), seeded(seed), templates():
         for name, task in run.tasks.items():
             task.set_fewshot_seed(seed)
             type(task).build_all_requests(

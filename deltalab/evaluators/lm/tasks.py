@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
-from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from deltalab.evaluators.lm import code, run_code
 from deltalab.evaluators.lm import data as lm_data
-from deltalab.evaluators.lm import run_code
 from deltalab.evaluators.lm.asked import Asked, refusal
 from deltalab.evaluators.lm.hflm import quiet
 from deltalab.settings import near
@@ -69,7 +68,7 @@ def load(spec: Any) -> tuple[Run, ...]:
             run, or has fewer examples than are asked for.
     """
     runs: list[Run] = []
-    with quiet(), redirect_stderr(StringIO()), seeded(spec.seed), templates_kept():
+    with quiet(), redirect_stderr(StringIO()), seeded(spec.seed), code.templates():
         index = _index(spec)
         for task, count in [(each, n) for each in spec.tasks for n in each.shots]:
             for name, leaves, groups in _parts(_built(index, spec, task)):
@@ -186,8 +185,14 @@ def _built(index: Any, spec: Any, task: Asked) -> Any:
     if entry.yaml_path and lm_data.raw(entry.yaml_path).get("unsafe_code") and not spec.run_code:
         raise ValueError(refusal(task.name))  # before its file imports what would run the code
     try:
-        with run_code.in_place() if spec.run_code else nullcontext():
+        stock = (_stock(), EMBEDDED)
+        with (
+            run_code.in_place() if spec.run_code else nullcontext(),
+            code.refused(stock, spec.run_task_code),
+        ):
             return index._factory.build(entry, overrides=overrides, registry=index.task_index)
+    except code.Refused as error:
+        raise ValueError(f"{where}: {error}") from None
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{where}: needs the package {error.name}, which is not installed"
@@ -206,11 +211,10 @@ def _index(spec: Any) -> Any:
     Raises:
         ValueError: a task that no file names, or whose file cannot be read.
     """
-    import lm_eval
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    stock = Path(lm_eval.__file__).parent / "tasks"
+    stock = _stock()
     own = [EMBEDDED, *(lm_data.directory(d, "evaluator.include") for d in spec.include)]
     names = [task.name for task in spec.tasks]
     folders = [
@@ -233,6 +237,13 @@ def _index(spec: Any) -> Any:
     if gone := [name for name in missing if name not in index.task_index]:
         raise ValueError(f"evaluator.tasks.{gone[0]}: {files[gone[0]]} names it, but not as a task")
     return index
+
+
+def _stock() -> Path:
+    """Return the directory of lm-eval's own task files."""
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent / "tasks"
 
 
 def _within(task: str, folder: str) -> bool:
@@ -261,22 +272,3 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
-
-
-@contextmanager
-def templates_kept() -> Iterator[None]:
-    """Compile every prompt template once; lm-eval would compile it again for every document."""
-    from lm_eval.utils import env
-
-    env.from_string = _compiled
-    try:
-        yield
-    finally:
-        del env.from_string
-
-
-@lru_cache(maxsize=256)
-def _compiled(source: str) -> Any:
-    from lm_eval.utils import env
-
-    return type(env).from_string(env, source)
