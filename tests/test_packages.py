@@ -3,9 +3,9 @@
 import json
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
+import omegaconf
 import pytest
 
 from deltalab import settings
@@ -28,7 +28,7 @@ def environment(tmp_path_factory):
         assert made.returncode == 0, made.stderr
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / "venv"], check=True)
     (site,) = (place / "venv" / "lib").glob("python*/site-packages")
-    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "others.pth").write_text(f"{Path(omegaconf.__file__).parents[1]}\n")
     for wheel in sorted((place / "wheels").glob("*.whl")):
         command = [uv, "pip", "install", "-q", "--no-deps", "--python", place / "venv"]
         subprocess.run([*command, wheel], check=True)
@@ -56,7 +56,16 @@ def test_an_edit_of_a_package_is_run_like_ones_own(environment, tmp_path):
 @pytest.mark.slow
 def test_its_edits_are_tested_by_one_import(environment, tmp_path):
     file = EXAMPLE / "tests" / "test_contract.py"
-    command = (environment / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", file)
+    command = (
+        environment / "python",
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        file,
+    )
     shown = run(*command, "--rootdir", tmp_path, cwd=tmp_path)
     assert shown.returncode == 0, shown.stdout
     assert "6 passed" in shown.stdout
