@@ -1,6 +1,7 @@
 """BitDelta with distilled scales, its second step (arXiv 2402.10193)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ class BitDeltaDistilled:
     fewer than two dimensions are returned as they are.
 
     Args:
-        steps: gradient steps, one batch each; 0 is BitDelta.
+        steps: gradient steps, each on some of the objective's examples; 0 is BitDelta.
         lr: first step size relative to each scale, above 0; it falls to 0 along a cosine.
 
     Raises:
@@ -31,6 +32,7 @@ class BitDeltaDistilled:
 
     steps: int
     lr: float
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 0)

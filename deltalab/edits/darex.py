@@ -1,6 +1,7 @@
 """DAREx-q: DARE with another rescale, for extreme drop rates (arXiv 2410.09344)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Darex:
 
     p: float
     q: float | str
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1)")

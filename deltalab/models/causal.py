@@ -101,15 +101,32 @@ def architecture(config: Any, dtype: str, device: str, attn: str | None, code: b
     try:
         with no_init_weights(), torch.device(device):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=code, **options)
-    except (ValueError, ImportError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # built by code that raises what it likes, assertions too
         if attn not in (None, "eager") and "attention" in str(error).lower():
             raise ValueError(f"model.attn={attn}: {_line(error)}") from None
+        if isinstance(error, AssertionError) and "padding_idx" in str(error).lower():
+            raise ValueError(
+                f"model.post: pad_token_id={config.pad_token_id} in its config.json is beyond the"
+                f" vocabulary of {config.vocab_size}; set it to null there: padding is masked"
+            ) from None
         raise ValueError(
             f"model.post: transformers makes no causal language model of its config.json"
             f" ({_line(error)})"
         ) from None
     module.tie_weights()
+    padding_learns(module)
     return module.eval()
+
+
+def padding_learns(module: Any) -> None:
+    """Let the padding token's row of the input embedding have its gradient like any other.
+
+    `nn.Embedding` leaves it out (`padding_idx`), also where the token stands in the text, as one
+    that is the end of a sequence too. What is padding, the batches' masks say; no output changes.
+    """
+    for part in module.modules():
+        if type(part) is nn.Embedding or part is module.get_input_embeddings():
+            part.padding_idx = None
 
 
 def generation(module: Any, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from deltalab.models.causal import padding_learns
 from deltalab.models.timm_vit import live_pair
 from deltalab.text import Encoder
 from deltalab.weights import Checkpoint, ModelPair, fingerprint
@@ -109,4 +110,5 @@ def _architecture(config: "LlamaConfig") -> nn.Module:
     from transformers import LlamaForCausalLM
 
     module: nn.Module = LlamaForCausalLM(config)
+    padding_learns(module)
     return module
