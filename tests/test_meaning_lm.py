@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deltalab import distill
 from deltalab.answers import AnswerLoss, DpoLoss
+from deltalab.evaluators import hflm, lm_tasks
 from deltalab.models.hf_llm import HfPair
 from deltalab.models.zoo_llm import EmbeddedLlm
 from deltalab.objectives import measure
@@ -166,3 +167,98 @@ def test_padding_and_the_size_of_batches_change_no_learned_scale(kind, pair):
     for name in names:
         torch.testing.assert_close(eight[name], one[name], rtol=1e-3, atol=0)
         torch.testing.assert_close(three[name], one[name], rtol=1e-3, atol=0)
+
+
+# Generation.
+
+ASKED = [f"Question: what is {i} plus one?\nAnswer:" for i in range(4)]
+
+
+def said(found, settings, size=2, context=128):
+    """Return what lm-eval's requests with these settings get from the live module, and lengths."""
+    from lm_eval.api.instance import Instance
+
+    lengths, whole = [], found.module.generate
+
+    def watched(*args, **given):
+        out = whole(*args, **given)
+        lengths.append(out.shape[1] - given["input_ids"].shape[1])
+        assert out.shape[1] <= context
+        return out
+
+    asked = [
+        Instance("generate_until", {}, (t, copy.deepcopy(settings)), n) for n, t in enumerate(ASKED)
+    ]
+    live = hflm.wrapper(found.module, copy.deepcopy(found.transform.tokenizer), context, size)
+    with live(found.module) as lm, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(found.module, "generate", watched)
+        return lm.generate_until(asked), max(lengths)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"max_new_tokens": 40},
+        {"max_new_tokens": 400},
+        {"max_new_tokens": 2},
+        {"max_length": 4},
+        {"max_length": 90, "max_new_tokens": 3, "max_time": 1e-9},
+        {"do_sample": True, "num_return_sequences": 3, "temperature": 9.0, "top_k": 3},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["never said at all"]},
+    ],
+    ids=str,
+)
+def test_what_a_task_says_of_its_answers_wins(file, pair):
+    plain, most = said(opened(pair), {"until": ["\n\n"], "max_gen_toks": 7, "do_sample": False})
+    assert most == 7
+    configure(pair[1], "generation_config.json", eos_token_id=2, bos_token_id=1, **file)
+    found = opened(pair, attn="eager")
+    assert all(getattr(found.module.generation_config, k) == v for k, v in file.items())
+    again, length = said(found, {"until": ["\n\n"], "max_gen_toks": 7, "do_sample": False})
+    assert (again, length) == (plain, 7)
+
+
+def test_what_a_task_leaves_open_the_checkpoint_says(pair):
+    """As for the lm_eval command on the saved checkpoint."""
+    configure(pair[1], "generation_config.json", eos_token_id=2, repetition_penalty=50.0)
+    settings = {"until": ["\n\n"], "max_gen_toks": 9, "do_sample": False}
+    found = opened(pair)
+    ids = found.transform.tokenizer(ASKED[0], return_tensors="pt").input_ids
+    theirs = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
+    drawn = theirs.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[
+        0, ids.shape[1] :
+    ]
+    right = found.transform.tokenizer.decode(drawn, skip_special_tokens=True)
+    assert said(found, settings, size=1)[0][0] == right
+    configure(pair[1], "generation_config.json", repetition_penalty=1.0)
+    assert said(opened(pair, attn="eager"), settings, size=1)[0][0] != right
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_beams_end_at_stops_as_transformers_ends_them(size, pair):
+    found = opened(pair)
+    tokenizer = found.transform.tokenizer
+    wanted = []
+    plain = [said(found, {"until": [], "max_gen_toks": 12, "num_beams": 3}, size=size)[0]]
+    stop = next(word for text in plain[0] for word in (text[4:5], text[3:4]) if word.strip())
+    for text in ASKED:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        drawn = found.module.generate(
+            ids, max_new_tokens=12, num_beams=3, do_sample=False, pad_token_id=0,
+            stop_strings=[stop], tokenizer=tokenizer,
+        )  # fmt: skip
+        answer = tokenizer.decode(drawn[0, ids.shape[1] :], skip_special_tokens=True)
+        wanted.append(answer.split(stop)[0])
+    settings = {"until": [stop], "max_gen_toks": 12, "num_beams": 3, "do_sample": False}
+    assert said(found, settings, size=size)[0] == wanted
+    assert wanted != plain[0]
+
+
+def test_the_length_that_is_set_is_the_only_one():
+    own = {"max_gen_toks": 256, "max_length": 999, "until": ["x"]}
+    rest = {"until": ["x"]}
+    assert lm_tasks.generation(own, {}, None) == own
+    assert lm_tasks.generation(own, {}, 5) == {**rest, "max_gen_toks": 5}
+    assert lm_tasks.generation(own, {"max_new_tokens": 7}, 5) == {**rest, "max_gen_toks": 7}
+    assert lm_tasks.generation(own, {"num_beams": 2}, None) == {**own, "num_beams": 2}

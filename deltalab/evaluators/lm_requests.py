@@ -8,10 +8,9 @@ from io import StringIO
 from typing import Any
 
 from deltalab.evaluators.hflm import quiet
-from deltalab.evaluators.lm_tasks import Entry, Run, seeded, templates_kept
+from deltalab.evaluators.lm_tasks import LENGTHS, Entry, Run, seeded, templates_kept
 
 _DEFAULT_NEW_TOKENS = 256  # what lm-eval generates where a task does not say
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +131,7 @@ def _text_and_room(name: str, request: Any, context: int) -> tuple[str, float]:
     if request.request_type != "generate_until":
         return "", math.inf  # long texts are scored in windows
     text, settings = request.args
-    length = next((settings[k] for k in _LENGTHS if settings.get(k)), _DEFAULT_NEW_TOKENS)
+    length = next((settings[k] for k in LENGTHS if settings.get(k)), _DEFAULT_NEW_TOKENS)
     if length >= context:
         raise ValueError(
             f"{name}: {length} tokens are to be generated and the context holds {context};"
