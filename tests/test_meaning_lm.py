@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deltalab import distill
 from deltalab.answers import AnswerLoss, DpoLoss
-from deltalab.evaluators import hflm, lm_tasks
+from deltalab.evaluators import hflm, lm_requests, lm_tasks
 from deltalab.models.hf_llm import HfPair
 from deltalab.models.zoo_llm import EmbeddedLlm
 from deltalab.objectives import measure
 from deltalab.passes import gradient
 from deltalab.quadrature import Rule
 from deltalab.riemann import term
+from deltalab.text import Encoder
 from deltalab.tokens import Coded, padded
 
 SIZE = {
@@ -262,3 +263,65 @@ def test_the_length_that_is_set_is_the_only_one():
     assert lm_tasks.generation(own, {}, 5) == {**rest, "max_gen_toks": 5}
     assert lm_tasks.generation(own, {"max_new_tokens": 7}, 5) == {**rest, "max_gen_toks": 7}
     assert lm_tasks.generation(own, {"num_beams": 2}, None) == {**own, "num_beams": 2}
+
+
+# Chat templates.
+
+TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<U>{{ m['content'] }}"
+    "{% elif m['role'] == 'system' %}SYSTEM{% else %}"
+    "<A>{{ ANSWER }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<A>BEGUN{% endif %}"
+)
+ANSWERS = {"plain": "m['content']", "stripped": "m['content'].split('</think>')[-1] | trim"}
+QUESTION, SECOND = "What is 1 plus 1?", "And 2 plus 2?"
+
+
+def template(answer, begun="", system="{{ m['content'] }}"):
+    return (
+        TURNS.replace("ANSWER", ANSWERS[answer]).replace("BEGUN", begun).replace("SYSTEM", system)
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said", "right"),
+    [
+        (template("plain"), "It is 2.", "It is 2.</s>"),
+        (template("stripped", "<think>\n"), "It is 2.", "It is 2.</s>"),
+        (template("stripped", "<think>\n"), "<b>2</b>", "<b>2</b></s>"),
+        (template("stripped", "<think>\n"), "<think>\none and one</think>\n2", "2</s>"),
+        (template("plain", "<think>\n"), "<think>\na</think>\n2", "a</think>\n2</s>"),
+        (template("stripped", "<think>\n"), "<t", "<t</s>"),
+    ],
+)  # fmt: skip
+def test_a_template_that_begins_the_answer(chosen, said, right):
+    tokenizer = copy.deepcopy(texts.tokenizer())
+    tokenizer.chat_template = chosen
+    encoder = Encoder(tokenizer, 256, chat=True)
+    marked = encoder.pair(QUESTION, " ", said, "file:1")
+    assert [marked.text[slice(*span)] for span in marked.spans] == [right]
+    turns = [QUESTION, said, SECOND, said]
+    roles = ["user", "assistant"] * 2
+    chat = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]
+    marked = encoder.dialogue(chat, "file:1")
+    assert [marked.text[slice(*span)] for span in marked.spans] == [right, right]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_for_that():
+    tokenizer = copy.deepcopy(texts.tokenizer())
+    tokenizer.chat_template = template("plain").replace(
+        "<A>{{", "<A>{{ '' if loop.last else 'x' }}{{"
+    )
+    encoder = Encoder(tokenizer, 256, chat=True)
+    chat = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
+    assert encoder.dialogue(chat[:2], "file:1").spans
+    with pytest.raises(ValueError, match="message 1 otherwise when it is followed by more"):
+        encoder.dialogue(chat, "file:1")
+
+
+def test_a_template_without_a_system_role():
+    tokenizer = copy.deepcopy(texts.tokenizer())
+    tokenizer.chat_template = template("plain", system="{{ raise_exception('no system role') }}")
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    assert lm_requests.chat(tokenizer)(turns) == "<U>Hi<A>"
+    with pytest.raises(ValueError, match="the chat template refuses it"):
+        Encoder(tokenizer, 256, chat=True).render(turns, "file:1")
