@@ -11,7 +11,7 @@ from deltalab import fused
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
 from deltalab.extras import Extras
-from deltalab.models.aligned import saved_names
+from deltalab.models.aligned import is_parameter, saved_names
 from deltalab.native import Place
 from deltalab.select import selected
 from deltalab.weights import LazyWeights, Weights, shape_of
@@ -170,6 +170,7 @@ def edited(
     """
     found = (_selected_name(select, post, n) for n in post)
     names = [n for n in found if n is not None and post[n].is_floating_point()]
+    names = [n for n in names if is_parameter(post, n)]
     deltas = LazyWeights(names, lambda n: difference(pre[n], post[n]))
     load: Callable[[str], Tensor] = lambda n: edited_tensor(  # noqa: E731
         pre[n], post[n], edit, kernel, **extras.for_tensor(n, deltas)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deltalab.edits.bitdelta import mean_magnitude
+from deltalab.layouts import layout_of
 from deltalab.objectives import Loss, evaluating
-from deltalab.weights import Weights
+from deltalab.weights import Weights, live
 
 MASK = "attention_mask"
 """The keyword by which a batch of texts tells its module what of it is padding."""
@@ -23,14 +24,14 @@ class _Watched(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.weights: dict[str, Tensor] = {}
+        self.weights: Weights = {}
         self.outputs: list[Tensor] = []
         if hasattr(inner, "config"):
             self.config = inner.config
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Run the inner module with `weights` in place of its own."""
-        output = functional_call(self.inner, self.weights, arguments, options)
+        output = functional_call(self.inner, dict(self.weights), arguments, options)
         logits = getattr(output, "logits", output)
         self.outputs.append(unpadded(logits, options.get(MASK)).float())
         return output
@@ -167,7 +168,8 @@ def _squares(
 
 def _outputs(watched: _Watched, weights: dict[str, Tensor], loss: Loss, batch: Any) -> list[Tensor]:
     """Return what the module puts out for a batch, one tensor for each time the loss calls it."""
-    watched.weights, watched.outputs = weights, []
+    rest = layout_of(watched.inner).filed(watched.inner.state_dict())
+    watched.weights, watched.outputs = live(watched.inner, weights, rest), []
     loss(watched, batch)
     found, watched.outputs = watched.outputs, []
     return found
@@ -193,7 +195,7 @@ def mean_inputs(module: nn.Module, loss: Loss) -> dict[str, Tensor]:
         loss: an opened objective.
 
     Returns:
-        float32 (in,) by the name of the layer's weight.
+        float32 (in,) by the name that the pair's files have for the layer's weight.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -219,4 +221,5 @@ def mean_inputs(module: nn.Module, loss: Loss) -> dict[str, Tensor]:
                 hooks.callback(handle.remove)
         for batch in loss.batches:
             loss(module, batch)
-    return {name: (total / counts[name]).float() for name, total in sums.items()}
+    means = {name: (total / counts[name]).float() for name, total in sums.items()}
+    return layout_of(module).of_layers(means)

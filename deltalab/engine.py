@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from deltalab.artifacts import Store
+from deltalab.layouts import layout_of
 from deltalab.lines import Lines, approximate, line_of
 from deltalab.objectives import Loss
 from deltalab.passes import gradient
 from deltalab.prediction import Predict, Predictor
 from deltalab.riemann import Riemann, Term
-from deltalab.weights import LazyWeights, ModelPair, Weights, delta
+from deltalab.weights import ModelPair, Weights, delta, live
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,14 @@ class Engine:
     _told: list[bool] = field(default_factory=list, init=False)
     _predictors: dict[Predict, Predictor] = field(default_factory=dict, init=False)
 
+    @property
+    def gradient(self) -> Weights:
+        """The gradient at W_post, under the names of the pair's files."""
+        return layout_of(self.pair.module).filed(self.first)
+
     @cached_property
-    def gradient(self) -> dict[str, Tensor]:
-        """The gradient at W_post: from the store, or one evaluation."""
+    def first(self) -> dict[str, Tensor]:
+        """The gradient at W_post, under the module's names: from the store, or one evaluation."""
 
         def compute() -> dict[str, Tensor]:
             self._made.append(1)
@@ -89,8 +95,11 @@ class Engine:
         Raises:
             ValueError: as for `riemann.terms`.
         """
-        module, post = self.pair.module, self.pair.post
-        first = self.gradient if settings.starts_at_post or predict.enabled else None
+        module = self.pair.module
+        post = live(module, self.pair.post)
+        if layout_of(module).groups:
+            shift = dict(live(module, shift))
+        first = self.first if settings.starts_at_post or predict.enabled else None
         line = line_of(edit) if _exact(post, shift) else None
         if settings.rule is not None and not _exact(post, shift) and not self._told:
             self._told.append(True)
@@ -129,8 +138,8 @@ class Engine:
         return Changes(terms, prediction, made)
 
     @property
-    def _delta(self) -> LazyWeights:
-        return delta(self.pair.pre, self.pair.post)
+    def _delta(self) -> Weights:
+        return live(self.pair.module, delta(self.pair.pre, self.pair.post))
 
 
 def _exact(post: Weights, shift: Weights) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltalab.weights import LazyWeights, ModelPair, Weights
+from deltalab.weights import LazyWeights, ModelPair, Weights, live
 
 NONFINITE = ("error", "zero")
 _SLICE = 1 << 17
@@ -134,7 +134,7 @@ def _zeroed(pair: ModelPair, names: list[str], buffers: set[str]) -> ModelPair:
             mask = _mask(pair.pre[name], pair.post[name], name in buffers)
             return own[name].masked_fill(mask.to(own[name].device), 0)
 
-        return LazyWeights(own, load)
+        return own.loading(load) if isinstance(own, LazyWeights) else LazyWeights(own, load)
 
     new = replace(pair, pre=cleaned(pair.pre), post=cleaned(pair.post))
     _refill(pair.module, new.post, names)
@@ -144,5 +144,5 @@ def _zeroed(pair: ModelPair, names: list[str], buffers: set[str]) -> ModelPair:
 def _refill(module: nn.Module, post: Weights, names: list[str]) -> None:
     state = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name in names:
-            state[name].copy_(post[name])
+        for name, value in live(module, {n: post[n] for n in names}, post).items():
+            state[name].copy_(value)

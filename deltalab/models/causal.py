@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from deltalab.headers import plain
-from deltalab.models import hub
+from deltalab.layouts import set_layout
+from deltalab.models import conversion, hub
 from deltalab.models.aligned import fill, matched, paired
 from deltalab.text import Encoder
 from deltalab.weights import Checkpoint, ModelPair, mixed_dtypes
@@ -24,21 +25,35 @@ _OF_NO_EFFECT = {
 
 
 def filled(
-    module: nn.Module, pre: Checkpoint, post: Checkpoint, mismatch: str, encoder: Encoder
+    module: nn.Module,
+    pre: Checkpoint,
+    post: Checkpoint,
+    mismatch: str,
+    encoder: Encoder,
+    untied: bool = True,
 ) -> ModelPair:
     """Fill a module with the post-trained weights and return the pair around it.
 
     The checkpoints are read tensor by tensor; the module holds the only copy in memory.
+
+    Args:
+        module: of the post-trained model's architecture.
+        pre: the pre-trained checkpoint.
+        post: the post-trained checkpoint.
+        mismatch: as for `aligned.paired`.
+        encoder: the pair's tokenizer.
+        untied: whether a head that the pre-trained checkpoint lacks is its embedding.
 
     Raises:
         ValueError: the checkpoints fit neither the module nor each other.
     """
     if line := mixed_dtypes(pre, post):
         log.warning(line)
-    new = matched(module, post, "model.post")
-    old = matched(module, pre, "model.pre")
-    dtype = next(module.parameters()).dtype
-    weights = paired(old, new, mismatch, dtype)
+    new = matched(module, post, "model.post", conversion.found)
+    old = matched(module, pre, "model.pre", conversion.found, untied)
+    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    weights = paired(old, new, mismatch, dtypes, dict(module.named_buffers()))
+    set_layout(module, new.layout)
     fill(module, new)
     return ModelPair(pre=weights[0], post=weights[1], module=module, transform=encoder)
 
@@ -97,10 +112,14 @@ def architecture(config: Any, dtype: str, device: str, attn: str | None, code: b
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn}
+    kind = getattr(torch, dtype)
+    options = {"dtype": kind, "attn_implementation": attn}
     try:
         with no_init_weights(), torch.device(device):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=code, **options)
+        _kept_wide(module, kind)
+        if device != "meta":
+            _tables(module)
     except Exception as error:  # built by code that raises what it likes, assertions too
         if attn not in (None, "eager") and "attention" in str(error).lower():
             raise ValueError(f"model.attn={attn}: {_line(error)}") from None
@@ -116,6 +135,33 @@ def architecture(config: Any, dtype: str, device: str, attn: str | None, code: b
     module.tie_weights()
     padding_learns(module)
     return module.eval()
+
+
+def _kept_wide(module: Any, dtype: torch.dtype) -> None:
+    """Give the tensors that an architecture keeps in float32 in 16 bits that dtype.
+
+    Which they are, transformers says (`_keep_in_fp32_modules` and its strict sister).
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = module._get_dtype_plan(dtype) if hasattr(module, "_get_dtype_plan") else {}
+    if plan:
+        wanted, of, _ = build_glob_alternation(list(plan))
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if (match := wanted.search(name)) is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(plan[of[match.lastgroup]])
+
+
+def _tables(module: Any) -> None:
+    """Compute the tables that no checkpoint holds, as transformers does on loading.
+
+    In float32 and rounded once, where building a module in 16 bits computes them in those; frozen
+    all else, which is read from the checkpoint.
+    """
+    if hasattr(module, "initialize_weights"):
+        for tensor in module.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        module.initialize_weights()
 
 
 def padding_learns(module: Any) -> None:
