@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltalab.outcomes import label
-from deltalab.records import redacted
-from deltalab.tables import is_lenient, is_score
+from deltalab.report.outcomes import label
+from deltalab.report.tables import is_lenient, is_score
+from deltalab.store.records import redacted
 
 _bars: list[Progress] = []  # the bar of the sweep that this process runs, if it runs one
 

@@ -12,17 +12,17 @@ import texts
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from deltalab import distill
-from deltalab.answers import AnswerLoss, DpoLoss
-from deltalab.evaluators import hflm, lm_requests, lm_tasks
+from deltalab.data.text import Encoder
+from deltalab.data.tokens import Coded, padded
+from deltalab.evaluators.lm import hflm, requests, tasks
+from deltalab.loss import distill
+from deltalab.loss.answers import AnswerLoss, DpoLoss
+from deltalab.loss.objectives import measure
+from deltalab.loss.passes import gradient
+from deltalab.loss.quadrature import Rule
+from deltalab.loss.riemann import term
 from deltalab.models.hf_llm import HfPair
 from deltalab.models.zoo_llm import EmbeddedLlm
-from deltalab.objectives import measure
-from deltalab.passes import gradient
-from deltalab.quadrature import Rule
-from deltalab.riemann import term
-from deltalab.text import Encoder
-from deltalab.tokens import Coded, padded
 
 SIZE = {
     "vocab_size": 300,
@@ -259,10 +259,10 @@ def test_beams_end_at_stops_as_transformers_ends_them(size, pair):
 def test_the_length_that_is_set_is_the_only_one():
     own = {"max_gen_toks": 256, "max_length": 999, "until": ["x"]}
     rest = {"until": ["x"]}
-    assert lm_tasks.generation(own, {}, None) == own
-    assert lm_tasks.generation(own, {}, 5) == {**rest, "max_gen_toks": 5}
-    assert lm_tasks.generation(own, {"max_new_tokens": 7}, 5) == {**rest, "max_gen_toks": 7}
-    assert lm_tasks.generation(own, {"num_beams": 2}, None) == {**own, "num_beams": 2}
+    assert tasks.generation(own, {}, None) == own
+    assert tasks.generation(own, {}, 5) == {**rest, "max_gen_toks": 5}
+    assert tasks.generation(own, {"max_new_tokens": 7}, 5) == {**rest, "max_gen_toks": 7}
+    assert tasks.generation(own, {"num_beams": 2}, None) == {**own, "num_beams": 2}
 
 
 # Chat templates.
@@ -322,6 +322,6 @@ def test_a_template_without_a_system_role():
     tokenizer = copy.deepcopy(texts.tokenizer())
     tokenizer.chat_template = template("plain", system="{{ raise_exception('no system role') }}")
     turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
-    assert lm_requests.chat(tokenizer)(turns) == "<U>Hi<A>"
+    assert requests.chat(tokenizer)(turns) == "<U>Hi<A>"
     with pytest.raises(ValueError, match="the chat template refuses it"):
         Encoder(tokenizer, 256, chat=True).render(turns, "file:1")

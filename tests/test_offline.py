@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from deltalab import cli, closing, offline, reading, records, run, sweeps, tracking
+from deltalab import cli, run
+from deltalab.report import offline, reading
+from deltalab.store import records
+from deltalab.sweep import closing, sweeps
+from deltalab.tracking import trackers
 
 FAST = ["data.test.limit=32", "data.objective.limit=32", "riemann=both", "evaluator=accuracy"]
 SWEEP = 'sweeps=[{model: mnist_vit, edit: dare, edit.p: "0.5", seed: "0,1,2"}]'
@@ -48,7 +52,7 @@ def logged(tmp_path_factory):
     import wandb
 
     directory = tmp_path_factory.mktemp("logged")
-    tracker = tracking.Wandb(dir=str(directory))
+    tracker = trackers.Wandb(dir=str(directory))
     for number in range(3):
         metrics = {f"task{i}/accuracy": i / 7 for i in range(700 * number)}  # several blocks
         assert tracker.log(record(f"{number:016x}", metrics=metrics), group="g")
@@ -113,7 +117,7 @@ def test_awkward_values_come_back_as_from_the_file(tmp_path, logged) -> None:
 
 
 def test_the_latest_run_of_a_point_counts_and_experiments_are_apart(tmp_path) -> None:
-    tracker = tracking.Wandb(dir=str(tmp_path))
+    tracker = trackers.Wandb(dir=str(tmp_path))
     for experiment, seconds in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
         again = record("0" * 16, experiment=experiment, seconds={"total": seconds})
         assert tracker.log(again, group="g")
@@ -134,20 +138,20 @@ def test_runs_that_were_sent_at_once_are_read_too(tmp_path, logged) -> None:
 
 
 def test_a_report_is_the_same_from_either_source(tmp_path, logged, capsys) -> None:
-    from deltalab import report
+    from deltalab.report import command
 
     shutil.copytree(logged / "wandb", tmp_path / "wandb")
-    assert report.main([f"results={tmp_path}"]) == 2
+    assert command.main([f"results={tmp_path}"]) == 2
     assert "no record in" in capsys.readouterr().err
-    assert report.main([f"results={tmp_path}", "from=wandb"]) == 0
+    assert command.main([f"results={tmp_path}", "from=wandb"]) == 0
     theirs = (tmp_path / "runs.md").read_bytes()
     for number in range(3):
         metrics = {f"task{i}/accuracy": i / 7 for i in range(700 * number)}
         records.write(tmp_path, record(f"{number:016x}", metrics=metrics))
-    assert report.main([f"results={tmp_path}"]) == 0
+    assert command.main([f"results={tmp_path}"]) == 0
     assert (tmp_path / "runs.md").read_bytes() == theirs
     capsys.readouterr()
-    assert report.main([f"results={tmp_path}", "from=cloud"]) == 2
+    assert command.main([f"results={tmp_path}", "from=cloud"]) == 2
     assert "from=cloud: must be one of records, wandb" in capsys.readouterr().err
 
 
@@ -191,10 +195,10 @@ def test_damage_is_found_by_checksums_and_never_raises(tmp_path, logged) -> None
     ],
 )
 def test_what_is_no_record_is_told(tmp_path, monkeypatch, text: str, message: str) -> None:
-    from deltalab import runs
+    from deltalab.tracking import runs
 
     monkeypatch.setattr(runs, "essence", lambda record: text)
-    tracking.Wandb(dir=str(tmp_path)).log(record("0" * 16), group="g")
+    trackers.Wandb(dir=str(tmp_path)).log(record("0" * 16), group="g")
     end = time.monotonic() + 20
     while "ends before" in (told := read_told(tmp_path)):
         assert time.monotonic() < end

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deltalab.outcomes import Outcome, Term
+from deltalab.report.outcomes import Outcome, Term
 from deltalab.settings import conf_dir
 from experiments.paper import alpha, bits, curves, intensity, log, parts, rules, table1
 from experiments.paper.artefacts import ARTEFACTS

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from deltalab import report
-from deltalab.figures import agreement
-from deltalab.outcomes import Outcome, Term, _ranks, spearman
+from deltalab.report import command as report
+from deltalab.report.figures import agreement
+from deltalab.report.outcomes import Outcome, Term, _ranks, spearman
 
 
 def clouds(count):

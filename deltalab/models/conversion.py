@@ -13,9 +13,9 @@ from weakref import proxy
 import torch
 from torch import Tensor, nn
 
-from deltalab.layouts import Group
-from deltalab.models.aligned import Found, same_names, unknown
-from deltalab.weights import Checkpoint
+from deltalab.weights.aligned import Found, same_names, unknown
+from deltalab.weights.layouts import Group
+from deltalab.weights.mapping import Checkpoint
 
 
 def found(module: nn.Module, checkpoint: Checkpoint) -> Found:

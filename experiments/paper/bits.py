@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from deltalab.outcomes import Outcome, number, plain
+from deltalab.report.outcomes import Outcome, number, plain
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.found import (
     NEAR,

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltalab.figures.style import STYLE
-from deltalab.outcomes import Outcome, plain
+from deltalab.report.figures.style import STYLE
+from deltalab.report.outcomes import Outcome, plain
 from deltalab.settings import conf_dir
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.found import Found, models

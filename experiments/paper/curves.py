@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.outcomes import Outcome, number, plain
+from deltalab.report.outcomes import Outcome, number, plain
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.found import (
     NEAR,

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltalab.outcomes import Outcome
-from deltalab.tables import is_lenient, is_score
+from deltalab.report.outcomes import Outcome
+from deltalab.report.tables import is_lenient, is_score
 
 NEAR = 0.02
 """How far from the post-trained model's a score may be to count as kept."""

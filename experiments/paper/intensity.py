@@ -13,9 +13,9 @@ from typing import Any
 from deltalab.edits.dare import Dare
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
-from deltalab.figures.style import looks, panels
-from deltalab.outcomes import Outcome, number, spearman
-from deltalab.prediction import moments
+from deltalab.loss.prediction import moments
+from deltalab.report.figures.style import looks, panels
+from deltalab.report.outcomes import Outcome, number, spearman
 from experiments.paper.drawing import one_legend
 from experiments.paper.found import Found, Table, end, mean, metrics, models, scored
 

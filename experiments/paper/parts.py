@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.figures.style import HATCHES, looks, panels
-from deltalab.outcomes import Outcome, number, plain
-from deltalab.tables import signed
+from deltalab.report.figures.style import HATCHES, looks, panels
+from deltalab.report.outcomes import Outcome, number, plain
+from deltalab.report.tables import signed
 from experiments.paper.drawing import curve, zero
 from experiments.paper.found import Found, Table, check, mean
 

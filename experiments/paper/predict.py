@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.figures.style import looks, panels
-from deltalab.outcomes import Outcome, spearman
+from deltalab.report.figures.style import looks, panels
+from deltalab.report.outcomes import Outcome, spearman
 from experiments.paper.found import Found, Table, models
 
 ACCOUNTS = {

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from deltalab.figures.style import panels
-from deltalab.outcomes import Outcome, number, plain
-from deltalab.tables import signed
+from deltalab.report.figures.style import panels
+from deltalab.report.outcomes import Outcome, number, plain
+from deltalab.report.tables import signed
 from experiments.paper.drawing import curve, reference, zero
 from experiments.paper.found import (
     NEAR,
