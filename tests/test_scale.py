@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_nothing_wrong():
 
 def test_a_point_without_a_finite_error_can_be_told_again():
     """Such numbers are null in a record: of one example there is no standard error."""
-    from deltalab.console import describe
+    from deltalab.report.point_line import describe
 
     record = {"model": "vit", "edit": {"name": "keep"}, "loss": {"change": 0.0, "error": None}}
     assert "change +0.0000 ±nan" in describe(record | {"seconds": {"total": 1.0}}, skipped=True)

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalab.report.outcomes import Outcome, Term, classify, number, plain, sort_key
-from deltalab.store.records import enrolled
-
-SCHEMA = 1
+from deltalab.store.records import SCHEMA, enrolled
 
 
 def read(directory: Path, warn: Callable[[str], None]) -> list[Outcome]:
