@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deltalab.data import splits
 from deltalab.edits.bitdelta import mean_magnitude
 from deltalab.loss.objectives import Loss, evaluating
 from deltalab.weights.layouts import layout_of
@@ -121,27 +122,16 @@ def grouped(batches: Sequence[Any], size: int | None) -> list[list[Any]]:
     groups: list[list[Any]] = []
     room = 0
     for batch in batches:
-        count, start = _examples(batch), 0
+        count, start = splits.examples(batch), 0
         while start < count:
             if not room:
                 groups.append([])
                 room = size
             stop = min(count, start + room)
-            groups[-1].append(_cut(batch, start, stop))
+            groups[-1].append(splits.rows_of(batch, list(range(start, stop))))
             room -= stop - start
             start = stop
     return groups
-
-
-def _examples(batch: Any) -> int:
-    return len(batch) if isinstance(batch, Tensor) else _examples(batch[0])
-
-
-def _cut(batch: Any, start: int, stop: int) -> Any:
-    """Return some of a batch's examples."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
-    return tuple(_cut(part, start, stop) for part in batch)
 
 
 def _signed(pre: Weights, deltas: Weights, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
