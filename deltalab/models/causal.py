@@ -54,7 +54,7 @@ def filled(
     old = matched(module, pre, "model.pre", conversion.found, untied)
     dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
     weights = paired(old, new, mismatch, dtypes, dict(module.named_buffers()))
-    set_layout(module, new.layout)
+    set_layout(module, new.layout(module))
     fill(module, new)
     return ModelPair(pre=weights[0], post=weights[1], module=module, transform=encoder)
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltalab.weights.headers import plain
 from deltalab.weights.layouts import Group, Layout, renamed
-from deltalab.weights.mapping import Checkpoint, LazyWeights, Weights, part_of
+from deltalab.weights.mapping import Checkpoint, LazyWeights, Meta, Weights, part_of
 
 MISMATCH = ("error", "keep_post")
 _FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
@@ -23,10 +23,12 @@ class Aligned(LazyWeights):
     Args:
         saved: every name listed, with all names under which the checkpoint has the tensor.
         load: as for `LazyWeights`, called with the name listed.
+        meta: likewise.
         buffers: the names listed that are no parameters, such as a router's correction: they belong
             to either model, and no edit applies to them.
 
-    >>> tied = Aligned({"table": ("table", "head")}, lambda name: torch.ones(1))
+    >>> one = Meta((1,), torch.float32)
+    >>> tied = Aligned({"table": ("table", "head")}, lambda name: torch.ones(1), lambda name: one)
     >>> list(tied), tied["head"], saved_names(tied, "table")
     (['table'], tensor([1.]), ('table', 'head'))
     """
@@ -35,9 +37,10 @@ class Aligned(LazyWeights):
         self,
         saved: Mapping[str, tuple[str, ...]],
         load: Callable[[str], Tensor],
+        meta: Callable[[str], Meta],
         buffers: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__(saved, load)
+        super().__init__(saved, load, meta)
         self.saved = saved
         self.buffers = buffers
         self._listed = {alias: name for name, aliases in saved.items() for alias in aliases}
@@ -45,12 +48,16 @@ class Aligned(LazyWeights):
     def __getitem__(self, name: str) -> Tensor:
         return super().__getitem__(self._listed.get(name, name))
 
+    def meta(self, name: str) -> Meta:
+        """Return a tensor's shape and dtype, by any of its names."""
+        return super().meta(self._listed.get(name, name))
+
     def __contains__(self, name: object) -> bool:
         return name in self._listed or super().__contains__(name)
 
     def loading(self, load: Callable[[str], Tensor]) -> "Aligned":
         """Return weights of the same names, tied and fixed alike, computed otherwise."""
-        return Aligned(self.saved, load, self.buffers)
+        return Aligned(self.saved, load, self._meta, self.buffers)
 
 
 def saved_names(weights: Weights, name: str) -> tuple[str, ...]:
@@ -100,12 +107,11 @@ class Side:
         """Return a tensor's shape, from the header."""
         return self.checkpoint.shape(self.names[name][0])
 
-    @property
-    def layout(self) -> Layout:
-        """How this file's tensors make the module's."""
+    def layout(self, module: nn.Module) -> Layout:
+        """Return how this file's tensors make the module's."""
         groups = [*(renamed(*names) for names in self.renamed.items()), *self.groups.values()]
         shapes = {n: self.checkpoint.shape(n) for group in groups for n in group.files}
-        return Layout(groups, shapes)
+        return Layout(groups, shapes, {n: tuple(t.shape) for n, t in module.state_dict().items()})
 
 
 def matched(
@@ -225,13 +231,25 @@ def paired(
         kinds |= dict.fromkeys(group.files, dtypes[name])
     fixed = frozenset(saved[0] for name, saved in names.items() if name in buffers)
     return (
-        Aligned(listed, lambda name: _as(kinds[name], pre.checkpoint[origin[name]]), fixed),
-        Aligned(listed, lambda name: _as(kinds[name], post.checkpoint[name]), fixed),
+        _evaluated(pre.checkpoint, listed, origin, kinds, fixed),
+        _evaluated(post.checkpoint, listed, {name: name for name in listed}, kinds, fixed),
     )
 
 
-def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _evaluated(
+    held: Checkpoint,
+    listed: Mapping[str, tuple[str, ...]],
+    origin: Mapping[str, str],
+    kinds: Mapping[str, torch.dtype],
+    fixed: frozenset[str],
+) -> Aligned:
+    """Return a checkpoint's tensors under names of the pair, in the dtypes evaluated."""
+
+    def told(name: str) -> Meta:
+        own = held.meta(origin[name])
+        return replace(own, dtype=kinds[name]) if own.floating else own
+
+    return Aligned(listed, lambda name: held[origin[name]].to(told(name).dtype), told, fixed)
 
 
 def _counterpart(pre: Side, post: Side, name: str, group: Group) -> Group:
@@ -284,7 +302,8 @@ def fill(module: nn.Module, side: Side) -> None:
     """
     state: dict[str, Any] = module.state_dict(keep_vars=True)
     files = [name for group in side.groups.values() for name in group.files]
-    joined = side.layout.live(LazyWeights(files, side.checkpoint.__getitem__))
+    read = LazyWeights(files, side.checkpoint.__getitem__, side.checkpoint.meta)
+    joined = side.layout(module).live(read)
     with torch.no_grad():
         for name, saved in side.names.items():
             _check_shape(side, name, side.shape(name), state[name])

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltalab.weights.mapping import LAYOUT, LazyWeights, Weights
+from deltalab.weights.mapping import LAYOUT, LazyWeights, Meta, Weights, meta
 
+Shapes = Mapping[str, tuple[int, ...]]
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
@@ -50,15 +51,17 @@ class Layout:
 
     Args:
         groups: no two of which share a name.
-        shapes: shape of every tensor of the file that is in a group.
+        filed: shape of every tensor of the file that is in a group.
+        made: shape of every tensor of the module.
     """
 
-    def __init__(self, groups: Iterable[Group], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, groups: Iterable[Group], filed: Shapes, made: Shapes) -> None:
         self.groups = tuple(groups)
-        self._shapes = shapes
+        self._shapes = filed
+        self._made = made
         self._of_file = {name: group for group in self.groups for name in group.files}
         self._of_module = {name: group for group in self.groups for name in group.makes}
-        self._filed = self._of_file.keys() - self._of_module.keys()
+        self._other = self._of_file.keys() - self._of_module.keys()
 
     def live(self, weights: Weights, rest: Weights | None = None) -> Weights:
         """Return weights under the module's names.
@@ -68,7 +71,7 @@ class Layout:
             rest: what the other members of a group are where `weights` has some of them alone;
                 zero where None, as for a shift.
         """
-        if self._filed.isdisjoint(weights):
+        if self._other.isdisjoint(weights):
             return weights
         names = dict.fromkeys(
             made
@@ -90,7 +93,13 @@ class Layout:
                 last.clear()
             return found
 
-        return LazyWeights(names, load)
+        def told(name: str) -> Meta:
+            if name not in self._of_module:
+                return meta(weights, name)
+            member = next(file for file in self._of_module[name].files if file in weights)
+            return Meta(self._made[name], meta(weights, member).dtype)
+
+        return LazyWeights(names, load, told)
 
     def _members(self, group: Group, weights: Weights, rest: Weights | None) -> dict[str, Tensor]:
         found = {name: weights[name] for name in group.files if name in weights}
@@ -121,7 +130,12 @@ class Layout:
                 last[id(group)] = group.split({made: weights[made] for made in group.makes})
             return last[id(group)][name]
 
-        return LazyWeights(names, load)
+        def told(name: str) -> Meta:
+            if name not in self._of_file:
+                return meta(weights, name)
+            return Meta(self._shapes[name], meta(weights, self._of_file[name].makes[0]).dtype)
+
+        return LazyWeights(names, load, told)
 
     def of_layers(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what is known of layers by the module's names of their weights, by the file's.
@@ -158,7 +172,7 @@ def _join(group: Group, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(group.makes, made, strict=True))
 
 
-SAME = Layout((), {})
+SAME = Layout((), {}, {})
 """Of a module whose names and tensors are the file's."""
 
 
