@@ -5,14 +5,16 @@ Only light imports here: `deltalab --help` and tab completion load this module.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from deltalab import allowed, settings
+from deltalab.store import eviction
 
 LONGEST = 120
 """Bytes of an experiment's name, which is a file's and a folder's too."""
@@ -39,6 +41,7 @@ def guarded() -> Iterator[None]:
         allowed.check_hydra(cfg.hydra, overrides)
         expand(cfg)
         settings.check_results(cfg.get("results"))
+        check_store(cfg.get("artifacts"))
         check_options(cfg.hydra.runtime.choices, overrides, self)
         return cfg
 
@@ -56,6 +59,13 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         loader.load_configuration, loader._process_config_searchpath = original, search
+
+
+def check_store(artifacts: Any) -> None:
+    """Raise `ValueError` where a store of artefacts would lie among things of somebody else."""
+    if isinstance(artifacts, str) and artifacts:
+        with suppress(OSError):
+            eviction.check(Path(artifacts))
 
 
 def check_options(choices: Any, overrides: list[str], loader: Any) -> None:
