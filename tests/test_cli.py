@@ -186,6 +186,15 @@ def test_a_sweep_uses_the_grid_of_its_edit_and_axes_replace_it(deltalab, tmp_pat
     assert sorted(r["edit"]["alpha"] for r in records_in(tmp_path)) == [-1, 0, 0.3]
 
 
+def test_an_experiment_has_a_name_that_fits_a_file(deltalab, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    for name in ("x" * 150, "ü" * 60):
+        (tmp_path / "own" / "experiment" / f"{name}.yaml").write_text("seed: 41\n")
+        code, _, err = deltalab("--config-dir", str(tmp_path / "own"), f"experiment='{name}'")
+        assert code == 2
+        assert "must be a name of 120 bytes" in err
+
+
 def test_options_may_be_numbers(deltalab, tmp_path):
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     (tmp_path / "own" / "experiment" / "2024.yaml").write_text("# @package _global_\nseed: 41\n")

@@ -185,6 +185,30 @@ def test_settings_at_the_top(values, message):
     assert str(caught.value).startswith((message, "seed: missing", "force: missing"))
 
 
+@pytest.mark.parametrize(
+    "args",
+    [{"act_layer": "torch.hub.load"}, {"norm_layer": "os.system"}, {"img_size": "a"},
+     {"patch_size": 0}, {"num_heads": 7}, {"nothing": 1}, {"weight_init": "x/y"},
+     {"img_size": [1, 2, 3]}, {"embed_dim": -1}],
+    ids=str,
+)  # fmt: skip
+def test_what_an_architecture_makes_of_wrong_arguments_is_one_line(args):
+    """On the code before, some of these ended in the traceback of a KeyError."""
+    from deltalab.models.timm_vit import created
+
+    with pytest.raises(ValueError, match="model.args=.*refuses them") as caught:
+        created("vit_tiny_patch16_224", args)
+    line = console.one_line(caught.value)
+    assert not line.endswith("()")
+
+
+def test_an_architecture_is_suggested_by_its_whole_name():
+    from deltalab.models.timm_vit import created
+
+    with pytest.raises(ValueError, match=r"did you mean vit_base_patch\d+_224"):
+        created("vit_bas_patch16_224", {})
+
+
 # Output
 
 

@@ -9,11 +9,15 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from deltalab import allowed, settings
 from deltalab.store import eviction
+
+LONGEST = 120
+"""Bytes of an experiment's name, which is a file's and a folder's too."""
 
 
 @contextmanager
@@ -80,6 +84,9 @@ def check_options(choices: Any, overrides: list[str], loader: Any) -> None:
     listed = OverridesParser.create().parse_overrides([o for o in overrides if "=[" in o])
     is_group = loader.repository.group_exists
     chosen += [(o.key_or_group, o.value()) for o in listed if is_group(o.key_or_group)]
+    name = str(choices.get("experiment") or "")
+    if len(quote(name, safe="")) > LONGEST:
+        raise ValueError(f"experiment={settings.short(name)}: must be a name of {LONGEST} bytes")
     follow = {"grid": "edit", "evaluator/tasks": "data"}  # an option of that name, if there is one
     for group, named in chosen:
         for option in named:
