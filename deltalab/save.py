@@ -22,15 +22,20 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from deltalab import console
+    from deltalab.sweep import stopping
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
     try:
-        manifest = save(sys.argv[1:])
+        with stopping.ending():
+            manifest = save(sys.argv[1:])
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         console.fail(console.one_line(error))
         sys.exit(2)
+    except stopping.Stopped:
+        console.fail("stopped; nothing was written")
+        sys.exit(143)
     except KeyboardInterrupt:
         console.fail("interrupted; nothing was written")
         sys.exit(130)
@@ -81,6 +86,11 @@ def save(arguments: list[str]) -> dict[str, Any]:
     settings["edit"].pop("select", None)
     chosen: Any = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     select.check(chosen)
+    if cfg.nonfinite != "error":
+        raise ValueError(
+            f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
+            " only error"
+        )
     edit = build(settings["edit"], "edit")
     extras.check_needs(edit)
     out = Path(own["out"]).expanduser()

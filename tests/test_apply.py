@@ -32,6 +32,7 @@ from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
 from deltalab.rng import Rng
+from deltalab.weights import shards
 from deltalab.weights.mapping import ModelPair
 
 ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
@@ -189,7 +190,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def test_streaming_equals_editing_in_memory(
     edit, slice_size, kernel, pair, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(stream, "SLICE", slice_size)
+    monkeypatch.setattr(shards, "SLICE", slice_size)
     stream.stream(*pair, tmp_path / "out", edit, select="matrices", seed=3, kernel=kernel)
     pre, post, out = loaded(pair[0]), loaded(pair[1]), loaded(tmp_path / "out")
     edited = editing.edited(pre, post, edit, "matrices", Extras(edit.needs, 3), "eager")
@@ -317,7 +318,7 @@ def test_an_error_on_the_way_leaves_nothing(pair, tmp_path, monkeypatch) -> None
 
 @pytest.mark.parametrize("kernel", ["eager", "compiled"])
 def test_an_overflow_is_named_and_leaves_nothing(kernel, tmp_path) -> None:
-    for directory, value in (("pre", 0.0), ("post", 6e4)):
+    for directory, value in (("pre", 0.0), ("post", 1.6e4)):
         write(tmp_path / directory, value, dtype=torch.float16)
     places = [tmp_path / name for name in ("pre", "post", "out")]
     with pytest.raises(ValueError, match=r"the edit exceeds float16 in \d+ of"):
@@ -336,6 +337,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from deltalab.apply import editing as apply, stream
+from deltalab.weights import shards
 from deltalab.edits.expo import Expo
 original = apply.edited_tensor
 def slow(*a, **k):
@@ -360,6 +362,83 @@ def test_killed_at_work_out_is_absent(pair, tmp_path) -> None:
     assert not out.exists()
     stream.stream(*pair, out, Expo(alpha=0.5), select="all", seed=0)
     assert (out / "deltalab.json").exists()
+
+
+SLOW = """
+import sys, time
+from deltalab import save
+from deltalab.apply import stream
+verify = stream._verify
+def slow(*arguments):
+    print("written", flush=True)
+    time.sleep(60)
+stream._verify = slow
+save.main()
+"""
+
+
+def begun(pair, out: Path) -> subprocess.Popen[str]:
+    """Start `deltalab-apply`, and wait until it has written all tensors and not yet renamed."""
+    model = ("model=timm_vit", "model.name=any", f"model.pre={pair[0]}", f"model.post={pair[1]}")
+    code = [sys.executable, "-c", SLOW, *model, "edit=expo", "select=all", f"out={out}"]
+    process = subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(number: int, pair, tmp_path) -> None:
+    out = tmp_path / "new" / "out"
+    process = begun(pair, out)
+    assert len(list(out.parent.iterdir())) == 2  # the directory, and the lock
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == {signal.SIGINT: 130}.get(number, 143)
+    assert err.strip().endswith("; nothing was written")
+    assert err.count("\n") == 1
+    assert list(out.parent.iterdir()) == []
+
+
+def test_what_a_killed_run_leaves_is_named_by_the_next(pair, tmp_path) -> None:
+    out = tmp_path / "new" / "out"
+    process = begun(pair, out)
+    model = ("model=timm_vit", "model.name=any", f"model.pre={pair[0]}", f"model.post={pair[1]}")
+    busy = command(*model, "edit=expo", "select=all", f"out={out}")
+    assert (busy.returncode, busy.stderr.count("\n")) == (2, 1)
+    assert f"{out}: process {process.pid} on " in busy.stderr
+    (left,) = (path for path in out.parent.iterdir() if path.is_dir())
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (out.parent / ".out.notes").mkdir()  # a person's
+    done = command(*model, "edit=expo", "select=all", f"out={out}")
+    assert done.returncode == 0, done.stderr
+    size = sum(file.stat().st_size for file in left.iterdir())
+    told = f"deltalab: {left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it\n"
+    assert done.stderr == told
+    assert sorted(p.name for p in out.parent.iterdir()) == sorted([left.name, ".out.notes", "out"])
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(pair, tmp_path, monkeypatch) -> None:
+    done, sync, rename = [], os.fsync, os.rename
+
+    def fsync(handle):
+        done.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def renamed(old, new):
+        done.append((str(old), str(new)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    out = tmp_path / "out"
+    stream.stream(*pair, out, Expo(alpha=0.5), select="all", seed=0)
+    ((made, new),) = (pair for pair in done if isinstance(pair, tuple))
+    before, after = done[: done.index((made, new))], done[done.index((made, new)) + 1 :]
+    assert new == str(out)
+    assert {made, *(f"{made}/{file.name}" for file in out.iterdir())} <= set(before)
+    assert before[-1] == made
+    assert str(tmp_path) in after
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:

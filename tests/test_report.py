@@ -14,9 +14,11 @@ from scipy.stats import spearmanr
 from deltalab.report import outcomes, reading, summary, tables
 from deltalab.report.command import main
 from deltalab.report.figures import accuracy, agreement, parts
+from deltalab.store import effects
 
 PARTS = {"attention": 0.3, "mlp": 0.6, "norm": 0.02, "embedding": 0.03, "head": 0.05, "other": 0.0}
 PRE = {"mnist/accuracy": 0.52, "mnist/loss": 1.61}
+PRE |= {"mnist/loss_change": 1.45, "mnist/loss_change_error": 0.05}
 POST = {"mnist/accuracy": 0.957, "mnist/loss": 0.16}
 
 
@@ -76,8 +78,11 @@ def record(edit: str, change: float | None, *, left: float = -0.1, **more: Any) 
             "edited": 0.15 + change,
             "change": change,
             "error": error,
+            "gap": 1.45,
+            "gap_error": 0.05,
         }
-        base["class"] = outcomes.classify(change, error)
+        base["class"] = effects.classify(change, error, 1.45, 0.05)
+        base["class_two_errors"] = effects.two_errors(change, error)
         base["metrics"] |= {"mnist/loss_change": change * 0.9, "mnist/loss_change_error": error}
     return base | more
 
@@ -147,7 +152,10 @@ def test_table_has_every_point_below_the_unedited_models(demo: Path) -> None:
     assert expo["term gauss-3"] == "+0.0277"
     assert expo["measured change"] == "+0.0276 ± 0.0029"
     assert (expo["error left-5"], expo["error gauss-3"]) == ("166 %", "0.2 %")
-    assert (expo["class"], expo["class, mnist test"]) == ("decreased", "decreased")
+    # The margin is 2 % of 1.45: 0.029 lies within 0.0276 -+ 0.0058.
+    assert (expo["class"], expo["class, mnist test"]) == ("undecided", "undecided")
+    bits = next(r for r in table if r["edit"] == "bitdelta")
+    assert (bits["class"], bits["class, mnist test"]) == ("decreased", "decreased")
     assert (expo["gradient evaluations"], expo["seconds"]) == ("8", "4.2")
     keep = next(r for r in table if r["edit"] == "keep")
     assert (keep["measured change"], keep["error left-5"]) == ("0", "-")
@@ -198,8 +206,8 @@ def test_summary_agrees_with_independent_statistics() -> None:
     assert (
         "Wrong sign by left-5: expo alpha=0.5 on mnist_vit, expo alpha=0.5 on mnist_vit_e" in text
     )
-    counts = [sum(r["class"] == name for r in records) for name in outcomes.CLASSES]
-    named = [f"{n} {name}" for n, name in zip(counts, outcomes.CLASSES, strict=True)]
+    counts = [sum(r["class"] == name for r in records) for name in effects.CLASSES]
+    named = [f"{n} {name}" for n, name in zip(counts, effects.CLASSES, strict=True)]
     assert f"Classes on the objective: {', '.join(named)}." in text
 
 
@@ -208,20 +216,16 @@ def test_spearman_with_ties() -> None:
     assert outcomes.spearman(left, right) == pytest.approx(spearmanr(left, right).statistic)
 
 
-@pytest.mark.parametrize("change", [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3])
-def test_classes_are_those_of_a_run(change: float) -> None:
-    from deltalab.loss import objectives
-
-    assert outcomes.classify(change, 0.1) == objectives.classify(change, 0.1)
-
-
 def test_class_on_the_test_split_can_differ() -> None:
     one = record("dare", 0.05, error=0.01)
     one["metrics"] |= {"mnist/loss_change": -0.05, "fashion/loss_change": 0.05}
-    one["metrics"] |= {"fashion/loss_change_error": 0.04}
+    one["metrics"] |= {"mnist/loss_change_error": 0.001, "fashion/loss_change_error": 0.04}
+    gaps = {"mnist/loss_change": 1.0, "mnist/loss_change_error": 0.1}
+    gaps |= {"fashion/loss_change": 1.0, "fashion/loss_change_error": 0.1}
+    one["reference"] = {"pre": gaps, "post": {}}
     point = reading.parse(one)
     assert point.classed == "decreased"
-    assert outcomes.split_classes(point) == {"mnist": "improved", "fashion": "competitive"}
+    assert outcomes.split_classes(point) == {"mnist": "improved", "fashion": "undecided"}
 
 
 def test_a_second_process_writes_the_same_bytes_without_torch(demo: Path, tmp_path: Path) -> None:
@@ -460,10 +464,10 @@ def test_predictions_stand_beside_the_rules(tmp_path):
     row = table["rule"].index("second order")
     assert table["same sign"][row] == "3 of 3"
     assert table["Spearman correlation"][row] == "1.000"
-    assert table["class right"][row] == "3 of 3"
+    assert table["class right"][row] == "2 of 2"
     first = table["rule"].index("first order")
     assert table["same sign"][first] == "2 of 3"
-    assert table["class right"][first] == "2 of 3"
+    assert table["class right"][first] == "1 of 2"
     assert "Wrong sign by first order: dare" in summary.summary(points)
 
 
@@ -478,3 +482,83 @@ def test_terms_that_are_not_settled_are_marked_and_parts_have_a_table(tmp_path):
     assert "| -0.0200? |" in page
     assert "## The term by part of the model" in page
     assert "| -0.0150 | -0.0050 |" in page
+
+
+def shell(*command: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    """Run a command as a person would, and return what it said."""
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", **env},
+    )
+
+
+def reporting(*arguments: object, **more: Any) -> subprocess.CompletedProcess:
+    return shell(sys.executable, "-m", "deltalab.report.command", *arguments, **more)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose report is committed, and one record that is not."""
+    results = save(tmp_path / "results", [record("keep", 0.0)])
+    for name in ("index.html", "demo.md", "demo_term.png", "README.md"):
+        (results / name).write_text("committed\n")
+    (tmp_path / ".gitignore").write_text("results/records/\nresults/report/\n")
+    me = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    for command in (("init", "-q"), ("add", "-A"), (*me, "commit", "-q", "-m", "x")):
+        assert shell("git", *command, cwd=tmp_path).returncode == 0
+    return tmp_path
+
+
+def test_a_report_overwrites_nothing_that_git_tracks(checkout: Path) -> None:
+    for arguments in (["results=results"], ["results=results", "experiment=demo"], []):
+        run = reporting(*arguments, cwd=checkout)
+        assert run.returncode == 0, run.stderr
+        assert "wrote results/report/index.html" in run.stdout
+    assert shell("git", "status", "--porcelain", cwd=checkout).stdout == ""
+    assert "demo.md" in (checkout / "results" / "report" / "index.html").read_text()
+    assert (checkout / "results" / "report" / "demo.md").is_file()
+    told = reporting("results=results", "into=results", cwd=checkout)
+    assert "wrote results/index.html" in told.stdout
+    assert "results/index.html" in shell("git", "status", "--porcelain", cwd=checkout).stdout
+
+
+def test_one_tracked_figure_is_enough_and_an_untracked_file_is_not(checkout: Path) -> None:
+    other = save(checkout / "other", [record("keep", 0.0)])
+    assert "wrote other/index.html" in reporting("results=other", cwd=checkout).stdout
+    shell("git", "add", "-f", other / "demo_term.svg", cwd=checkout)
+    assert "wrote other/report/index.html" in reporting("results=other", cwd=checkout).stdout
+    shell("git", "add", "-f", other / "report", cwd=checkout)
+    run = reporting("results=other", cwd=checkout)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "git tracks the report there and in other/report; name another" in run.stderr
+
+
+def test_without_git_a_checkout_is_not_overwritten(checkout: Path) -> None:
+    for _ in range(2):
+        run = reporting("results=results", cwd=checkout, PATH="/nowhere")
+        assert run.returncode == 0, run.stderr
+        assert "wrote results/report/index.html" in run.stdout
+    assert (checkout / "results" / "index.html").read_text() == "committed\n"
+
+
+def test_what_cannot_be_written_is_shown(tmp_path: Path) -> None:
+    directory = save(tmp_path / "results", [record("keep", 0.0)])
+    script = (
+        'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" || exit 99;'
+        'python=$1; shift; "$python" -m deltalab.report.command results="$0" "$@"'
+    )
+    run = shell("unshare", "-rm", "bash", "-c", script, directory, sys.executable)
+    if run.returncode == 99 or "unshare" in run.stderr:
+        pytest.skip("no mounts of one's own here")
+    assert run.returncode == 0, run.stderr
+    assert "mnist_vit" in run.stdout
+    assert "wrote" not in run.stdout
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"warning: no report can be written in {directory} (Read-only")
+    out = tmp_path / "out"
+    run = shell("unshare", "-rm", "bash", "-c", script, directory, sys.executable, f"into={out}")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert {"index.html", "demo.md"} <= {path.name for path in out.iterdir()}

@@ -158,8 +158,8 @@ class Extras:
         needs: what the edit asks for.
         seed: seed of the random numbers.
         providers: of what needs more than pair and seed, by need.
-        salt: sets the random numbers of one model apart from those of others with its tensor names.
         memo: factorisations and thresholds, shared by all points of a sweep over one pair.
+        salt: sets the random numbers of one model apart from those of others with its tensor names.
 
     Raises:
         ValueError: a need that nobody provides.
@@ -168,8 +168,8 @@ class Extras:
     needs: tuple[str, ...] = ()
     seed: int = 0
     providers: Mapping[str, Provider] = field(default_factory=dict)
-    salt: str = ""
     memo: "Memo" = field(default_factory=lambda: Memo())
+    salt: str = ""
 
     @classmethod
     def of(
@@ -187,7 +187,7 @@ class Extras:
             ValueError: the edit needs what is not there.
         """
         check_needs(edit, providers or ())
-        return cls(edit.needs, seed, providers or {}, salt, _memos.setdefault(pair, Memo()))
+        return cls(edit.needs, seed, providers or {}, _memos.setdefault(pair, Memo()), salt)
 
     def __post_init__(self) -> None:
         _check_provided("this edit", self.needs, [*OWN, *self.providers])

@@ -17,7 +17,8 @@ class BitDeltaDistilled(Edit):
     D_hat = alpha sign(D), sign(0) = +1, with the scales of all matrices learned together so that
     the model's outputs match those of W_post on the objective's inputs; no labels are used. They
     start from mean |D|, BitDelta's own, and end there where learning gained nothing. Tensors of
-    fewer than two dimensions are returned as they are.
+    fewer than two dimensions are returned as they are. Half A of the objective's examples is
+    learned from; the edit is judged on half B (`deltalab.data.splits`).
 
     Args:
         steps: gradient steps, one batch each; 0 is BitDelta.
@@ -33,7 +34,7 @@ class BitDeltaDistilled(Edit):
 
     steps: int
     lr: float
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # learned on half A of the objective, judged on half B
     whole_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

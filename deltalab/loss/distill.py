@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deltalab.data import splits
 from deltalab.edits.bitdelta import mean_magnitude
 from deltalab.loss.objectives import Loss, evaluating
 from deltalab.weights.mapping import ModelPair, Weights, meta
@@ -25,7 +26,7 @@ def providers(
 
     Args:
         pair: the open pair.
-        loss: the opened objective.
+        loss: the opened objective; what is fitted to its examples is given half A of them alone.
         gradient: the gradient at W_post, computed when it is first asked for.
 
     Returns:
@@ -33,15 +34,21 @@ def providers(
     """
 
     @cache
+    def examples() -> Loss:
+        return splits.halved(loss, "A")
+
+    @cache
     def inputs() -> dict[str, Tensor]:
-        return mean_inputs(pair.module, loss)
+        return mean_inputs(pair.module, examples())
 
     learned: dict[tuple[int, float], dict[str, Tensor]] = {}
 
     def scale(name: str, deltas: Weights) -> Callable[[int, float], Tensor | None]:
         def learn(steps: int, lr: float) -> Tensor | None:
             if (steps, lr) not in learned:
-                learned[steps, lr] = scales(pair.module, pair.pre, deltas, loss, steps=steps, lr=lr)
+                learned[steps, lr] = scales(
+                    pair.module, pair.pre, deltas, examples(), steps=steps, lr=lr
+                )
             return learned[steps, lr].get(name)
 
         return learn

@@ -2,33 +2,45 @@
 
 For every experiment found in `DIR/records/*.json` it writes `DIR/<experiment>.md` and its figures
 `DIR/<experiment>_*.png` and `.svg`, and prints the table; then one page of everything there,
-`DIR/index.html`. The same records give the same bytes.
+`DIR/index.html`. The same records give the same bytes. Where git tracks such a file, the report
+goes to `DIR/report` instead, unless `into` says otherwise.
 """
 
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 from deltalab.commands import command
-from deltalab.report.outcomes import Outcome, rules
+from deltalab.report.outcomes import Outcome, at_margin, rules
 from deltalab.report.reading import read
+from deltalab.store import files, placing
+from deltalab.store.effects import check_margin
 
 USAGE = """\
-usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [compare='EDIT;EDIT']
+usage: deltalab-report [results=DIR] [into=DIR] [experiment=NAME] [from=wandb] [margin=SHARE]
+                       [compare='EDIT;EDIT']
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
 DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
 
   results=DIR      where the records are and the report goes (default: results)
+  into=DIR         where the report goes instead; without it nothing that git tracks is overwritten:
+                   a report goes to DIR/report where git tracks one of its files in DIR
   experiment=NAME  report this experiment alone (default: every one there is)
   from=wandb       read what tracker=wandb has logged, DIR/wandb/*run-*, instead of DIR/records
+  margin=SHARE     class the points by another margin than that of their records: which share of
+                   post-training's gain in loss counts as no change
   compare='A;B'    instead, compare two points document by document: each named by its key or as
                    the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
 """
-SETTINGS = {"results": "results", "experiment": "", "from": "records", "compare": ""}
+SETTINGS = {
+    "results": "results", "into": "", "experiment": "", "from": "records", "margin": "",
+    "compare": "",
+}  # fmt: skip
 SOURCES = {"records": "records/*.json", "wandb": "wandb/*run-*/run-*.wandb"}
 
 
@@ -37,12 +49,24 @@ LEGEND = (
     " edited one, by the paper's rule (left, Eq. 1) and by an accurate one (gauss), each with its"
     " number of nodes. **Measured change** is the difference of the two losses on the same examples"
     " ± its paired standard error; **error** is each term's distance from it, relative to it."
-    " **Class**: improved or decreased where the change exceeds two standard errors, else"
-    " competitive. **pre** and **post** are the unedited models. A **?** marks a term whose own"
-    " error estimate is larger than was wanted."
+    " **Class**: competitive where the change is shown, by two standard errors to each side, to lie"
+    " within a margin around no change, improved or decreased where it is shown to lie beyond, else"
+    " undecided; the margin is a share of the gap between the losses of pre and post. **pre** and"
+    " **post** are the unedited models. A **?** marks a term whose own error estimate is larger"
+    " than was wanted. An edit that is fitted to the objective reads half of its examples, and its"
+    " losses, terms and class are of the other half."
 )
 
 
+DRAWS = (
+    "What differs in the seed alone, together: the mean change ± its standard error over draws and"
+    " examples, and the class by it. Where draws are few the interval is wider than two errors, as"
+    " Student's t says."
+)
+BOUND = (
+    "\\* The examples' own losses were not kept: the error is an upper bound, the draws' spread and"
+    " the examples' error of one draw together."
+)
 MOST_ROWS = 500
 """Points that the terminal shows; the page has all."""
 
@@ -61,7 +85,7 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     """Read `key=value` arguments over the defaults.
 
     >>> settings(["results=out"])
-    {'results': 'out', 'experiment': '', 'from': 'records', 'compare': ''}
+    {'results': 'out', 'into': '', 'experiment': '', 'from': 'records', 'margin': '', 'compare': ''}
     """
     found = dict(SETTINGS)
     for argument in arguments:
@@ -75,12 +99,21 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def report(results: str, experiment: str = "", compare: str = "", source: str = "records") -> None:
+def report(
+    results: str,
+    experiment: str = "",
+    compare: str = "",
+    source: str = "records",
+    margin: str = "",
+    into: str = "",
+) -> None:
     """Write and print the report of one experiment, or of all (`experiment` empty)."""
+    share = _share(margin)
     directory = Path(results).expanduser()
     if not directory.is_dir():
         raise ValueError(f"results={results}: no such directory")
     points = _points(directory, source)
+    points = points if share is None else at_margin(points, share)
     if not points and (experiment or compare or not any((directory / "paper").glob("*.json"))):
         _no_records(results, directory, source)
     names = sorted({point.experiment for point in points})
@@ -90,14 +123,46 @@ def report(results: str, experiment: str = "", compare: str = "", source: str = 
         own = [p for p in points if p.failure is None and experiment in ("", p.experiment)]
         _compare(own, compare, directory)
         return
+    chosen = [experiment] if experiment else names
+    place = _place(directory, into, chosen)
     figures = find_spec("matplotlib") is not None
-    if not figures and points:
+    if not figures and points and place:
         _warn("no figures without matplotlib (pip install deltalab[report])")
-    for name in [experiment] if experiment else names:
+    for name in chosen:
         own = [point for point in points if point.experiment == name]
         _show(own, name)
-        print(f"wrote {write(own, name, directory, figures=figures)}")
-    _page(points, directory)
+        if place:
+            print(f"wrote {write(own, name, place, figures=figures)}")
+    if place:
+        _page(points, directory, place)
+
+
+def _place(directory: Path, into: str, experiments: Sequence[str]) -> Path | None:
+    """Return where the report goes, None where nothing can be written beside the records."""
+    from deltalab.report.figures import FIGURES
+    from deltalab.report.page import NAME
+    from deltalab.report.page.plain import stem
+
+    names = [NAME]
+    for one in map(stem, experiments):
+        names += [f"{one}.md", *(f"{one}_{f}.{kind}" for f in FIGURES for kind in ("png", "svg"))]
+    place = Path(into).expanduser() if into else placing.place(directory, names)
+    if (why := placing.refusal(place)) is None:
+        return place
+    if into:
+        raise ValueError(f"into={into}: no report can be written there ({why})")
+    _warn(f"no report can be written in {place} ({why}): name a directory with into=DIR")
+    return None
+
+
+def _share(margin: str) -> float | None:
+    """Return the margin that was given, if any."""
+    if not margin:
+        return None
+    try:
+        return check_margin(float(margin))
+    except ValueError:
+        raise ValueError(f"margin={margin}: must be a share of the gap, in (0, 1)") from None
 
 
 def _points(directory: Path, source: str) -> list[Outcome]:
@@ -114,7 +179,7 @@ def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def _page(points: Sequence[Outcome], directory: Path) -> None:
+def _page(points: Sequence[Outcome], directory: Path, place: Path) -> None:
     """Write the page of the whole directory, whichever experiment was asked for."""
     from deltalab.report import page
     from deltalab.report.page.libraries import missing
@@ -122,7 +187,7 @@ def _page(points: Sequence[Outcome], directory: Path) -> None:
     if absent := missing():
         _warn(f"no index.html without {', '.join(absent)} (pip install deltalab[report])")
     else:
-        print(f"wrote {page.write(directory, points, _warn)}")
+        print(f"wrote {page.write(directory, points, _warn, place)}")
 
 
 def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
@@ -152,7 +217,7 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
     done = [point for point in points if point.failure is None]
     sections = [f"# {experiment}", ""]
     if done:
-        sections += [*_legend(done), _table(done), "", summary(done)]
+        sections += [*_legend(done), _table(done), "", summary(done), *_draws(done, directory)]
     sections += _parts(done)
     if done and figures:
         from deltalab.report.figures import draw
@@ -160,9 +225,29 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
         for path, caption in draw(done, directory, name):
             sections += [f"![{re.split('[,;.]', caption)[0]}]({path.name})", "", f"*{caption}*", ""]
     sections += _failures([point for point in points if point.failure is not None])
-    page = directory / f"{name}.md"
-    page.write_text("\n".join(sections).rstrip("\n") + "\n", encoding="utf-8")
-    return page
+    return files.write(directory / f"{name}.md", "\n".join(sections).rstrip("\n") + "\n")
+
+
+def _draws(points: Sequence[Outcome], directory: Path) -> list[str]:
+    """Class the random edits by the mean over their draws."""
+    from deltalab.report.draws import drawn, table
+    from deltalab.report.tables import markdown
+
+    found = drawn(points, partial(_examples, directory))
+    if not found:
+        return []
+    note = DRAWS + ("" if all(each.exact for each in found) else f" {BOUND}")
+    return ["## Classes over the draws", "", note, "", markdown(table(found)), ""]
+
+
+def _examples(directory: Path, point: Outcome) -> list[float] | None:
+    """Return what the examples say of a point's change, None where it was not kept."""
+    from deltalab.report.comparison import documents
+
+    try:
+        return documents(directory, point).get("objective/change")
+    except ValueError:
+        return None
 
 
 def _parts(points: Sequence[Outcome]) -> list[str]:

@@ -3,14 +3,14 @@
 This module needs the standard library alone, so that tables, figures and trackers start fast.
 """
 
-import math
 import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-CLASSES = ("competitive", "decreased", "improved")
+from deltalab.store.effects import MARGIN, classify
+
 RULES = ("left", "gauss")
 """The rules shown first: the paper's own (Eq. 1) and the accurate one."""
 
@@ -34,6 +34,9 @@ class Outcome:
         settings: the edit's hyper-parameters, in the order of its yaml.
         terms: rule name -> term; `main` names the rule of the record's own `term`.
         change: measured loss change and `error` its standard error, in `unit`.
+        gap: pre's loss minus post's on the same examples, and `gap_error` its standard error.
+        half: of the objective's examples, that the losses are of; None: all.
+        margin: which share of the gap `classed` takes for no change.
         metrics: `<task>/<metric>` -> value; accuracies are fractions.
         reference: metrics of the unedited models, by `pre` and `post`.
         failure: the message of a point that failed.
@@ -50,6 +53,10 @@ class Outcome:
     main: str | None = None
     change: float | None = None
     error: float | None = None
+    gap: float | None = None
+    gap_error: float | None = None
+    half: str | None = None
+    margin: float = MARGIN
     losses: Mapping[str, float] = field(default_factory=dict)
     objective: str | None = None
     unit: str | None = None
@@ -91,27 +98,37 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def classify(change: float | None, error: float | None) -> str | None:
-    """Class an edit by its loss change, outside two standard errors or not.
+def at_margin(points: Sequence[Outcome], margin: float) -> list[Outcome]:
+    """Return the points classed anew by another margin, from their numbers.
 
-    >>> classify(0.03, 0.01), classify(-0.03, 0.01), classify(0.02, 0.01), classify(0.0, None)
-    ('decreased', 'improved', 'competitive', None)
+    >>> at = dict(change=0.03, error=0.001, gap=1.0, gap_error=0.1, classed="decreased")
+    >>> [p.classed for p in at_margin([Outcome("vit", "dare", **at)], 0.05)]
+    ['competitive']
     """
-    if change is None or error is None or math.isnan(change):
-        return None
-    if abs(change) <= 2 * error:
-        return "competitive"
-    return "improved" if change < 0 else "decreased"
+    return [replace(p, margin=margin, classed=class_of(p, p.change, margin)) for p in points]
+
+
+def class_of(
+    point: Outcome, change: float | None, margin: float | None = None, factor: float = 2.0
+) -> str | None:
+    """Class a change as if it were the point's, with the point's error and gap."""
+    share = point.margin if margin is None else margin
+    return classify(change, point.error, point.gap, point.gap_error, share, factor)
 
 
 def split_classes(point: Outcome) -> dict[str, str]:
-    """Class a point on every task whose metrics hold a loss change with its standard error."""
-    found = {}
+    """Class a point on every task whose metrics hold a loss change with its standard error.
+
+    The gap is that of the unedited models on the same task.
+    """
+    before, found = point.reference.get("pre", {}), dict[str, str]()
     for name, change in point.metrics.items():
         task, _, metric = name.rpartition("/")
         if metric == "loss_change":
-            name = classify(change, point.metrics.get(f"{name}_error")) or ""
-            found.update({task: name} if name else {})
+            error, gap = point.metrics.get(f"{name}_error"), before.get(name)
+            gap_error = before.get(f"{name}_error")
+            if (kind := classify(change, error, gap, gap_error, point.margin)) is not None:
+                found[task] = kind
     return found
 
 
@@ -182,7 +199,8 @@ def references(points: Sequence[Outcome]) -> list[Outcome]:
         metrics: dict[str, float] = {}
         for point in points:
             metrics = {**point.reference.get(name, {}), **metrics}
-        losses = next((p.losses for p in points if {name, "post"} <= p.losses.keys()), None)
+        measured = sorted(points, key=lambda p: p.half is not None)  # of all examples, if any is
+        losses = next((p.losses for p in measured if {name, "post"} <= p.losses.keys()), None)
         if metrics or losses:
             change = None if losses is None else losses[name] - losses["post"]
             blank = Outcome(first.model, name, experiment=first.experiment)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltalab.report.outcomes import Outcome, Term, classify, number, plain, sort_key
+from deltalab.report.outcomes import Outcome, Term, at_margin, number, plain, sort_key
+from deltalab.store.effects import MARGIN
 from deltalab.store.records import SCHEMA, enrolled
 
 
@@ -50,7 +51,8 @@ def parse(record: Any) -> Outcome:
     failure = f"{error.get('type', 'Error')}: {error.get('message', '')}"
     terms, main = _terms(record)
     select = record.get("select")
-    return Outcome(
+    margin = number(record.get("margin"))
+    point = Outcome(
         model=record["model"],
         edit=edit["name"],
         settings={name: value for name, value in edit.items() if name != "name"},
@@ -62,6 +64,9 @@ def parse(record: Any) -> Outcome:
         main=main,
         change=number(loss.get("change")),
         error=number(loss.get("error")),
+        gap=number(loss.get("gap")),
+        gap_error=number(loss.get("gap_error")),
+        half=loss.get("half"),
         losses=_numbers({name: loss.get(name) for name in ("pre", "post", "edited")}),
         objective=loss.get("objective"),
         unit=loss.get("unit"),
@@ -70,12 +75,11 @@ def parse(record: Any) -> Outcome:
             name: _numbers(_mapping(_mapping(record, "reference"), name))
             for name in ("pre", "post")
         },
-        classed=record.get("class")
-        or classify(number(loss.get("change")), number(loss.get("error"))),
         gradient_evaluations=number(record.get("gradient_evaluations")),
         seconds=number(_mapping(record, "seconds").get("total")),
         failure=failure if record["status"] == "error" else None,
     )
+    return at_margin([point], MARGIN if margin is None else margin)[0]
 
 
 PREDICTIONS = ("first_order", "second_order", "closed_form")
