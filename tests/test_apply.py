@@ -101,7 +101,7 @@ def test_the_order_of_tensors_does_not_matter(edit) -> None:
     gradient = {n: tensor((12, 16), seed=5) for n in pre}
 
     def run(names: str) -> dict[str, Tensor]:
-        extras = Extras(edit.needs, 7, {"grad": lambda name, _: gradient[name]}, Memo())
+        extras = Extras(edit.needs, 7, {"grad": lambda name, _: gradient[name]}, memo=Memo())
         given = ({n: w[n] for n in names} for w in (pre, post))
         return dict(editing.edited(*given, edit, "all", extras))
 
