@@ -227,6 +227,7 @@ def test_a_program_that_does_not_compile_runs_eagerly_with_one_warning(
     compiler: str, monkeypatch
 ) -> None:
     """It alone: other edits and other dtypes are compiled as soon as that can be done."""
+    own = native.COMPILER
     monkeypatch.setattr(native, "COMPILER", compiler)
     monkeypatch.setattr(fused, "_failed", {})
     native._compiled.cache_clear()
@@ -236,7 +237,7 @@ def test_a_program_that_does_not_compile_runs_eagerly_with_one_warning(
     with pytest.warns(UserWarning, match=text):
         out = editing.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
     assert torch.equal(out, editing.edited_tensor(pre, post, Expo(alpha=0.5), "eager"))
-    monkeypatch.delenv("CC")
+    monkeypatch.setattr(native, "COMPILER", own)
     ran, original = [], native.edit
     noting = lambda made, *rest: ran.append(made.dtypes) or original(made, *rest)  # noqa: E731
     monkeypatch.setattr(native, "edit", noting)
