@@ -8,7 +8,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -35,9 +35,58 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+@dataclass(frozen=True)
+class Package:
+    """An installed package that brings options of its own.
+
+    Attributes:
+        name: what its options are called by, as `name:option`; its top-level module.
+        conf: the directory of its configs, laid out as deltalab's own.
+        classes: exactly what its configs may name.
+    """
+
+    name: str
+    conf: Path
+    classes: frozenset[str]
+
+
+@cache
+def packages() -> tuple[Package, ...]:
+    """Return the installed packages that name themselves by entry points of the group `deltalab`.
+
+    Each entry point is one class, `shrink = "mypackage.shrink:Shrink"`; the configs are in `conf`
+    of its top-level package. Nothing of a package is imported to learn this.
+    """
+    from importlib.metadata import entry_points
+    from importlib.util import find_spec
+
+    classes: dict[str, set[str]] = {}
+    for point in entry_points(group="deltalab"):
+        top = point.module.partition(".")[0]
+        classes.setdefault(top, set()).add(f"{point.module}.{point.attr}")
+    found = []
+    for name, targets in sorted(classes.items()):
+        spec = find_spec(name)
+        places = (spec.submodule_search_locations if spec else None) or []
+        conf = next((Path(p) / "conf" for p in places if (Path(p) / "conf").is_dir()), None)
+        if conf is not None:
+            found.append(Package(name, conf, frozenset(targets)))
+    return tuple(found)
+
+
+def option_file(group: str, name: str) -> Path | None:
+    """Return the file of an option, deltalab's own or an installed package's."""
+    for conf in (conf_dir(), *(package.conf for package in packages())):
+        if (file := conf / group / f"{name}.yaml").is_file():
+            return file
+    return None
+
+
 @cache
 def allowed_targets(group: str = "") -> frozenset[str]:
     """Return the classes that a config may name: exactly those that the packaged configs name.
+
+    Besides those that installed packages name by entry points (`packages`), which are in no group.
 
     Args:
         group: a group of configs, as `hydra/launcher`; all of them where empty.
@@ -45,7 +94,8 @@ def allowed_targets(group: str = "") -> frozenset[str]:
     >>> sorted(allowed_targets("riemann"))
     ['deltalab.loss.riemann.Riemann']
     """
-    return frozenset(in_configs(r"^\s*_target_:\s*[\"']?([\w.]+)", group))
+    own = frozenset(in_configs(r"^\s*_target_:\s*[\"']?([\w.]+)", group))
+    return own if group else own.union(*(package.classes for package in packages()))
 
 
 def in_configs(pattern: str, group: str = "") -> Iterator[str]:
@@ -206,7 +256,12 @@ def _targets(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _dataclass_of(target: str, setting: str) -> type:
     """Return the dataclass that a target names, which must be one of `allowed_targets`."""
-    refused = ValueError(f"{setting}={short(target)}: only targets of deltalab are allowed")
+    moved = [t for t in allowed_targets() if t.rpartition(".")[2] == target.rpartition(".")[2]]
+    refused = ValueError(
+        f"{setting}={short(target)}: only targets of deltalab are allowed, and classes that an"
+        " installed package names by an entry point of the group deltalab"
+        + (f"; did you mean {moved[0]}?" if moved else "")
+    )
     if target not in allowed_targets():
         raise refused
     module, _, name = target.rpartition(".")

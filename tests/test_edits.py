@@ -1,12 +1,9 @@
 """The contract that every edit keeps, and the closed forms and identities of each."""
 
-import ast
-import inspect
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -15,9 +12,10 @@ from hydra.utils import instantiate
 from second_device import DEVICES, SECOND, back, lent, on
 from torch import Tensor
 
+from deltalab import testing
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras, check_needs, handed, thresholds
-from deltalab.edits import Edit, Unit, multibit
+from deltalab.edits import Edit, multibit
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -79,6 +77,12 @@ def call(edit, delta: Tensor, **where) -> Tensor:
     return edit(delta, **handed(needs(edit, delta, **where), delta.device))
 
 
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_every_package_tests_too(name: str, check) -> None:
+    check(name)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
@@ -132,49 +136,6 @@ def test_the_second_device_refuses_what_a_gpu_does() -> None:
     assert torch.equal(back(total), 2 * here + 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_strides_do_not_matter(name: str) -> None:
-    edit, delta = built(name), tensor((24, 40))
-    strided = delta.T.contiguous().T
-    assert not strided.is_contiguous()
-    assert torch.equal(call(edit, strided), call(edit, delta))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_fields_are_the_yaml_keys(name: str) -> None:
-    settings = yaml.safe_load((CONF / "edit" / f"{name}.yaml").read_text())
-    assert set(settings) - {"_target_", "select"} == {f.name for f in fields(built(name))}
-    assert settings["select"] in select.PRESETS
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_an_edit_says_of_itself(name: str) -> None:
-    """Every edit derives from `Edit`; its version can be read from the source alone."""
-    edit = built(name)
-    assert isinstance(edit, Edit)
-    assert edit.unit in get_args(Unit)
-    assert {type(edit.fuses), type(edit.whole_model)} == {bool}
-    tree = ast.parse(Path(inspect.getsourcefile(type(edit))).read_text())
-    (body,) = (n.body for n in tree.body if getattr(n, "name", "") == type(edit).__name__)
-    said = {
-        n.target.id: (ast.unparse(n.annotation), ast.literal_eval(n.value))
-        for n in body
-        if isinstance(n, ast.AnnAssign) and n.value is not None
-    }
-    assert said["version"] == ("ClassVar[int]", type(edit).version)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_moments_are_those_of_the_draws(name: str) -> None:
-    """Of the shift relative to the delta, on as many entries as tell 3 % of a variance."""
-    edit = built(name)
-    if (moments := edit.moments()) is None:
-        return
-    x = call(edit, torch.ones(200_000)) - 1
-    assert x.mean().item() == pytest.approx(moments.mean, abs=0.01)
-    assert x.var().item() == pytest.approx(moments.variance, rel=0.03, abs=1e-9)
-
-
 def settings_of(name: str) -> list[dict]:
     """The settings of an edit's own grid, or its defaults."""
     path = CONF / "grid" / f"{name}.yaml"
@@ -203,26 +164,6 @@ def test_edits_on_one_line_shift_in_one_direction(name: str) -> None:
     for first, *others in families.values():
         for other in others:
             assert torch.allclose(first, other, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_edited_tensor_keeps_dtype_and_inputs(name: str, dtype: torch.dtype) -> None:
-    edit = built(name)
-    pre = tensor((16, 24)).to(dtype)
-    post = (pre.float() + 0.1 * tensor((16, 24), seed=1)).to(dtype)
-    copies = pre.clone(), post.clone()
-    given = needs(edit, post.float() - pre.float())
-    out = editing.edited_tensor(pre, post, edit, **given)
-    assert out.dtype == dtype
-    assert out.shape == post.shape
-    assert torch.equal(pre, copies[0])
-    assert torch.equal(post, copies[1])
-    assert out.data_ptr() not in (pre.data_ptr(), post.data_ptr())
-    expected = (pre.float() + edit(post.float() - pre.float(), **given)).to(dtype)
-    assert torch.allclose(
-        out.float(), expected.float(), atol=0.02 if dtype != torch.float32 else 1e-6
-    )
 
 
 IDENTITIES = [

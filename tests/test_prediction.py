@@ -187,3 +187,23 @@ def test_moments_match_the_edits_own_draws():
 def test_one_probe_has_no_error_estimate():
     with pytest.raises(ValueError, match="prediction.probes=1"):
         Predict(True, probes=1)
+
+
+@pytest.mark.parametrize("orders", [(0, 1), (1, 0)])
+def test_the_closed_form_depends_on_no_draw_and_no_order(orders):
+    """Neither where a draw leaves a whole tensor as it is, nor where it is the first of a pair."""
+    edit, values = DropOnly(0.1), []
+    left = next(s for s in range(99) if not shift_of(edit, opened()[3], s)["b.weight"].any())
+    moved = next(s for s in range(99) if shift_of(edit, opened()[3], s)["b.weight"].any())
+    predictor = Predictor(Predict(True, probes=4), Store(None, {}))
+    for seed in [(left, moved)[i] for i in orders]:
+        found, *_ = predict(edit, predictor, seed)
+        values.append((found["closed_form"], found["closed_form_error"]))
+    assert values[0] == values[1]
+    _, loss, post, delta = opened()
+    slope = (loss.slope + loss.hessian @ flat(post)) @ flat(delta)
+    mean, variance = edit.moments()
+    bent = mean**2 * flat(delta) @ loss.hessian @ flat(delta)
+    probes = [sum(diagonal_probe(*opened()[:3:2], delta, loss, s).values()) for s in range(4)]
+    right = mean * slope + (bent + variance * sum(probes) / 4) / 2
+    assert values[0][0] == pytest.approx(right.item(), rel=1e-5)

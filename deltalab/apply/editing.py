@@ -14,7 +14,7 @@ from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
 from deltalab.kernels import fused
 from deltalab.kernels.native import Place
-from deltalab.weights.aligned import saved_names
+from deltalab.weights.aligned import is_parameter, saved_names
 from deltalab.weights.mapping import LazyWeights, Weights, delta, difference, meta
 from deltalab.weights.select import selected
 
@@ -196,7 +196,7 @@ def _moved(weights: Weights, names: Iterable[str], device: Any) -> LazyWeights:
 
 
 def chosen(post: Weights, select: Any) -> list[str]:
-    """Return the names of the floating-point tensors that a selection touches; reads none.
+    """Return the names of the floating-point parameters that a selection touches; reads none.
 
     A tied tensor has several names, as it was saved: it goes by the first that is selected.
 
@@ -207,6 +207,8 @@ def chosen(post: Weights, select: Any) -> list[str]:
     for listed in post:
         shape = meta(post, listed).shape
         names = (n for n in saved_names(post, listed) if selected(select, n, shape))
+        if not is_parameter(post, listed):
+            continue
         if meta(post, listed).floating and (name := next(names, None)) is not None:
             found.append(name)
     return found

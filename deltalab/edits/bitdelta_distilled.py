@@ -21,7 +21,7 @@ class BitDeltaDistilled(Edit):
     learned from; the edit is judged on half B (`deltalab.data.splits`).
 
     Args:
-        steps: gradient steps, one batch each; 0 is BitDelta.
+        steps: gradient steps, each on some of the objective's examples; 0 is BitDelta.
         lr: first step size relative to each scale, above 0; it falls to 0 along a cosine.
 
     Raises:
@@ -34,7 +34,7 @@ class BitDeltaDistilled(Edit):
 
     steps: int
     lr: float
-    version: ClassVar[int] = 2  # learned on half A of the objective, judged on half B
+    version: ClassVar[int] = 2  # learned on half A of the objective, without padding
     whole_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

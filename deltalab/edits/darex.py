@@ -34,7 +34,7 @@ class Darex(Edit):
 
     p: float
     q: float | str
-    version: ClassVar[int] = 2  # the mean inputs are those of half A of the objective
+    version: ClassVar[int] = 2  # mean inputs of half A of the objective, without padding
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1)")

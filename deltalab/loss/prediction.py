@@ -105,8 +105,9 @@ class Predictor:
         found["second_order"] = found["first_order"] + bent / 2
         known = edit.moments()
         if known is not None and self.settings.probes:
+            chosen = LazyWeights(shift, delta.__getitem__, partial(meta, delta))
             closed, error, made = self._closed(
-                module, post, shift, delta, loss, known, gradient, selection
+                module, post, chosen, delta, loss, known, gradient, selection
             )
             found |= {"closed_form": closed, "closed_form_error": error}
             products += made
@@ -138,23 +139,27 @@ class Predictor:
         self,
         module: nn.Module,
         post: Weights,
-        shift: Weights,
+        chosen: Weights,
         delta: Weights,
         loss: Loss,
         known: Moments,
         gradient: Weights,
         selection: Mapping[str, Any],
     ) -> tuple[float, float, int]:
-        """Return the closed form, its standard error from the probes, and the products made."""
+        """Return the closed form, its standard error from the probes, and the products made.
+
+        It is a mean over draws: the deltas of all selected tensors count, also of such as this
+        draw happened to leave where they were.
+        """
         mean, variance = known
         made = 0
-        names = list(targets(module, shift))
+        names = list(targets(module, chosen))
         if not names:
             return 0.0, 0.0, 0
         value = 0.0
         if mean:
             some = {n: delta[n] for n in names}
-            key = {"bent": "delta", "select": selection.get("select")}
+            key = {"bent": "delta", "select": selection.get("select"), "names": sorted(names)}
             whole = self._load("curvature", key)
             if not whole:
                 whole["delta"] = quadratic(module, post, some, loss)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, difference, meta
+from deltalab.weights.layouts import layout_of
+from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, difference, live, meta
 
 NONFINITE = ("error", "zero")
 _SLICE = 1 << 17
@@ -61,7 +62,7 @@ def checked(pair: ModelPair, nonfinite: str = "error") -> ModelPair:
     """
     check(nonfinite)
     buffers = {name for name, _ in pair.module.named_buffers()}
-    state = pair.module.state_dict(keep_vars=True)
+    state = layout_of(pair.module).filed(pair.module.state_dict())
     bad, moved = [], False
     for name in pair.post:
         pre = pair.pre[name]
@@ -146,6 +147,8 @@ def _zeroed(pair: ModelPair, names: list[str], buffers: set[str]) -> ModelPair:
             mask = _mask(pair.pre[name], pair.post[name], name in buffers)
             return own[name].masked_fill(mask, 0)
 
+        if isinstance(own, LazyWeights):
+            return own.loading(load)
         return LazyWeights(own, load, partial(meta, own))
 
     new = replace(pair, pre=cleaned(pair.pre), post=cleaned(pair.post))
@@ -156,5 +159,5 @@ def _zeroed(pair: ModelPair, names: list[str], buffers: set[str]) -> ModelPair:
 def _refill(module: nn.Module, post: Weights, names: list[str]) -> None:
     state = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name in names:
-            state[name].copy_(post[name])
+        for name, value in live(module, {n: post[n] for n in names}, post).items():
+            state[name].copy_(value)

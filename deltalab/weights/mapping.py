@@ -158,6 +158,10 @@ class LazyWeights(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._names  # the inherited test would compute the tensor
 
+    def loading(self, load: Callable[[str], Tensor]) -> "LazyWeights":
+        """Return weights of the same names, computed otherwise."""
+        return LazyWeights(self, load, self._meta)
+
 
 def cast(weights: Weights, dtype: torch.dtype) -> LazyWeights:
     """Return weights whose floating-point tensors have the dtype in which they are evaluated.
@@ -366,6 +370,23 @@ def delta(pre: Weights, post: Weights) -> LazyWeights:
     return LazyWeights(names, lambda n: difference(pre[n], post[n]), shape)
 
 
+LAYOUT = "_layout_of_files"
+"""The attribute of a live module that says how files make its tensors (`weights.layouts`)."""
+
+
+def live(module: nn.Module, weights: Weights, rest: Weights | None = None) -> Weights:
+    """Return weights under a live module's names, whatever their files call them.
+
+    Args:
+        module: the live module.
+        weights: under the names of its files, or its own.
+        rest: as for `layouts.Layout.live`.
+    """
+    layout = module.__dict__.get(LAYOUT)
+    found: Weights = weights if layout is None else layout.live(weights, rest)
+    return found
+
+
 @contextmanager
 def loaded(module: nn.Module, weights: Weights, restore: Weights) -> Iterator[nn.Module]:
     """Copy `weights` into the module's parameters and buffers; copy `restore` back on leaving.
@@ -376,11 +397,13 @@ def loaded(module: nn.Module, weights: Weights, restore: Weights) -> Iterator[nn
 
     Args:
         module: the live module, holding `restore`.
-        weights: the tensors to evaluate, cast to the module's dtype as they are copied.
+        weights: the tensors to evaluate, cast to the module's dtype as they are copied; under the
+            names of the pair's files, or the module's.
         restore: the tensors to put back; must name all that `weights` names.
     """
     written: dict[int, tuple[str, Tensor]] = {}
     state = module.state_dict(keep_vars=True)
+    weights, restore = live(module, weights, restore), live(module, restore)
     try:
         with torch.no_grad():
             for name in weights:

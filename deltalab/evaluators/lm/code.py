@@ -72,7 +72,7 @@ def _message(who: str, what: str) -> str:
 
 def _safe() -> Any:
     """Return YAML's loader without Python's own tags, in C where that is here."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

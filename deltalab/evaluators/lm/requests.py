@@ -9,10 +9,9 @@ from typing import Any
 
 from deltalab.evaluators.lm.code import templates
 from deltalab.evaluators.lm.hflm import quiet
-from deltalab.evaluators.lm.tasks import Entry, Run, seeded
+from deltalab.evaluators.lm.tasks import LENGTHS, Entry, Run, seeded
 
 _DEFAULT_NEW_TOKENS = 256  # what lm-eval generates where a task does not say
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +132,7 @@ def _text_and_room(name: str, request: Any, context: int) -> tuple[str, float]:
     if request.request_type != "generate_until":
         return "", math.inf  # long texts are scored in windows
     text, settings = request.args
-    length = next((settings[k] for k in _LENGTHS if settings.get(k)), _DEFAULT_NEW_TOKENS)
+    length = next((settings[k] for k in LENGTHS if settings.get(k)), _DEFAULT_NEW_TOKENS)
     if length >= context:
         raise ValueError(
             f"{name}: {length} tokens are to be generated and the context holds {context};"

@@ -20,6 +20,8 @@ from deltalab.settings import near
 from deltalab.store.latest import latest
 
 EMBEDDED = Path(__file__).parents[2] / "tasks"
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What lm-eval calls the most tokens of an answer, the first given one counting."""
 _NAME = re.compile(r"^\s*(?:- )?(?:task|group|tag):[ \t]*[\"']?([\w.\-]+)", re.MULTILINE)
 
 
@@ -113,6 +115,29 @@ def _parts(built: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield from ((name, {name: leaf}, {}) for name, leaf in leaves.items())
 
 
+def generation(
+    own: Mapping[str, Any], chosen: Mapping[str, Any], length: int | None
+) -> dict[str, Any]:
+    """Return a task's generation settings with what was chosen in place of its own.
+
+    Lengths have several names (`LENGTHS`), of which one is left: the chosen one.
+
+    Args:
+        own: the task file's.
+        chosen: those set for this task.
+        length: the most tokens, of all tasks; None leaves it to the task.
+
+    >>> generation({"max_gen_toks": 256, "do_sample": False}, {"max_new_tokens": 9}, 50)
+    {'do_sample': False, 'max_gen_toks': 9}
+    """
+    wanted = next((chosen[name] for name in LENGTHS if chosen.get(name)), length)
+    if wanted is None or "max_length" in chosen:
+        return {**own, **chosen}
+    bounds = (*LENGTHS, "max_length")
+    found = {k: v for k, v in {**own, **chosen}.items() if k not in bounds}
+    return {**found, "max_gen_toks": wanted}
+
+
 def _configure(leaf: Any, spec: Any, task: Asked, count: int | None) -> None:
     """Set what differs from the task's own settings, and keep its documents in memory."""
     where = f"evaluator.tasks.{task.name}"
@@ -126,9 +151,10 @@ def _configure(leaf: Any, spec: Any, task: Asked, count: int | None) -> None:
     if examples is not None and (n := leaf.get_config("num_fewshot")) > len(examples):
         raise ValueError(f"{where}.shots={n}: its data hold {len(examples)} examples to draw from")
     if leaf.get_config("output_type") == "generate_until":
-        length = {} if spec.max_new_tokens is None else {"max_gen_toks": spec.max_new_tokens}
         chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in task.generation}
-        leaf.set_config("generation_kwargs", {**length, **chosen}, update=True)
+        own = leaf.get_config("generation_kwargs") or {}
+        asked = generation(own, chosen, spec.max_new_tokens)
+        leaf.set_config("generation_kwargs", asked)
     documents = list(leaf.eval_docs)  # lm-eval would prepare them again at every look
     lm_data.check_nltk(documents, where)
     name = "test_docs" if leaf.has_test_docs() else "validation_docs"
