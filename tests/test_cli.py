@@ -261,10 +261,10 @@ def test_a_failing_point_is_recorded_and_does_not_stop_the_others(deltalab, tmp_
 
     real = run.audit
 
-    def picky(pair, edit, *others):
+    def picky(pair, module, edit, *others, **more):
         if edit.rank == 3:
             raise ValueError("edit.rank=3: out of luck")
-        return real(pair, edit, *others)
+        return real(pair, module, edit, *others, **more)
 
     monkeypatch.setattr(run, "audit", picky)
     code, out, err = deltalab(
