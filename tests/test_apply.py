@@ -55,6 +55,7 @@ STREAMED = [
     Della(p=0.5, window=0.4),
     Breadcrumbs(beta=0.3, gamma=0.1),
     ONE_BIT,
+    BitDelta(multiple=1.5, magnitudes="uniform", cv=0.4, axis="row"),
     Multibit(bits=2, blocks="equal_count"),
     Ties(keep=0.2, scope="model"),
     Ties(keep=0.2, scope="tensor"),
