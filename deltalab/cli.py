@@ -53,8 +53,16 @@ def point(cfg: DictConfig) -> str | None:
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
         raise
-    console.point_done(console.describe(record, skipped))
+    from deltalab.columns import describe
+
+    console.point_done(describe(record, skipped, _swept(hydra) if sweeping else ()))
     return None
+
+
+def _swept(hydra: Any) -> list[str]:
+    """Return the overrides that set a point apart from others of its sweep."""
+    varied = sweeps.varied(Path(hydra.sweep.dir))
+    return [each for each in hydra.overrides.task if sweeps.setting(each) in varied]
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:

@@ -1,17 +1,13 @@
-"""What the terminal shows: one line per point, a bar over a sweep, errors in one line."""
+"""What the terminal shows: lines above a bar over a sweep, errors in one line."""
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltalab.outcomes import label
 from deltalab.records import redacted
-from deltalab.tables import is_lenient, is_score
 
 _bars: list[Progress] = []  # the bar of the sweep that this process runs, if it runs one
 
@@ -84,29 +80,6 @@ def waiting(count: int) -> None:
     """Say that other processes are running points of this sweep."""
     point = f"{count} point{'s' if count > 1 else ''}"
     fail(f"{point} of this sweep are being run by other processes: waiting for them")
-
-
-def describe(record: Mapping[str, Any], skipped: bool = False) -> str:
-    """Return the one line that tells a person what came out of a point."""
-    hyper = {**record["edit"]}
-    name = label(hyper.pop("name"), hyper)
-    columns = [f"{record['model']:<16} {name:<28}"]
-    if loss := record.get("loss"):
-        change, error = (_number(loss[name]) for name in ("change", "error"))
-        columns.append(f"change {change:+.4f} ±{error:.4f}")
-    for rule, found in (record.get("terms") or {}).items():
-        doubt = "?" if found.get("converged") is False else ""  # its error estimate is too large
-        columns.append(f"{rule} {_number(found['value']):+.4f}{doubt}")
-    metrics = record.get("metrics") or {}
-    scores = [k for k in metrics if is_score(k) and not is_lenient(k)]
-    columns += [f"{k} {metrics[k]:.4f}" for k in scores[:3]]
-    columns.append(f"{record.get('class') or '':<11}")
-    columns.append("done before" if skipped else f"{record['seconds']['total']:.1f} s")
-    return "  ".join(columns)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value  # a record holds no infinities and no NaN
 
 
 def one_line(error: BaseException) -> str:

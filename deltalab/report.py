@@ -13,23 +13,26 @@ from pathlib import Path
 from typing import NoReturn
 
 from deltalab.commands import command
-from deltalab.outcomes import Outcome, rules
-from deltalab.reading import read
+from deltalab.outcomes import pair_names, rules
+from deltalab.reading import TRACKED, read, read_tracked
+from deltalab.record import Outcome
 
 USAGE = """\
 usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [compare='EDIT;EDIT']
+                       [export=FILE]
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
 DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
 
   results=DIR      where the records are and the report goes (default: results)
   experiment=NAME  report this experiment alone (default: every one there is)
-  from=wandb       read what tracker=wandb has logged, DIR/wandb/*run-*, instead of DIR/records
+  from=wandb       read what tracker=wandb has logged, DIR/wandb, instead of DIR/records
   compare='A;B'    instead, compare two points document by document: each named by its key or as
                    the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
+  export=FILE      instead, write every field of every point to FILE.jsonl or FILE.csv
 """
-SETTINGS = {"results": "results", "experiment": "", "from": "records", "compare": ""}
-SOURCES = {"records": "records/*.json", "wandb": "wandb/*run-*/run-*.wandb"}
+SETTINGS = {"results": "results", "experiment": "", "from": "records", "compare": "", "export": ""}
+SOURCES = {"records": "records/*.json", "wandb": f"{TRACKED}/*/*/*"}
 
 
 LEGEND = (
@@ -61,7 +64,7 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     """Read `key=value` arguments over the defaults.
 
     >>> settings(["results=out"])
-    {'results': 'out', 'experiment': '', 'from': 'records', 'compare': ''}
+    {'results': 'out', 'experiment': '', 'from': 'records', 'compare': '', 'export': ''}
     """
     found = dict(SETTINGS)
     for argument in arguments:
@@ -75,13 +78,21 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def report(results: str, experiment: str = "", compare: str = "", source: str = "records") -> None:
+def report(
+    results: str,
+    experiment: str = "",
+    compare: str = "",
+    export: str = "",
+    source: str = "records",
+) -> None:
     """Write and print the report of one experiment, or of all (`experiment` empty)."""
     directory = Path(results).expanduser()
     if not directory.is_dir():
         raise ValueError(f"results={results}: no such directory")
     points = _points(directory, source)
-    if not points and (experiment or compare or not any((directory / "paper").glob("*.json"))):
+    if not points and (
+        experiment or compare or export or not any((directory / "paper").glob("*.json"))
+    ):
         _no_records(results, directory, source)
     names = sorted({point.experiment for point in points})
     if experiment and experiment not in names:
@@ -89,6 +100,12 @@ def report(results: str, experiment: str = "", compare: str = "", source: str = 
     if compare:
         own = [p for p in points if p.failure is None and experiment in ("", p.experiment)]
         _compare(own, compare, directory)
+        return
+    if export:
+        from deltalab import exporting
+
+        own = [point for point in points if experiment in ("", point.experiment)]
+        print(f"wrote {exporting.write(own, Path(export).expanduser())}")
         return
     figures = find_spec("matplotlib") is not None
     if not figures and points:
@@ -105,9 +122,7 @@ def _points(directory: Path, source: str) -> list[Outcome]:
         raise ValueError(f"from={source}: must be one of {', '.join(SOURCES)}")
     if source == "records":
         return read(directory, _warn)
-    from deltalab import offline
-
-    return offline.read(directory, _warn)
+    return read_tracked(directory, _warn)
 
 
 def _warn(line: str) -> None:
@@ -172,17 +187,18 @@ def _parts(points: Sequence[Outcome]) -> list[str]:
     split = [(p, p.terms[p.main].by_part) for p in points if p.main and p.terms[p.main].by_part]
     if not split:
         return []
-    names = dict.fromkeys(name for _, parts in split for name, value in parts.items() if value)
+    heads = dict.fromkeys(name for _, parts in split for name, value in parts.items() if value)
+    pairs = pair_names([p for p, _ in split])
     table = [
-        Column("model", [p.model for p, _ in split], right=False),
+        Column("model", [pairs[p.of] for p, _ in split], right=False),
         Column("edit", [p.label for p, _ in split], right=False),
-        *(Column(name, [signed(parts.get(name)) for _, parts in split]) for name in names),
+        *(Column(name, [signed(parts.get(name)) for _, parts in split]) for name in heads),
     ]
     return ["## The term by part of the model", "", markdown(table), ""]
 
 
 def _table(points: Sequence[Outcome]) -> str:
-    from deltalab.tables import points_table
+    from deltalab.columns import points_table
 
     return points_table(points)
 
@@ -191,7 +207,11 @@ def _legend(points: Sequence[Outcome]) -> list[str]:
     """Say what the table's columns mean, and in which unit."""
     measures = sorted({(p.objective or "", p.unit) for p in points if p.unit})
     units = "; ".join(f"{unit} ({name})" if name else f"{unit}" for name, unit in measures)
-    lines = [f"{_count(points)}. Losses and terms are in {units}." if units else ""]
+    from deltalab.columns import common_data
+
+    where = common_data(points)
+    told = f"{_count(points)}{where}."
+    lines = [f"{told} Losses and terms are in {units}." if units else told * bool(where)]
     lines.append(LEGEND)
     return [line for text in lines if text for line in (text, "")]
 
@@ -205,8 +225,9 @@ def _failures(points: Sequence[Outcome]) -> list[str]:
         return []
     from deltalab.tables import Column, markdown
 
+    pairs = pair_names(points)
     table = [
-        Column("model", [p.model for p in points], right=False),
+        Column("model", [pairs[p.of] for p in points], right=False),
         Column("edit", [p.label for p in points], right=False),
         Column("seed", [str(p.seed) for p in points]),
         Column("failure", [p.failure or "" for p in points], right=False),
@@ -218,8 +239,8 @@ def _failures(points: Sequence[Outcome]) -> list[str]:
 def _show(points: Sequence[Outcome], title: str) -> None:
     from rich.console import Console
 
+    from deltalab.columns import terminal
     from deltalab.summary import agreement
-    from deltalab.tables import terminal
 
     console = Console()
     width = console.width if console.is_terminal else None

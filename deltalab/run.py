@@ -31,13 +31,14 @@ from deltalab.models.hub import Absent
 from deltalab.objectives import Loss, Measured, change, classify, measure
 from deltalab.prediction import Predict
 from deltalab.provenance import commit, device_name, peak_memory, versions
+from deltalab.record import SCHEMA, written
 from deltalab.riemann import Riemann
 from deltalab.weights import ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale",
-    "most_points", "device_tflops",
+    "most_points", "device_tflops", "label",
 )  # fmt: skip
 BUILT = ("objective", "evaluator", "riemann", "prediction")
 
@@ -112,10 +113,12 @@ def run(
             records.write_documents(results, point.key, documents)
             record |= {"status": "ok", "error": None, **found}
         except Exception as error:
-            failure = {"type": type(error).__name__, "message": str(error)}
+            failed = written(
+                status="error", kind_of_failure=type(error).__name__, message=str(error)
+            )
             if not isinstance(error, locks.Busy):
                 with suppress(OSError):  # what went wrong first is what the user must hear
-                    records.write(results, record | {"status": "error", "error": failure})
+                    records.write(results, record | failed)
             raise
         records.write(results, record)
     if tracker is not None:
@@ -214,30 +217,26 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
             scores = known.score(pair.module)
     value, error = change(known.post, measured)
     terms = {name: term.as_record() for name, term in changes.terms.items()}
-    found = {
-        "touched": touched,
-        "term": next(iter(terms.values()), None),
-        "terms": terms,
-        "prediction": changes.prediction,
-        "loss": {
-            "objective": point.objective_name,
-            "unit": loss.unit,
-            "pre": known.pre.mean,
-            "post": known.post.mean,
-            "edited": measured.mean,
-            "change": value,
-            "error": error,
-        },
-        "metrics": {**scores.metrics, **paired(known.post_scores, scores)},
-        "reference": {
+    found = written(
+        **touched,
+        main=next(iter(terms.values()), None),
+        terms=terms,
+        prediction=changes.prediction,
+        loss_name=point.objective_name,
+        unit=loss.unit,
+        losses={"pre": known.pre.mean, "post": known.post.mean, "edited": measured.mean},
+        change=value,
+        error=error,
+        metrics={**scores.metrics, **paired(known.post_scores, scores)},
+        reference={
             "pre": dict(known.pre_scores.metrics),
             "post": dict(known.post_scores.metrics),
         },
-        "class": classify(value, error),
-        "gradient_evaluations": changes.gradient_evaluations,
-        "seconds": clock.seconds(),
-        "peak_memory_bytes": peak_memory(),
-    }
+        classed=classify(value, error),
+        gradient_evaluations=changes.gradient_evaluations,
+        stages=clock.seconds(),
+        peak_memory_bytes=peak_memory(),
+    )
     return found, {name: values.tolist() for name, values in scores.documents.items()}
 
 
@@ -328,21 +327,23 @@ def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> recor
     """Return the fields of a record that are known before anything is computed."""
     hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
     config = {k: v for k, v in settings.items() if k not in NOT_DETERMINING}
-    return {
-        "schema": records.SCHEMA,
-        "key": point.key,
-        "status": "error",
-        "error": None,
-        "experiment": choices.experiment,
-        "model": choices.model,
-        "edit": {"name": choices.edit, **hyper},
-        "seed": point.seed,
-        "select": point.select,
-        "versions": versions(),
-        "git": commit(),
-        "device": device_name(getattr(point.model, "device", "cpu")),
-        "config": config,
-    }
+    return written(
+        schema=SCHEMA,
+        key=point.key,
+        status="error",
+        experiment=choices.experiment,
+        model=choices.model,
+        pair=settings.get("label"),
+        objective=choices.objective,
+        edit=choices.edit,
+        settings=hyper,
+        seed=point.seed,
+        select=point.select,
+        versions=versions(),
+        git=commit(),
+        device=device_name(getattr(point.model, "device", "cpu")),
+        config=config,
+    )
 
 
 def build(node: Any, setting: str) -> Any:

@@ -5,8 +5,10 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from deltalab.outcomes import CLASSES, Outcome, Term, classify, rules, spearman, split_classes
+from deltalab.outcomes import CLASSES, pair_names, rules, spearman, split_classes
+from deltalab.record import Outcome, classify
 from deltalab.tables import NONE, Column, fixed, markdown, percent
+from deltalab.terms import Term
 
 
 def summary(points: Sequence[Outcome]) -> str:
@@ -61,9 +63,10 @@ def _classes_right(points: Sequence[Outcome], rule: str) -> str:
 
 
 def _wrong_signs(points: Sequence[Outcome]) -> Iterator[str]:
+    pairs = pair_names(points)
     for rule, title in rules(points).items():
         wrong = [p for p, value, change in _compared(points, rule) if value * change < 0]
-        named = ", ".join(f"{p.label} on {p.model}" for p in wrong[:5])
+        named = ", ".join(f"{p.label} on {pairs[p.of]}" for p in wrong[:5])
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         if wrong:
             yield f"Wrong sign by {title}: {named}{more}."

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from deltalab import runs, tracking
+from deltalab.record import parse
 
 BLOCK = 32768
 
@@ -220,7 +221,7 @@ def test_nothing_is_written_when_disabled_or_absent(tmp_path: Path) -> None:
 def test_secrets_stay_at_home() -> None:
     config = {"model": {"hub_token": "s1", "tokenizer": "bpe"}, "api_key": "s2", "PASSWORD": "s3"}
     full = record(0.5, 0) | {"config": config}
-    found = runs.config(full)
+    found = runs.config(parse(full))
     assert found["model/tokenizer"] == "bpe"
     assert not {"s1", "s2", "s3"} & {str(value) for value in found.values()}
     assert found["key"] == f"{0:016x}"

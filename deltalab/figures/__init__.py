@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deltalab.figures import accuracy, agreement, parts
 from deltalab.figures.style import STYLE
-from deltalab.outcomes import Outcome
+from deltalab.record import Outcome
 
 FIGURES = {"accuracy": accuracy, "term": agreement, "parts": parts}
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import deltalab
-from deltalab.outcomes import Outcome
 from deltalab.page.cards import VERDICTS, Card, Warn
 from deltalab.page.chart import chart, is_symlog
 from deltalab.page.libraries import datatables, digest, vega
@@ -20,6 +19,7 @@ from deltalab.page.parsing import read_cards
 from deltalab.page.plain import without_card
 from deltalab.page.points import MOST_POINTS, Points, gather, tabulate
 from deltalab.page.views import shown
+from deltalab.record import Outcome
 
 
 def write(directory: Path, points: Sequence[Outcome], warn: Warn) -> Path:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltalab.figures import FIGURES
-from deltalab.outcomes import Outcome
 from deltalab.page.cards import Card, Figure, lighter
+from deltalab.record import Outcome
 
 
 def stem(experiment: str) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from deltalab.fields import number, plain
 from deltalab.figures.style import HATCHES, looks, panels
-from deltalab.outcomes import Outcome, number, plain
+from deltalab.record import Outcome
 from deltalab.tables import signed
 from experiments.paper.drawing import curve, zero
 from experiments.paper.found import (
@@ -15,7 +16,8 @@ from experiments.paper.found import (
     is_loss,
     losses,
     metrics,
-    models,
+    one_pair,
+    pairs,
     scored,
 )
 
@@ -31,7 +33,7 @@ def _by_alpha(points: Sequence[Outcome]) -> dict[float, Outcome]:
 
 def expo_term(points: Sequence[Outcome]) -> Found:
     """Check that ExPO's term falls and then rises above 0 (Fig. 6)."""
-    by = _by_alpha(points)
+    by = _by_alpha(one_pair(points))
     alphas = sorted(by)
     value = {r: [by[a].terms[r].value or 0.0 for a in alphas] for r in ("left", "gauss")}
     value["measured"] = [by[a].change or 0.0 for a in alphas]
@@ -82,8 +84,8 @@ def gains(points: Sequence[Outcome]) -> Found:
     """Check that the better direction differs between tasks (Fig. 7), or models (Fig. 13)."""
     best: Best = {}
     rows = []
-    for model in models(points):
-        by = _by_alpha([p for p in points if p.model == model])
+    for model, same in pairs(points).items():
+        by = _by_alpha(same)
         own = list(by.values())
         for metric in [*scored(own), *losses(own)]:
             found = best[model, metric] = _best(by, metric)
@@ -176,11 +178,11 @@ def _bars(best: Best) -> Any:
 
 
 def _lines(points: Sequence[Outcome]) -> Any:
-    names = models(points)
+    found = pairs(points)
     kinds = [scored, losses] if losses(points) else [scored]
-    drawn, grid = panels(len(kinds), len(names), max(4.6, 3.8 * len(names)), 2.8 * len(kinds))
-    for column, model in enumerate(names):
-        by = _by_alpha([p for p in points if p.model == model])
+    drawn, grid = panels(len(kinds), len(found), max(4.6, 3.8 * len(found)), 2.8 * len(kinds))
+    for column, (model, own) in enumerate(found.items()):
+        by = _by_alpha(own)
         for row, kind in enumerate(kinds):
             axes = grid[row][column]
             for index, metric in enumerate(kind(list(by.values())), 2 * row):

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from deltalab.outcomes import Outcome, number, plain
+from deltalab.fields import number, plain
+from deltalab.record import Outcome
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.found import (
     NEAR,
@@ -15,7 +16,7 @@ from experiments.paper.found import (
     grouped,
     mean,
     metrics,
-    models,
+    pairs,
     scored,
 )
 
@@ -29,8 +30,7 @@ KINDS = {"mean": "one value", "normal": "normal", "uniform": "uniform"}
 def blocks(points: Sequence[Outcome]) -> Found:
     """Check that four magnitude bits bring every score back (Fig. 4)."""
     panel = []
-    for model in models(points):
-        own = [p for p in points if p.model == model]
+    for model, own in pairs(points).items():
         for metric in scored(own):
             scores = {int(b): metrics(same, metric) for (b,), same in grouped(own, "bits").items()}
             panel.append((model, metric, scores, end(own, "post", metric), end(own, "pre", metric)))
@@ -64,8 +64,7 @@ def blocks(points: Sequence[Outcome]) -> Found:
 def statistic(points: Sequence[Outcome]) -> Found:
     """Check that the mean magnitude is near the best, and drawn magnitudes are on par (5, 12)."""
     panel = []
-    for model in models(points):
-        own = [p for p in points if p.model == model]
+    for model, own in pairs(points).items():
         for metric in scored(own):
             scores: dict[str, dict[float, list[float]]] = {}
             for (kind, multiple), same in grouped(own, "magnitudes", "multiple").items():

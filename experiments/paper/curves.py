@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.outcomes import Outcome, number, plain
+from deltalab.fields import number, plain
+from deltalab.record import Outcome
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.found import (
     NEAR,
@@ -19,7 +20,7 @@ from experiments.paper.found import (
     losses,
     mean,
     metrics,
-    models,
+    pairs,
     scored,
 )
 
@@ -81,8 +82,8 @@ def images(points: Sequence[Outcome]) -> Found:
 
 def _panels(points: Sequence[Outcome]) -> list[Panel]:
     found = []
-    for model in models(points):
-        own = [p for p in points if p.model == model and p.edit == "dare"]
+    for model, every in pairs(points).items():
+        own = [p for p in every if p.edit == "dare"]
         for metric in [*scored(own), *losses(own)]:
             values = {
                 (number(p) or 0.0, number(k) or 0.0): metrics(same, metric)

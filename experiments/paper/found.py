@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltalab.outcomes import Outcome
+from deltalab.outcomes import by_pair, pair_names
+from deltalab.record import Outcome
 from deltalab.tables import is_lenient, is_score
 
 NEAR = 0.02
@@ -142,9 +143,21 @@ def scored(points: Sequence[Outcome]) -> list[str]:
     return list(chosen.values())
 
 
-def models(points: Sequence[Outcome]) -> list[str]:
-    """Return the models of some points in their order."""
-    return list(dict.fromkeys(point.model for point in points))
+def pairs(points: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Return the points of every pair, by its name, in their order."""
+    names = pair_names(points)
+    return {names[own[0].of]: own for own in by_pair(points)}
+
+
+def one_pair(points: Sequence[Outcome]) -> Sequence[Outcome]:
+    """Return points as they are, where an artefact is of one pair: others are no repetitions.
+
+    Raises:
+        ValueError: they are of several pairs, data or objectives.
+    """
+    if len(found := pairs(points)) > 1:
+        raise ValueError(f"points of several pairs, must be of one: {', '.join(found)}")
+    return points
 
 
 def end(points: Sequence[Outcome], name: str, metric: str) -> float:

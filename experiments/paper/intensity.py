@@ -13,11 +13,13 @@ from typing import Any
 from deltalab.edits.dare import Dare
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
+from deltalab.fields import number
 from deltalab.figures.style import looks, panels
-from deltalab.outcomes import Outcome, number, spearman
+from deltalab.outcomes import spearman
 from deltalab.prediction import moments
+from deltalab.record import Outcome
 from experiments.paper.drawing import one_legend
-from experiments.paper.found import Found, Table, end, mean, metrics, models, scored
+from experiments.paper.found import Found, Table, end, mean, metrics, pairs, scored
 
 EDITS = {"dare": Dare, "noise": Noise, "sign_flip": SignFlip}
 TITLES = {"noise": "noise", "sign_flip": "sign flips (biased)"}
@@ -28,8 +30,7 @@ Place = tuple[float, float, float | None]
 def intensity(points: Sequence[Outcome]) -> Found:
     """Put measured change and score over intensity, for every pair."""
     rows, notes, curves = [], [], {}
-    for model in models(points):
-        own = [p for p in points if p.model == model]
+    for model, own in pairs(points).items():
         by = _series(own)
         curves[model] = by, own
         plain = [place for name, places in by.items() if name != "sign_flip" for place in places]

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from deltalab.fields import number, plain
 from deltalab.figures.style import HATCHES, looks, panels
-from deltalab.outcomes import Outcome, number, plain
+from deltalab.record import Outcome
 from deltalab.tables import signed
 from experiments.paper.drawing import curve, zero
-from experiments.paper.found import Found, Table, check, mean
+from experiments.paper.found import Found, Table, check, mean, one_pair
 
 RATES = {"dare": "DARE", "drop_only": "drop only", "ties": "TIES"}
 ALONE = {"bitdelta": "BitDelta", "twin": "Twin, rate .9"}
@@ -22,7 +23,7 @@ By = dict[str, dict[float, list[Outcome]]]
 
 def terms(points: Sequence[Outcome]) -> Found:
     """Check the order of the methods' terms, by the paper's own rule."""
-    by = _by_rate(points)
+    by = _by_rate(one_pair(points))
     rates = sorted(by["dare"])
     value = {edit: [mean(_values(by[edit][p], "left")) for p in rates] for edit in RATES}
     alone = {e: _values([p for p in points if p.edit == e], "left") for e in ALONE}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltalab.figures.style import looks, panels
-from deltalab.outcomes import Outcome
 from deltalab.quadrature import RULES
+from deltalab.record import Outcome
 from experiments.paper.drawing import one_legend
-from experiments.paper.found import Found, Table, mean, models
+from experiments.paper.found import Found, Table, mean, pairs
 
 LEAST = 1e-3
 """Changes below this, in nats, are no fair denominator of a relative error."""
@@ -39,11 +39,11 @@ def rules(points: Sequence[Outcome]) -> Found:
         f" Radau nodes {_percent(picked['radau', 3])}, adaptive {_percent(picked[ADAPTIVE])} with"
         f" {cost:.1f} gradients."
     )
-    edits, large = ({(p.model, p.label) for p in some} for some in (near, usable))
+    edits, large = ({(p.of, p.label) for p in some} for some in (near, usable))
     return Found(
         sentence=sentence,
         notes=[
-            f"{len(edits)} edits of {len(models(near))} pairs whose loss changes by {LEAST} to"
+            f"{len(edits)} edits of {len(pairs(near))} pairs whose loss changes by {LEAST} to"
             f" {MODERATE} nats; {len(large - edits)} change more, and are in the figure's right"
             " panel. Radau's first node is the gradient at the post-trained model, which all edits"
             " of a pair share."

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from deltalab.fields import number, plain
 from deltalab.figures.style import panels
-from deltalab.outcomes import Outcome, number, plain
+from deltalab.record import Outcome
 from deltalab.tables import signed
 from experiments.paper.drawing import curve, reference, zero
 from experiments.paper.found import (
@@ -16,6 +17,7 @@ from experiments.paper.found import (
     grouped,
     mean,
     metrics,
+    one_pair,
     scored,
 )
 
@@ -43,7 +45,7 @@ def table(points: Sequence[Outcome]) -> Found:
     by: By = {
         (edit, number(k) or 0.0): same
         for edit in WAYS
-        for (k,), same in grouped([p for p in points if p.edit == edit], "k").items()
+        for (k,), same in grouped([p for p in one_pair(points) if p.edit == edit], "k").items()
     }
     ks = sorted({k for _, k in by})
     metric = scored(points)[0]
