@@ -31,6 +31,7 @@ from deltalab.tables import (
     scores,
     term,
 )
+from deltalab.terms import PREDICTIONS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -204,7 +205,10 @@ VIEWS = {
     "select": View(_varying, _within),
     "classed": View(_classes, lambda field, point: [f"{point.classed or '':<11}"]),
     "terms": View(
-        _terms, lambda field, point: [f"{rule} {term(t)}" for rule, t in point.terms.items()]
+        _terms,
+        lambda field, point: [
+            f"{rule} {term(each)}" for rule, each in point.terms.items() if rule not in PREDICTIONS
+        ],
     ),
     "change": View(
         _change,

@@ -104,7 +104,8 @@ class Field:
         """Write a value of JSON into a record's."""
         *outer, last = self.path.split(".")
         for name in outer:
-            record = record.setdefault(name, {})
+            record[name] = record.get(name) or {}
+            record = record[name]
         record.update(value if last == "*" else {last: value})
 
     def flat(self, value: Any) -> Flat:
@@ -208,8 +209,8 @@ def plain(value: Any) -> str:
 
 def numbers(value: Any, name: str) -> dict[str, float]:
     """Return those entries of an object that are numbers."""
-    found = {str(key): number(each) for key, each in mapping(value, name).items()}
-    return {key: each for key, each in found.items() if each is not None}
+    found = mapping(value, name).items()
+    return {str(key): each for key, each in found if number(each) is not None}
 
 
 def flatten(values: Mapping[str, Any], start: str = "") -> Flat:

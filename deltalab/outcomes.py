@@ -103,7 +103,7 @@ def references(points: Sequence[Outcome]) -> list[Outcome]:
         if metrics or losses:
             change = None if losses is None else losses[name] - losses["post"]
             own = {each: getattr(first, each) for each in SHARED}
-            found.append(Outcome(first.model, name, metrics=metrics, change=change, **own))
+            found.append(type(first)(first.model, name, metrics=metrics, change=change, **own))
     return found
 
 

@@ -60,15 +60,15 @@ class Outcome:
     edit: str = held("edit.name", TEXT, "edit", origin=True, default=MISSING, first=True)
     settings: Mapping[str, Any] = held("edit.*", SETTINGS, "settings", origin=True, first=True)
     data: str | None = held(
-        "pair.data", TEXT, "data", origin=True, shows=NOT_IN_LINE,
+        "pair.data", TEXT, "data", spare=2, origin=True, shows=NOT_IN_LINE,
         derive=lambda p: pairs.data(p.config),
     )  # fmt: skip
     objective: str | None = held(
-        "pair.objective", TEXT, "objective", origin=True, shows=NOT_IN_LINE,
+        "pair.objective", TEXT, "objective", spare=2, origin=True, shows=NOT_IN_LINE,
         derive=lambda p: p.loss_name,
     )  # fmt: skip
     evaluator: str | None = held(
-        "pair.evaluator", TEXT, "evaluator", origin=True, shows=FILES | Shows.TABLE,
+        "pair.evaluator", TEXT, "evaluator", spare=6, origin=True, shows=FILES | Shows.TABLE,
         derive=lambda p: pairs.evaluator(p.config),
     )  # fmt: skip
     setup: str = held(
@@ -200,7 +200,7 @@ def peek(record: Mapping[str, Any], name: str) -> Any:
 
 
 def written(**values: Any) -> dict[str, Any]:
-    """Return fields as JSON, with those that can be derived from them.
+    """Return fields as JSON.
 
     Args:
         **values: the fields by their names in `Outcome`, in values of JSON.
@@ -209,7 +209,7 @@ def written(**values: Any) -> dict[str, Any]:
         TypeError: there is no such field, or its value is of another type.
 
     >>> written(change=0.5, error=0.1)
-    {'loss': {'change': 0.5, 'error': 0.1}, 'class': 'decreased'}
+    {'loss': {'change': 0.5, 'error': 0.1}}
     """
     record: dict[str, Any] = {}
     known = {each.name: each for each in table()}
@@ -220,12 +220,23 @@ def written(**values: Any) -> dict[str, Any]:
         if given is not None and place.kind.read(given, place.path) is None:
             raise TypeError(f"{name}={given!r}: must be {place.kind.wanted}")
         place.put(record, given)
-    point = _read(record)
-    for name, place in known.items():
-        derived = getattr(point, name)
-        if place.derive is not None and values.get(name) is None and derived not in (None, ""):
-            place.put(record, derived)
     return record
+
+
+def completed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with all that can be derived from what it holds.
+
+    >>> completed({"loss": {"change": 0.5, "error": 0.1}})["class"]
+    'decreased'
+    """
+    full = {name: dict(v) if isinstance(v, Mapping) else v for name, v in record.items()}
+    point = _read(record)
+    for each in table():
+        if each.derive is not None and each.of(record) is None:
+            derived = getattr(point, each.name)
+            if derived not in (None, ""):
+                each.put(full, derived)
+    return full
 
 
 def line(point: Outcome, figures: int | None = None) -> dict[str, Any]:

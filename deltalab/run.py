@@ -31,7 +31,7 @@ from deltalab.models.hub import Absent
 from deltalab.objectives import Loss, Measured, change, classify, measure
 from deltalab.prediction import Predict
 from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.record import SCHEMA, written
+from deltalab.record import SCHEMA, completed, written
 from deltalab.riemann import Riemann
 from deltalab.weights import ModelPair, Weights, loaded
 
@@ -105,13 +105,13 @@ def run(
         done = _finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:
             return done, True  # another process has just finished it
-        record = records.redacted(header(point, settings, choices))
+        record = records.redacted(completed(header(point, settings, choices)))
         try:
             found, documents = evaluate(point)
             if lock.lost():  # this process was stopped for so long that another took over
                 raise locks.Busy(lock.path, locks.owner(lock.path) or locks.UNKNOWN)
             records.write_documents(results, point.key, documents)
-            record |= {"status": "ok", "error": None, **found}
+            record = completed(record | {"status": "ok", "error": None, **found})
         except Exception as error:
             failed = written(
                 status="error", kind_of_failure=type(error).__name__, message=str(error)

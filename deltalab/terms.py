@@ -6,6 +6,8 @@ from typing import Any
 
 from deltalab.fields import Kind, flatten, mapping, number, numbers
 
+ABOUT = ("points", "converged", "error", "gradient_evaluations")
+"""What there is to say of a term's value."""
 PREDICTIONS = ("first_order", "second_order", "closed_form")
 """Predictions that are accounts of the change, as the rules' terms are."""
 
@@ -21,6 +23,7 @@ class Term:
         converged: whether `error`, its own estimate, is as small as was wanted.
         nodes: where the path was looked at, t in [0, 1].
         inner: the inner product of gradient and shift at every node.
+        gradient_evaluations: the passes that were made for it.
     """
 
     rule: str
@@ -31,19 +34,23 @@ class Term:
     error: float | None = None
     nodes: tuple[float | None, ...] = ()
     inner: tuple[float | None, ...] = ()
+    gradient_evaluations: int | None = None
 
 
 def _term(rule: str, found: Mapping[str, Any]) -> Term:
-    points, settled = number(found.get("points")), found.get("converged")
+    counts = (number(found.get(name)) for name in ("points", "gradient_evaluations"))
+    points, passes = (None if count is None else int(count) for count in counts)
+    settled = found.get("converged")
     return Term(
         rule,
-        None if points is None else int(points),
+        points,
         number(found.get("value")),
         numbers(found.get("by_part"), "by_part"),
         settled if isinstance(settled, bool) else None,
         number(found.get("error")),
         _sequence(found.get("nodes")),
         _sequence(found.get("inner")),
+        passes,
     )
 
 
@@ -53,8 +60,7 @@ def _sequence(value: Any) -> tuple[float | None, ...]:
 
 def told(term: Term) -> dict[str, Any]:
     """Return a term as JSON, without its nodes and what is not known of it."""
-    named = ("points", "value", "by_part", "converged", "error")
-    about = {name: getattr(term, name) for name in named}
+    about = {name: getattr(term, name) for name in ("value", "by_part", *ABOUT)}
     return {"rule": term.rule, **{k: v for k, v in about.items() if v not in (None, {})}}
 
 
@@ -72,7 +78,7 @@ def terms_of(value: Any, name: str) -> dict[str, Term]:
 def _flat_terms(terms: Mapping[str, Term]) -> Iterator[tuple[str, Any]]:
     for rule, term in terms.items():
         yield rule, term.value
-        for name in ("points", "converged", "error"):
+        for name in ABOUT:
             yield f"{rule}/{name}", getattr(term, name)
         yield from flatten(term.by_part, f"{rule}/by_part/")
 
