@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, locks, settings, stopping, sweeps
-from deltalab.records import redacted
+from deltalab import console, settings
 from deltalab.settings import conf_dir
+from deltalab.store import locks
+from deltalab.store.records import redacted
+from deltalab.sweep import stopping, sweeps
 
 
 def point(cfg: DictConfig) -> str | None:
@@ -53,7 +55,7 @@ def point(cfg: DictConfig) -> str | None:
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
         raise
-    from deltalab.columns import describe
+    from deltalab.report.columns import describe
 
     console.point_done(describe(record, skipped, _swept(hydra) if sweeping else ()))
     return None
@@ -80,8 +82,8 @@ def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], b
 
 def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     """Return what points would cost, given their configs and the options chosen in them."""
-    from deltalab.hours import Device
-    from deltalab.preview import preview
+    from deltalab.plan.hours import Device
+    from deltalab.plan.preview import preview
     from deltalab.run import prepare
 
     points, leave = [], False

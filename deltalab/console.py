@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltalab.records import redacted
+from deltalab.store.records import redacted
 
 _bars: list[Progress] = []  # the bar of the sweep that this process runs, if it runs one
 

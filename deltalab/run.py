@@ -18,22 +18,25 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deltalab import apply, distill, finite, locks, records, select
 from deltalab import settings as checks
-from deltalab.artifacts import Store
-from deltalab.audit import audit
+from deltalab.apply import editing
+from deltalab.apply.audit import audit
+from deltalab.apply.extras import Extras
 from deltalab.edits import needs_of
-from deltalab.engine import Engine
 from deltalab.evaluators.accuracy import Scores
-from deltalab.extras import Extras
 from deltalab.keys import determining
+from deltalab.loss import distill
+from deltalab.loss.artifacts import Store
+from deltalab.loss.engine import Engine
+from deltalab.loss.objectives import Loss, Measured, change, classify, measure
+from deltalab.loss.prediction import Predict
+from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
-from deltalab.objectives import Loss, Measured, change, classify, measure
-from deltalab.prediction import Predict
 from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.record import SCHEMA, completed, written
-from deltalab.riemann import Riemann
-from deltalab.weights import ModelPair, Weights, loaded
+from deltalab.store import locks, records
+from deltalab.store.record import SCHEMA, completed, written
+from deltalab.weights import finite, select
+from deltalab.weights.mapping import ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
 NOT_DETERMINING = (
@@ -199,7 +202,7 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         pair, loss = known.pair, known.loss
     with clock("edit"):
         extras = provide(known, point.edit, point.seed)
-        edited = dict(apply.edited(pair.pre, pair.post, point.edit, point.select, extras))
+        edited = dict(editing.edited(pair.pre, pair.post, point.edit, point.select, extras))
         finite.check_edited(edited)
         touched = audit(pair, point.edit, extras, edited)
     with clock("term"):

@@ -55,9 +55,11 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import edits, select, stream
+    from deltalab import edits
+    from deltalab.apply import stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
+    from deltalab.weights import select
 
     gc.freeze()
     gc.enable()

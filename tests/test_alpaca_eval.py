@@ -16,25 +16,26 @@ import numpy as np
 import pytest
 import torch
 
-from deltalab import annotations, judges
-from deltalab.annotations import length_controlled, win_rate
-from deltalab.evaluators import (
+from deltalab.data.text import Encoder
+from deltalab.judging import (
+    annotations,
     comparisons,
     decoding,
     difficulties,
     endpoint,
     generation,
+    judges,
     kept,
     references,
 )
-from deltalab.evaluators.alpaca_eval import AlpacaEval
-from deltalab.evaluators.comparisons import Asking, Comparison
-from deltalab.evaluators.decoding import Decoding
-from deltalab.evaluators.difficulties import Difficulty
-from deltalab.evaluators.prompts import Prompts
-from deltalab.judges import Endpoint, Likelihood, LocalJudge
-from deltalab.text import Encoder
-from deltalab.weights import ModelPair, loaded
+from deltalab.judging.alpaca_eval import AlpacaEval
+from deltalab.judging.annotations import length_controlled, win_rate
+from deltalab.judging.comparisons import Asking, Comparison
+from deltalab.judging.decoding import Decoding
+from deltalab.judging.difficulties import Difficulty
+from deltalab.judging.judges import Endpoint, Likelihood, LocalJudge
+from deltalab.judging.prompts import Prompts
+from deltalab.weights.mapping import ModelPair, loaded
 
 SECRET = "sk-very-secret-0123456789"
 CHAT = (

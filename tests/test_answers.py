@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from deltalab.answers import IGNORED, Answers, Dpo
-from deltalab.artifacts import Store
-from deltalab.objectives import change, measure
-from deltalab.quadrature import Rule
-from deltalab.riemann import terms
-from deltalab.weights import ModelPair
+from deltalab.loss.answers import IGNORED, Answers, Dpo
+from deltalab.loss.artifacts import Store
+from deltalab.loss.objectives import change, measure
+from deltalab.loss.quadrature import Rule
+from deltalab.loss.riemann import terms
+from deltalab.weights.mapping import ModelPair
 
 
 class Recurrent(nn.Module):

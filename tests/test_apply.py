@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deltalab import apply, stream
+from deltalab.apply import editing, stream
+from deltalab.apply.extras import Extras, Memo
 from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -31,9 +32,8 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
-from deltalab.extras import Extras, Memo
 from deltalab.rng import Rng
-from deltalab.weights import ModelPair
+from deltalab.weights.mapping import ModelPair
 
 ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
 FUSED = [
@@ -75,7 +75,7 @@ def bits(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("edit", FUSED, ids=str)
 def test_compiled_and_eager_give_the_same_bits(edit, dtype: torch.dtype, monkeypatch) -> None:
     """Over several slices, with a ragged tail, denormal and equal entries."""
-    monkeypatch.setitem(apply.SLICE, "cpu", 10_000)
+    monkeypatch.setitem(editing.SLICE, "cpu", 10_000)
     pre = (0.02 * tensor((241, 173))).to(dtype)
     post = (pre.float() + 1e-3 * tensor((241, 173), seed=1)).to(dtype)
     post[0, :50] = pre[0, :50]
@@ -85,10 +85,10 @@ def test_compiled_and_eager_give_the_same_bits(edit, dtype: torch.dtype, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
-        compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
-    eager = apply.edited_tensor(pre, post, edit, "eager", **needs)
+        compiled = editing.edited_tensor(pre, post, edit, "compiled", **needs)
+    eager = editing.edited_tensor(pre, post, edit, "eager", **needs)
     assert torch.equal(bits(compiled), bits(eager))
-    whole = apply._edited(pre, post, edit, needs)
+    whole = editing._edited(pre, post, edit, needs)
     assert torch.equal(bits(whole), bits(eager)), "slices change the result"
 
 
@@ -103,7 +103,7 @@ def test_the_order_of_tensors_does_not_matter(edit) -> None:
     def run(names: str) -> dict[str, Tensor]:
         extras = Extras(needs_of(edit), 7, gradient=lambda: gradient, memo=Memo())
         given = ({n: w[n] for n in names} for w in (pre, post))
-        return dict(apply.edited(*given, edit, "all", extras))
+        return dict(editing.edited(*given, edit, "all", extras))
 
     forward, backward = run("abc"), run("cba")
     for name in "abc":
@@ -117,9 +117,9 @@ def test_only_selected_floating_tensors_are_edited() -> None:
         "steps": torch.tensor([1]),
     }
     post = {n: t + 1 for n, t in pre.items()}
-    edited = apply.edited(pre, post, Expo(alpha=1.0), "proj", Extras())
+    edited = editing.edited(pre, post, Expo(alpha=1.0), "proj", Extras())
     assert list(edited) == ["blocks.0.mlp.fc1.weight"]
-    assert "steps" not in apply.edited(pre, post, Expo(alpha=1.0), "all", Extras())
+    assert "steps" not in editing.edited(pre, post, Expo(alpha=1.0), "all", Extras())
 
 
 def test_a_missing_need_is_said_before_anything_is_computed() -> None:
@@ -129,7 +129,7 @@ def test_a_missing_need_is_said_before_anything_is_computed() -> None:
 
 
 def test_factorisations_are_shared_over_a_sweep(monkeypatch) -> None:
-    from deltalab import extras as module
+    from deltalab.apply import extras as module
 
     calls = []
     original = module.svd
@@ -138,7 +138,7 @@ def test_factorisations_are_shared_over_a_sweep(monkeypatch) -> None:
     for rank in (1, 2, 3):
         edit = Twin(rank=rank, rate=None)
         given = Extras.of(edit, pair, seed=0)
-        apply.edited(pair.pre, pair.post, edit, "all", given)["w"]
+        editing.edited(pair.pre, pair.post, edit, "all", given)["w"]
     assert len(calls) == 1
 
 
@@ -193,7 +193,7 @@ def test_streaming_equals_editing_in_memory(
     monkeypatch.setattr(stream, "SLICE", slice_size)
     stream.stream(*pair, tmp_path / "out", edit, select="matrices", seed=3, kernel=kernel)
     pre, post, out = loaded(pair[0]), loaded(pair[1]), loaded(tmp_path / "out")
-    edited = apply.edited(pre, post, edit, "matrices", Extras(needs_of(edit), 3), "eager")
+    edited = editing.edited(pre, post, edit, "matrices", Extras(needs_of(edit), 3), "eager")
     assert set(edited) == {n for n in post if post[n].ndim > 1}
     for name, tensor_ in post.items():
         expected = edited.get(name, tensor_)
@@ -302,7 +302,7 @@ def test_tied_weights_stay_tied(select: str, in_pre: bool, tmp_path) -> None:
     out = load_file(tmp_path / "out" / "post.safetensors")
     assert torch.equal(out[table], out[head])
     name = head if select == "linear" else table
-    expected = apply.edited_tensor(old, new, Dare(p=0.5, k=0.0), rng=Rng(0, name))
+    expected = editing.edited_tensor(old, new, Dare(p=0.5, k=0.0), rng=Rng(0, name))
     assert torch.equal(out[head], expected)
 
 
@@ -310,7 +310,7 @@ def test_an_error_on_the_way_leaves_nothing(pair, tmp_path, monkeypatch) -> None
     def fails(*arguments, **needs):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(apply, "edited_tensor", fails)
+    monkeypatch.setattr(editing, "edited_tensor", fails)
     with pytest.raises(RuntimeError, match="disk full"):
         stream.stream(*pair, tmp_path / "out", Expo(alpha=0.1), select="all", seed=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["post", "pre"]
@@ -336,7 +336,7 @@ def test_a_damaged_file_is_named(pair, tmp_path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from deltalab import apply, stream
+from deltalab.apply import editing as apply, stream
 from deltalab.edits.expo import Expo
 original = apply.edited_tensor
 def slow(*a, **k):

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from deltalab import eviction, locks
-from deltalab.artifacts import Store
+from deltalab.loss.artifacts import Store
+from deltalab.store import eviction, locks
 
 
 def tensors():
@@ -124,7 +124,7 @@ def test_two_processes_never_leave_a_mixture(tmp_path):
 
 SLOW = """
 import sys, time, torch
-from deltalab.artifacts import Store
+from deltalab.loss.artifacts import Store
 
 def compute():
     with open(sys.argv[2], "a") as file:

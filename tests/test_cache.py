@@ -4,8 +4,9 @@ import sys
 import pytest
 import torch
 
-from deltalab import cache, eviction
-from deltalab.artifacts import Store
+from deltalab import cache
+from deltalab.loss.artifacts import Store
+from deltalab.store import eviction
 
 
 @pytest.fixture
@@ -66,5 +67,5 @@ def test_a_mistake_is_one_line(results, capsys, argument, part):
 
 
 def test_it_starts_without_torch():
-    code = "import sys, deltalab.cache, deltalab.status; sys.exit('torch' in sys.modules)"
+    code = "import sys, deltalab.cache, deltalab.sweep.status; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from deltalab import cli
 from deltalab.settings import conf_dir
-from deltalab.weights import Checkpoint
+from deltalab.weights.mapping import Checkpoint
 
 FAST = ["data.test.limit=64", "data.objective.limit=64", "riemann.rule=gauss", "riemann.points=2"]
 
@@ -177,7 +177,7 @@ def test_plan_prints_the_cost_and_runs_nothing(deltalab, tmp_path):
 
 
 def test_plan_refuses_what_does_not_fit(deltalab, monkeypatch):
-    from deltalab import planning
+    from deltalab.plan import planning
 
     monkeypatch.setattr(planning, "available", lambda device: 1 << 20)
     code, _, err = deltalab("edit=dare", "plan=true")

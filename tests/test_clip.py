@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from deltalab.models import clip, clip_heads, clip_names
 from deltalab.models.clip import ClipPair
-from deltalab.weights import Checkpoint, part_of
+from deltalab.weights.mapping import Checkpoint, part_of
 
 NAME = "vit_base_patch32_clip_quickgelu_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -4,9 +4,11 @@ import pytest
 import torch
 from scipy import stats
 
-from deltalab import records, report, run
-from deltalab.comparison import compare, sign_test
+from deltalab import run
 from deltalab.evaluators.accuracy import Scores
+from deltalab.report import command
+from deltalab.report.comparison import compare, sign_test
+from deltalab.store import records
 
 POST = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
 EDITED = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
@@ -62,10 +64,10 @@ def test_the_record_has_the_paired_change_of_every_score():
 
 
 def test_two_edits_are_compared_by_name_or_key(results, capsys):
-    assert report.main([f"results={results}", "compare=dare p=0.1; dare p=0.9"]) == 0
+    assert command.main([f"results={results}", "compare=dare p=0.1; dare p=0.9"]) == 0
     by_name = capsys.readouterr().out
     assert "| gsm/exact_match | 6 | 0.6667 | 0.3333 | -0.3333 ± 0.3333 | 1 : 3 | 0.62 |" in by_name
-    assert report.main([f"results={results}", f"compare={'a' * 16};{'b' * 16}"]) == 0
+    assert command.main([f"results={results}", f"compare={'a' * 16};{'b' * 16}"]) == 0
     assert capsys.readouterr().out == by_name
 
 
@@ -78,7 +80,7 @@ def test_two_edits_are_compared_by_name_or_key(results, capsys):
     ],
 )
 def test_a_mistake_is_one_line(results, capsys, names, said):
-    assert report.main([f"results={results}", f"compare={names}"]) == 2
+    assert command.main([f"results={results}", f"compare={names}"]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -86,13 +88,13 @@ def test_a_mistake_is_one_line(results, capsys, names, said):
 
 def test_several_points_of_one_name_are_told_by_key(results, capsys):
     records.write(results, point("d" * 16, 0.1))
-    assert report.main([f"results={results}", "compare=dare p=0.1;dare p=0.9"]) == 2
+    assert command.main([f"results={results}", "compare=dare p=0.1;dare p=0.9"]) == 2
     assert f"{'a' * 16}, {'d' * 16}" in capsys.readouterr().err
 
 
 def test_broken_documents_are_one_line(results, capsys):
     (results / "documents" / f"{'a' * 16}.json").write_text(json.dumps({"gsm/acc": ["x"]}))
-    assert report.main([f"results={results}", "compare=dare p=0.1;dare p=0.9"]) == 2
+    assert command.main([f"results={results}", "compare=dare p=0.1;dare p=0.9"]) == 2
     assert "not readable" in capsys.readouterr().err
 
 

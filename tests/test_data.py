@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deltalab.data import Folder, HubImages, Packaged
+from deltalab.data.images import Folder, HubImages, Packaged
 
 
 @pytest.fixture

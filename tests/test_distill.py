@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltalab import apply, distill
+from deltalab.apply import editing
+from deltalab.apply.extras import Extras, Memo
 from deltalab.edits import needs_of
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.bitdelta_distilled import BitDeltaDistilled
-from deltalab.extras import Extras, Memo
-from deltalab.weights import ModelPair
+from deltalab.loss import distill
+from deltalab.weights.mapping import ModelPair
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +69,11 @@ def test_no_steps_is_bitdelta(pair) -> None:
             pair.module, pair.pre, d, loss, steps=edit.steps, lr=edit.lr
         ),
     )
-    got = apply.edited(pair.pre, pair.post, edit, "all", extras)
+    got = editing.edited(pair.pre, pair.post, edit, "all", extras)
     plain = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
-    expected = apply.edited(pair.pre, pair.post, plain, "all", Extras(needs_of(plain), memo=Memo()))
+    expected = editing.edited(
+        pair.pre, pair.post, plain, "all", Extras(needs_of(plain), memo=Memo())
+    )
     for name in got:
         assert torch.equal(got[name], expected[name])
 

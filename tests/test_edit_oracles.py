@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltalab.apply import edited_tensor
+from deltalab.apply.editing import edited_tensor
 from deltalab.edits.dare import Dare
 from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
-from deltalab.factor import svd
 from deltalab.rng import Rng
+from deltalab.weights.factor import svd
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHAPES = {"a.weight": (64, 32), "b.weight": (48, 40), "b.bias": (100,)}

@@ -10,7 +10,7 @@ import yaml
 from hydra.utils import instantiate
 from torch import Tensor
 
-from deltalab import apply, select
+from deltalab.apply import editing
 from deltalab.edits import multibit, needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -29,9 +29,10 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
-from deltalab.factor import svd
 from deltalab.rng import Rng
-from deltalab.threshold import ModelThreshold, ascending
+from deltalab.weights import select
+from deltalab.weights.factor import svd
+from deltalab.weights.threshold import ModelThreshold, ascending
 
 ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
 CONF = Path(__file__).parents[1] / "conf"
@@ -106,7 +107,7 @@ def test_edited_tensor_keeps_dtype_and_inputs(name: str, dtype: torch.dtype) -> 
     post = (pre.float() + 0.1 * tensor((16, 24), seed=1)).to(dtype)
     copies = pre.clone(), post.clone()
     given = needs(edit, post.float() - pre.float())
-    out = apply.edited_tensor(pre, post, edit, **given)
+    out = editing.edited_tensor(pre, post, edit, **given)
     assert out.dtype == dtype
     assert out.shape == post.shape
     assert torch.equal(pre, copies[0])
@@ -172,7 +173,7 @@ def test_reference_lines_are_bitwise(edit, source: str, dtype: torch.dtype) -> N
     pre, post = tensor((50, 50)).to(dtype), (3 * tensor((50, 50), seed=1)).to(dtype)
     pre[0, :4] = torch.tensor([-0.0, 0.0, torch.inf, torch.nan])
     post[0, :4] = torch.tensor([0.0, -0.0, torch.inf, torch.nan])
-    out = apply.edited_tensor(pre, post, edit)
+    out = editing.edited_tensor(pre, post, edit)
     word = torch.int16 if dtype == torch.bfloat16 else torch.int32
     assert torch.equal(out.view(word), {"pre": pre, "post": post}[source].view(word))
 
@@ -184,12 +185,12 @@ def test_identity_edits_give_back_post_bitwise(edit) -> None:
     """Although pre + (post - pre) is not post in floating point."""
     pre, post = 1e3 * tensor((50, 50)), 1e-3 * tensor((50, 50), seed=1)
     assert not torch.equal(pre + (post - pre), post)
-    assert torch.equal(apply.edited_tensor(pre, post, edit, **needs(edit, post)), post)
+    assert torch.equal(editing.edited_tensor(pre, post, edit, **needs(edit, post)), post)
 
 
 def test_expo_minus_one_gives_pre_bitwise() -> None:
     pre, post = 1e-3 * tensor((50, 50)), 1e3 * tensor((50, 50), seed=1)
-    assert torch.equal(apply.edited_tensor(pre, post, Expo(alpha=-1.0)), pre)
+    assert torch.equal(editing.edited_tensor(pre, post, Expo(alpha=-1.0)), pre)
 
 
 def test_dare_has_two_multipliers_of_mean_one() -> None:

@@ -6,17 +6,17 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from deltalab import apply
-from deltalab.artifacts import Store
+from deltalab.apply import editing
+from deltalab.apply.extras import Extras
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
-from deltalab.engine import Engine
-from deltalab.extras import Extras
-from deltalab.objectives import CrossEntropy, change, measure
-from deltalab.prediction import Predict
-from deltalab.riemann import Riemann
-from deltalab.weights import ModelPair, loaded
+from deltalab.loss.artifacts import Store
+from deltalab.loss.engine import Engine
+from deltalab.loss.objectives import CrossEntropy, change, measure
+from deltalab.loss.prediction import Predict
+from deltalab.loss.riemann import Riemann
+from deltalab.weights.mapping import ModelPair, loaded
 
 EDITS = [
     *(Dare(0.5, k) for k in (-1.0, 0.0, 0.5)),
@@ -44,7 +44,7 @@ def sweep(store, settings, predict=OFF, dtype=torch.float32):
 
         def edited(edit):
             return dict(
-                apply.edited(pair.pre, pair.post, edit, "all", Extras.of(edit, pair, seed=0))
+                editing.edited(pair.pre, pair.post, edit, "all", Extras.of(edit, pair, seed=0))
             )
 
         def shift_of(edit):

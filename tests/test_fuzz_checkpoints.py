@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from deltalab import headers
-from deltalab.weights import Checkpoint, fingerprint
+from deltalab.weights import headers
+from deltalab.weights.mapping import Checkpoint, fingerprint
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8,
           torch.bool, torch.float8_e4m3fn]  # fmt: skip

@@ -11,11 +11,12 @@ from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltalab import apply, finite
+from deltalab.apply import editing
 from deltalab.edits import needs_of
-from deltalab.factor import svd
 from deltalab.rng import Rng
-from deltalab.threshold import ModelThreshold
+from deltalab.weights import finite
+from deltalab.weights.factor import svd
+from deltalab.weights.threshold import ModelThreshold
 
 CONF = Path(__file__).parents[1] / "conf" / "edit"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -110,13 +111,13 @@ def test_edited_tensors_of_any_dtype(name, delta, old, new):
     pre = torch.full(delta.shape, 0.25, dtype=old)
     post = (pre.float() + delta).to(new)
     held = post.clone()
-    given_ = needs(edit, apply.difference(pre, post))
-    out = apply.edited_tensor(pre, post, edit, "eager", **given_)
+    given_ = needs(edit, editing.difference(pre, post))
+    out = editing.edited_tensor(pre, post, edit, "eager", **given_)
     assert out.dtype == new
     assert out.shape == post.shape
     assert torch.equal(post, held)
     assert torch.equal(pre, torch.full(delta.shape, 0.25, dtype=old))
-    difference = apply.difference(pre, post)
+    difference = editing.difference(pre, post)
     hat = edit(difference, **given_)
     same, gone = hat == difference, hat == 0
     assert torch.equal(out[same], post[same]), "entries that the edit kept must keep their bits"

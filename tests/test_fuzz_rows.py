@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import tokenizer
 
-from deltalab.answers import IGNORED
-from deltalab.rows import read
-from deltalab.text import Chats, Encoder, Plain, Preferences, Problems
+from deltalab.data.rows import read
+from deltalab.data.text import Chats, Encoder, Plain, Preferences, Problems
+from deltalab.loss.answers import IGNORED
 
 pytest.importorskip("transformers")
 REFUSED = (ValueError, FileNotFoundError)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from deltalab import cli, console, reading, run, settings
+from deltalab import cli, console, run, settings
+from deltalab.report import reading
 
 DECLARED = (ValueError, FileNotFoundError)
 TARGETS = ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",

@@ -12,18 +12,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from deltalab import apply, save
+from deltalab import save
+from deltalab.apply import editing
+from deltalab.apply.extras import Extras
 from deltalab.edits import needs_of
 from deltalab.edits.dare import Dare
 from deltalab.edits.discard import Discard
 from deltalab.edits.ties import Ties
-from deltalab.extras import Extras
 from deltalab.models import hub, vocabulary
 from deltalab.models.causal import differences
 from deltalab.models.hf_llm import HfPair
 from deltalab.run import build
 from deltalab.settings import conf_dir
-from deltalab.weights import loaded
+from deltalab.weights.mapping import loaded
 
 IDS = torch.randint(6, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 COMMON = {
@@ -118,7 +119,7 @@ def logits(module):
 
 def edited(found, edit, select="all", seed=0):
     extras = Extras(needs_of(edit), seed)
-    return dict(apply.edited(found.pre, found.post, edit, select, extras))
+    return dict(editing.edited(found.pre, found.post, edit, select, extras))
 
 
 def stream(paths, out, *settings):

@@ -1,18 +1,23 @@
 import math
 
-from deltalab.comparison import compare
-from deltalab.evaluators.alpaca_eval import AlpacaEval
-from deltalab.judges import Endpoint
+from deltalab.data.text import Problems
+from deltalab.judging.alpaca_eval import AlpacaEval
+from deltalab.judging.judges import Endpoint
 from deltalab.keys import determining
-from deltalab.text import Problems
+from deltalab.report.comparison import compare
 
 
 def settings(path, **judge):
     return {
-        "_target_": "deltalab.evaluators.alpaca_eval.AlpacaEval",
+        "_target_": "deltalab.judging.alpaca_eval.AlpacaEval",
         "reference": str(path),
         "cache_dir": "anywhere",
-        "judge": {"_target_": "deltalab.judges.Endpoint", "model": "m", "retries": 3, **judge},
+        "judge": {
+            "_target_": "deltalab.judging.judges.Endpoint",
+            "model": "m",
+            "retries": 3,
+            **judge,
+        },
     }
 
 
@@ -22,7 +27,7 @@ def built(path):
 
 def test_a_key_follows_the_content_of_a_file(tmp_path):
     file = tmp_path / "a.jsonl"
-    node = {"_target_": "deltalab.text.Problems", "path": str(file)}
+    node = {"_target_": "deltalab.data.text.Problems", "path": str(file)}
     keys = []
     for text in ("one", "two", "one"):
         file.write_text(text)
@@ -31,7 +36,7 @@ def test_a_key_follows_the_content_of_a_file(tmp_path):
 
 
 def test_what_has_no_file_is_known_by_its_name():
-    node = {"_target_": "deltalab.text.Problems", "path": "openai/gsm8k"}
+    node = {"_target_": "deltalab.data.text.Problems", "path": "openai/gsm8k"}
     assert determining(node, Problems("openai/gsm8k")) == node
 
 

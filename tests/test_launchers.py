@@ -11,9 +11,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from deltalab import gpus, launching, settings
-from deltalab.clusters import shares
-from deltalab.launching import Job
+from deltalab import settings
+from deltalab.sweep import gpus, launching
+from deltalab.sweep.clusters import shares
+from deltalab.sweep.launching import Job
 
 APP = """
 import os, signal, sys, time
@@ -190,7 +191,7 @@ def test_visible_gpus_are_those_that_cuda_would_see(three_gpus, monkeypatch, cho
 
 CLAIM = """
 import os, sys, time
-from deltalab import gpus
+from deltalab.sweep import gpus
 print(gpus.claim(sys.argv[1:]), os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 time.sleep(60)
 """

@@ -17,10 +17,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from deltalab.evaluators import embedded, hflm, lm_asked, lm_requests, lm_tasks, run_code, vllm
+from deltalab.data.text import Encoder
+from deltalab.evaluators.lm import (
+    asked as lm_asked,
+)
+from deltalab.evaluators.lm import (
+    embedded,
+    hflm,
+    run_code,
+    vllm,
+)
+from deltalab.evaluators.lm import (
+    requests as lm_requests,
+)
+from deltalab.evaluators.lm import (
+    tasks as lm_tasks,
+)
 from deltalab.evaluators.lm_eval import LmEval
-from deltalab.text import Encoder
-from deltalab.weights import ModelPair, loaded
+from deltalab.weights.mapping import ModelPair, loaded
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TINY = ("tiny_gsm", "tiny_choice", "tiny_likelihood")
@@ -243,7 +257,7 @@ def test_a_head_apart_from_its_embedding_stays_apart(pair, zoo, tmp_path):
 
 CHOICE = """
 task: {name}
-custom_dataset: !function deltalab.evaluators.embedded.choices
+custom_dataset: !function deltalab.evaluators.lm.embedded.choices
 output_type: multiple_choice
 test_split: test
 fewshot_split: test

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from deltalab import locks
+from deltalab.store import locks
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from deltalab import locks
+from deltalab.store import locks
 with locks.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -9,7 +9,7 @@ import torch
 from test_apply import FUSED, bits, tensor
 from torch import Tensor
 
-from deltalab import apply, fused, native, translation, weights
+from deltalab.apply import editing
 from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -17,8 +17,10 @@ from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
+from deltalab.kernels import fused, native, translation
 from deltalab.rng import Rng
-from deltalab.threshold import ModelThreshold, kept_count
+from deltalab.weights import mapping
+from deltalab.weights.threshold import ModelThreshold, kept_count
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 EDITS = [
@@ -51,11 +53,11 @@ def test_c_and_eager_give_the_same_bits(edit, dtypes) -> None:
     (pre, post), needs = pair(*dtypes), needed(edit, dtypes[0])
     dtypes = (*dtypes, *(t.dtype for name, t in needs.items() if name == "grad"))
     matrix = getattr(edit, "unit", "") != "entry"
-    assert fused._program(edit, dtypes, matrix, apply._edited, {}), "not translated"
+    assert fused._program(edit, dtypes, matrix, editing._edited, {}), "not translated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
-    eager = apply.edited_tensor(pre, post, edit, "eager", **needs)
+        compiled = editing.edited_tensor(pre, post, edit, "compiled", **needs)
+    eager = editing.edited_tensor(pre, post, edit, "eager", **needs)
     assert torch.equal(bits(compiled), bits(eager))
 
 
@@ -63,13 +65,13 @@ def test_c_and_eager_give_the_same_bits(edit, dtypes) -> None:
 def test_neither_pieces_nor_threads_nor_pages_of_indices_matter(edit, monkeypatch) -> None:
     (pre, post), threads = pair(BF16), torch.get_num_threads()
     rng = Rng(3, "w", start=2**32 - 20_000)
-    eager = apply.edited_tensor(pre, post, edit, "eager", rng=rng)
+    eager = editing.edited_tensor(pre, post, edit, "eager", rng=rng)
     monkeypatch.setattr(native, "PIECE", 1000)
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             out = torch.empty_like(post)
-            assert apply.edited_tensor(pre, post, edit, "compiled", out, rng=rng) is out
+            assert editing.edited_tensor(pre, post, edit, "compiled", out, rng=rng) is out
             assert torch.equal(bits(out), bits(eager))
     finally:
         torch.set_num_threads(threads)
@@ -80,8 +82,8 @@ def test_entries_that_are_no_numbers_make_such_entries(edit) -> None:
     (pre, post), needs = pair(F32), needed(edit)
     pre[5, 5], post[7, 7] = torch.nan, torch.nan
     out = torch.full_like(post, 123.0)
-    apply.edited_tensor(pre, post, edit, "compiled", out, **needs)
-    eager = apply.edited_tensor(pre, post, edit, "eager", **needs)
+    editing.edited_tensor(pre, post, edit, "compiled", out, **needs)
+    eager = editing.edited_tensor(pre, post, edit, "eager", **needs)
     assert torch.equal(out.isnan(), eager.isnan())
     assert torch.equal(out.nan_to_num(), eager.nan_to_num())
 
@@ -90,7 +92,7 @@ def test_a_sweep_compiles_once() -> None:
     pre, post = tensor((64, 64)), tensor((64, 64), seed=1)
     for index, p in enumerate((0.1, 0.25, 0.5, 0.9)):
         edit = Dare(p=p, k=-0.5 + 0.1 * index)
-        apply.edited_tensor(pre, post, edit, "compiled", rng=Rng(index, f"w{index}"))
+        editing.edited_tensor(pre, post, edit, "compiled", rng=Rng(index, f"w{index}"))
         if index == 0:
             before = native._compiled.cache_info().misses
     assert native._compiled.cache_info().misses == before
@@ -99,8 +101,8 @@ def test_a_sweep_compiles_once() -> None:
 def test_views_are_edited_as_they_read() -> None:
     pre, post = tensor((40, 60)).T, tensor((60, 80), seed=1)[:, ::2]
     edit, rng = Dare(p=0.5, k=0.5), Rng(0, "w")
-    compiled = apply.edited_tensor(pre, post, edit, "compiled", rng=rng)
-    assert torch.equal(compiled, apply.edited_tensor(pre, post, edit, "eager", rng=rng))
+    compiled = editing.edited_tensor(pre, post, edit, "compiled", rng=rng)
+    assert torch.equal(compiled, editing.edited_tensor(pre, post, edit, "eager", rng=rng))
 
 
 def between_files(directory, edit, pre: Tensor, post: Tensor, rng: Rng) -> Tensor | None:
@@ -115,7 +117,7 @@ def between_files(directory, edit, pre: Tensor, post: Tensor, rng: Rng) -> Tenso
         dtypes = (pre.dtype, post.dtype)
         kernel = "compiled"
         needs = {"rng": rng} if "rng" in needs_of(edit) else {}
-        done = apply.edited_files(edit, dtypes, tuple(files), post.shape, kernel, **needs)
+        done = editing.edited_files(edit, dtypes, tuple(files), post.shape, kernel, **needs)
     finally:
         for file, _ in files:
             os.close(file)
@@ -135,7 +137,7 @@ def test_from_file_to_file(edit, dtypes, tmp_path, monkeypatch) -> None:
     if "grad" in needs_of(edit):
         assert between_files(tmp_path, edit, pre, post, rng) is None
         return
-    expected = apply.edited_tensor(pre, post, edit, "compiled", **needs)
+    expected = editing.edited_tensor(pre, post, edit, "compiled", **needs)
     assert torch.equal(between_files(tmp_path, edit, pre, post, rng), expected)
 
 
@@ -144,7 +146,7 @@ def test_what_is_not_finite_goes_another_way(dtype, tmp_path) -> None:
     edit, rng = Dare(p=0.5, k=4.0), Rng(0, "w")
     pre, post = tensor((100_000,)).to(dtype), tensor((100_000,), seed=1).to(dtype)
     pre[70_000], post[70_000] = 0.0, min(torch.finfo(dtype).max, torch.finfo(F32).max)
-    expected = apply.edited_tensor(pre, post, edit, "eager", rng=rng)
+    expected = editing.edited_tensor(pre, post, edit, "eager", rng=rng)
     made = between_files(tmp_path, edit, pre, post, rng)
     assert (made is None) == (not expected.isfinite().all())
     assert dtype == F64 or made is None
@@ -211,9 +213,9 @@ def test_what_has_no_translation_is_refused(body, reason: str) -> None:
 def test_what_has_no_translation_is_left_to_torch() -> None:
     edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row")
     (pre, post), needs = pair(F32), needed(edit)
-    assert fused._program(edit, (F32, F32), True, apply._edited, {}) is None
-    compiled = apply.edited_tensor(pre, post, edit, "compiled", **needs)
-    assert torch.equal(compiled, apply.edited_tensor(pre, post, edit, "eager", **needs))
+    assert fused._program(edit, (F32, F32), True, editing._edited, {}) is None
+    compiled = editing.edited_tensor(pre, post, edit, "compiled", **needs)
+    assert torch.equal(compiled, editing.edited_tensor(pre, post, edit, "eager", **needs))
 
 
 @pytest.mark.parametrize(
@@ -226,11 +228,11 @@ def test_without_a_compiler_edits_run_eagerly_with_one_warning(compiler, monkeyp
     pre, post = tensor((50, 50)), tensor((50, 50), seed=1)
     reason = "wrong" if "wrong" in compiler else compiler
     with pytest.warns(UserWarning, match=f"edits run uncompiled.*{reason}"):
-        out = apply.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
-    assert torch.equal(out, apply.edited_tensor(pre, post, Expo(alpha=0.5), "eager"))
+        out = editing.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
+    assert torch.equal(out, editing.edited_tensor(pre, post, Expo(alpha=0.5), "eager"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        apply.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
+        editing.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
 
 
 def test_small_tensors_do_not_compile() -> None:
@@ -268,18 +270,18 @@ def test_many_threads_compile_once() -> None:
     (pre, post), edits = pair(F32), [Dare(p=0.1 * n, k=0.5) for n in range(1, 9)]
 
     def run(edit) -> Tensor:
-        return apply.edited_tensor(pre, post, edit, "compiled", rng=Rng(0, "w"))
+        return editing.edited_tensor(pre, post, edit, "compiled", rng=Rng(0, "w"))
 
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(run, edits))
     assert native._compiled.cache_info().misses == 1
     for edit, out in zip(edits, made, strict=True):
-        assert torch.equal(out, apply.edited_tensor(pre, post, edit, "eager", rng=Rng(0, "w")))
+        assert torch.equal(out, editing.edited_tensor(pre, post, edit, "eager", rng=Rng(0, "w")))
 
 
 def test_a_model_wide_threshold_enters_as_a_number(monkeypatch) -> None:
     """Where all of a tensor's equal magnitudes share one fate; the others are ranked eagerly."""
-    monkeypatch.setattr(weights, "PIECE", 1000)
+    monkeypatch.setattr(mapping, "PIECE", 1000)
     pre = {name: tensor((90, 71), seed=i) for i, name in enumerate("abc")}
     post = {n: t + tensor((90, 71), seed=9).round(decimals=1) for n, t in pre.items()}
     deltas = {n: post[n] - pre[n] for n in pre}
@@ -288,10 +290,10 @@ def test_a_model_wide_threshold_enters_as_a_number(monkeypatch) -> None:
     for name in pre:
         needs = {"quantile": lambda keep, name=name: limits[name]}
         known = fused._known(edit, needs)
-        program = fused._program(edit, (F32, F32), True, apply._edited, known)
+        program = fused._program(edit, (F32, F32), True, editing._edited, known)
         assert (program is None) == (limits[name].ties > 0)
-        compiled = apply.edited_tensor(pre[name], post[name], edit, "compiled", **needs)
-        eager = apply.edited_tensor(pre[name], post[name], edit, "eager", **needs)
+        compiled = editing.edited_tensor(pre[name], post[name], edit, "compiled", **needs)
+        eager = editing.edited_tensor(pre[name], post[name], edit, "eager", **needs)
         assert torch.equal(bits(compiled), bits(eager))
         kept += int((compiled != pre[name]).sum())
     assert kept == kept_count(0.31, 3 * 90 * 71)
@@ -299,7 +301,7 @@ def test_a_model_wide_threshold_enters_as_a_number(monkeypatch) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_counting_in_pieces_finds_what_sorting_finds(threads: int, monkeypatch) -> None:
-    monkeypatch.setattr(weights, "PIECE", 777)
+    monkeypatch.setattr(mapping, "PIECE", 777)
     before = torch.get_num_threads()
     deltas = {n: tensor((50, 61), seed=i).round(decimals=2) for i, n in enumerate("ab")}
     ranked = torch.cat([d.abs().flatten() for d in deltas.values()]).sort().values

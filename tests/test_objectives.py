@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from deltalab.objectives import Classification, Measured, change, classify, interval, measure
-from deltalab.weights import ModelPair
+from deltalab.loss.objectives import Classification, Measured, change, classify, interval, measure
+from deltalab.weights.mapping import ModelPair
 
 
 @dataclass(frozen=True)

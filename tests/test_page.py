@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from test_report import demo_records, record, save
 
-from deltalab import page, reading
-from deltalab.page.chart import chart, is_symlog
-from deltalab.page.parsing import read_cards
-from deltalab.page.plain import without_card
-from deltalab.page.points import gather, tabulate
+from deltalab.report import page, reading
+from deltalab.report.page.chart import chart, is_symlog
+from deltalab.report.page.parsing import read_cards
+from deltalab.report.page.plain import without_card
+from deltalab.report.page.points import gather, tabulate
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">{{7*7}}\''
@@ -176,7 +176,7 @@ def test_cards_alone_and_records_alone_and_nothing(tmp_path: Path) -> None:
 
 
 def test_report_of_a_clone_without_records(tmp_path: Path, capsys) -> None:
-    from deltalab.report import main
+    from deltalab.report.command import main
 
     card(tmp_path, "fig1")
     assert main([f"results={tmp_path}"]) == 0
@@ -185,8 +185,8 @@ def test_report_of_a_clone_without_records(tmp_path: Path, capsys) -> None:
 
 
 def test_report_without_the_page_s_packages(tmp_path: Path, capsys, monkeypatch) -> None:
-    from deltalab.page import libraries
-    from deltalab.report import main
+    from deltalab.report.command import main
+    from deltalab.report.page import libraries
 
     save(tmp_path, [record("dare", 0.1)])
     monkeypatch.setitem(libraries.NEEDED, "no_such_module", "some-package")
@@ -197,7 +197,7 @@ def test_report_without_the_page_s_packages(tmp_path: Path, capsys, monkeypatch)
 
 
 def test_the_page_covers_all_whichever_experiment_is_asked_for(tmp_path: Path) -> None:
-    from deltalab.report import main
+    from deltalab.report.command import main
 
     save(tmp_path, [record("keep", 0.0), record("dare", 0.1, experiment="fig/2")])
     assert main([f"results={tmp_path}", "experiment=fig/2"]) == 0
@@ -330,7 +330,7 @@ def test_nothing_is_fetched(full: Path) -> None:
 
 
 def test_the_same_files_give_the_same_bytes(full: Path, tmp_path: Path) -> None:
-    from deltalab.page import libraries
+    from deltalab.report.page import libraries
 
     shutil.copytree(full, tmp_path / "again")
     (tmp_path / "again" / "index.html").unlink()

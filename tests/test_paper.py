@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from deltalab import reading
-from deltalab.record import Outcome
+from deltalab.report import reading
 from deltalab.settings import conf_dir
-from deltalab.terms import Term
+from deltalab.store.record import Outcome
+from deltalab.store.terms import Term
 from experiments.paper import alpha, bits, curves, intensity, log, parts, rules, table1
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.found import Check, verdict

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from deltalab.objectives import CrossEntropy
-from deltalab.passes import (
+from deltalab.loss.objectives import CrossEntropy
+from deltalab.loss.passes import (
     CHUNK,
     checkpointing,
     curvature,
@@ -17,8 +17,8 @@ from deltalab.passes import (
     slopes,
     targets,
 )
-from deltalab.quadrature import Rule
-from deltalab.riemann import term, terms
+from deltalab.loss.quadrature import Rule
+from deltalab.loss.riemann import term, terms
 
 
 class Block(nn.Module):

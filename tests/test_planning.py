@@ -8,20 +8,21 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from deltalab import cli, hours
-from deltalab.answers import Answers
-from deltalab.data import HubImages
+from deltalab import cli
+from deltalab.data.images import HubImages
+from deltalab.data.text import Problems
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.ties import Ties
 from deltalab.evaluators.accuracy import Accuracy
 from deltalab.evaluators.lm_eval import LmEval
+from deltalab.loss.answers import Answers
+from deltalab.loss.objectives import Classification
+from deltalab.loss.riemann import Riemann
 from deltalab.models import facts
-from deltalab.objectives import Classification
-from deltalab.planning import GIB, Plan, available, most_evaluations, plan, stored
-from deltalab.riemann import Riemann
+from deltalab.plan import hours
+from deltalab.plan.planning import GIB, Plan, available, most_evaluations, plan, stored
 from deltalab.settings import conf_dir
-from deltalab.text import Problems
 
 
 class Layer(nn.Module):

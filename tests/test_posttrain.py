@@ -6,10 +6,10 @@ import pytest
 import torch
 from texts import model, tokenizer, write
 
-from deltalab.answers import Answers
-from deltalab.objectives import measure
-from deltalab.text import Encoder, Problems
-from deltalab.weights import Checkpoint, ModelPair
+from deltalab.data.text import Encoder, Problems
+from deltalab.loss.answers import Answers
+from deltalab.loss.objectives import measure
+from deltalab.weights.mapping import Checkpoint, ModelPair
 from experiments.posttrain import lora
 from experiments.posttrain.__main__ import main
 from experiments.posttrain.batches import joined, order

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from deltalab.artifacts import Store
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.drop_only import DropOnly
@@ -12,9 +11,10 @@ from deltalab.edits.expo import Expo
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
-from deltalab.lines import line_of
-from deltalab.passes import gradient
-from deltalab.prediction import Predict, Predictor, diagonal_probe, moments
+from deltalab.loss.artifacts import Store
+from deltalab.loss.lines import line_of
+from deltalab.loss.passes import gradient
+from deltalab.loss.prediction import Predict, Predictor, diagonal_probe, moments
 from deltalab.rng import Rng
 
 SIZES = {"a.weight": (8, 5), "b.weight": (9,)}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from deltalab.quadrature import RULES, Rule, integral_weights
+from deltalab.loss.quadrature import RULES, Rule, integral_weights
 
 DEGREE = {  # exact up to this degree, with C nodes
     "left": lambda c: 0,

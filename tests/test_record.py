@@ -11,23 +11,15 @@ from typing import Any
 
 import pytest
 
-from deltalab import (
-    cli,
-    closing,
-    columns,
-    exporting,
-    pairs,
-    reading,
-    record,
-    report,
-    runs,
-    status,
-    tracking,
-)
-from deltalab.fields import NUMBER, Shows, held
-from deltalab.figures import accuracy, parts
-from deltalab.outcomes import by_pair, pair_names
-from deltalab.record import Outcome, completed, parse, table, written
+from deltalab import cli
+from deltalab.report import columns, command, exporting, reading
+from deltalab.report.figures import accuracy, parts
+from deltalab.report.outcomes import by_pair, pair_names
+from deltalab.store import pairs, record
+from deltalab.store.fields import NUMBER, Shows, held
+from deltalab.store.record import Outcome, completed, parse, table, written
+from deltalab.sweep import closing, status
+from deltalab.tracking import runs, trackers
 
 FAST = ["data.test.limit=32", "data.objective.limit=32", "riemann=both", "prediction=on"]
 SWEPT = ["edit=dare", "edit.p=0.5", "edit.k=0", "seed=0,1"]
@@ -108,7 +100,7 @@ def test_nothing_is_lost_in_json_lines(real, tmp_path) -> None:
 
 
 def test_nothing_is_lost_in_csv(real, tmp_path) -> None:
-    assert report.main([f"results={real[0]}", f"export={tmp_path}/points.csv"]) == 0
+    assert command.main([f"results={real[0]}", f"export={tmp_path}/points.csv"]) == 0
     with open(tmp_path / "points.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for each, row in zip(raw(real[0]), rows, strict=True):
@@ -138,10 +130,10 @@ def test_nothing_is_lost_in_a_tracker(real, tmp_path, monkeypatch) -> None:
         sent.update(config)
         return Run()
 
-    monkeypatch.setattr(tracking.Wandb, "_begun", begun)
+    monkeypatch.setattr(trackers.Wandb, "_begun", begun)
     for each in raw(real[0]):
         sent.clear()
-        assert tracking.Wandb(dir=str(tmp_path)).log(each, group="g")
+        assert trackers.Wandb(dir=str(tmp_path)).log(each, group="g")
         missing = {name for name, value in kept(each).items() if sent.get(name) != value}
         assert missing <= {"schema"}
         assert sent["term"] == each["term"]["value"]
@@ -211,7 +203,7 @@ def test_status_says_what_came_out(real, capsys) -> None:
 def test_the_page_has_all_points(real, tmp_path) -> None:
     from test_page import held as rows_of
 
-    from deltalab import page
+    from deltalab.report import page
 
     points = reading.read(real[0], pytest.fail)
     rows = rows_of(page.write(tmp_path, points, pytest.fail).read_text())
@@ -254,7 +246,7 @@ def test_one_line_in_the_table_is_all_that_a_new_field_takes(real, tmp_path, mon
     with open(tmp_path / "a.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["touched/energy"]) == exact
     assert "touched/energy" in closing.sheet(points).columns
-    from deltalab.page.points import tabulate
+    from deltalab.report.page.points import tabulate
 
     shown = tabulate(points)
     assert shown.values("energy")[0] == pytest.approx(value, rel=1e-5)
@@ -278,7 +270,7 @@ def test_what_is_no_field_is_not_written() -> None:
 def llm(post: str, accuracy: float, **more: Any) -> dict[str, Any]:
     """A record as versions before this one wrote it, without `pair`."""
     model = {"_target_": "deltalab.models.hf_llm.HfPair", "pre": "org/base", "post": post}
-    objective = {"_target_": "deltalab.answers.Answers", "limit": more.pop("limit", None)}
+    objective = {"_target_": "deltalab.loss.answers.Answers", "limit": more.pop("limit", None)}
     config = {"model": model, "objective": objective, "evaluator": None}
     config["data"] = {"name": "gsm8k", "path": more.pop("path", "openai/gsm8k"), "split": "train"}
     p = more.pop("p", 0.5)

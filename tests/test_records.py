@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from deltalab import reading, records
+from deltalab.report import reading
+from deltalab.store import records
 
 
 def test_key_does_not_depend_on_order_but_on_every_value():

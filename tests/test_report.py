@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from deltalab import columns, outcomes, reading, summary, tables
-from deltalab.figures import accuracy, agreement, parts
-from deltalab.record import Outcome, classify
-from deltalab.report import main
+from deltalab.report import columns, outcomes, reading, summary, tables
+from deltalab.report.command import main
+from deltalab.report.figures import accuracy, agreement, parts
+from deltalab.store.record import Outcome, classify
 
 PARTS = {"attention": 0.3, "mlp": 0.6, "norm": 0.02, "embedding": 0.03, "head": 0.05, "other": 0.0}
 PRE = {"mnist/accuracy": 0.52, "mnist/loss": 1.61}
@@ -211,7 +211,7 @@ def test_spearman_with_ties() -> None:
 
 @pytest.mark.parametrize("change", [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3])
 def test_classes_are_those_of_a_run(change: float) -> None:
-    from deltalab import objectives
+    from deltalab.loss import objectives
 
     assert classify(change, 0.1) == objectives.classify(change, 0.1)
 
@@ -228,7 +228,8 @@ def test_class_on_the_test_split_can_differ() -> None:
 def test_a_second_process_writes_the_same_bytes_without_torch(demo: Path, tmp_path: Path) -> None:
     save(tmp_path, list(reversed(demo_records())))
     code = (
-        "import sys; from deltalab.report import main; code = main(['results=' + sys.argv[1]]);"
+        "import sys; from deltalab.report.command import main;"
+        " code = main(['results=' + sys.argv[1]]);"
         "sys.exit(3 if 'torch' in sys.modules else code)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -251,7 +252,7 @@ def test_page_links_its_figures(demo: Path) -> None:
 
 def test_help_and_mistakes_are_fast() -> None:
     code = (
-        "import sys; from deltalab.report import main; assert main(['--help']) == 0;"
+        "import sys; from deltalab.report.command import main; assert main(['--help']) == 0;"
         "assert main(['results=/nowhere']) == 2;"
         "sys.exit(bool({'torch', 'matplotlib', 'rich', 'numpy'} & set(sys.modules)))"
     )

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from deltalab.passes import gradient, inner
-from deltalab.quadrature import RULES, Rule
-from deltalab.riemann import Riemann, term, terms
+from deltalab.loss.passes import gradient, inner
+from deltalab.loss.quadrature import RULES, Rule
+from deltalab.loss.riemann import Riemann, term, terms
 
 
 @dataclass

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab import cli, console, finite, records, run, settings
-from deltalab.weights import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
+from deltalab import cli, console, run, settings
+from deltalab.store import records
+from deltalab.weights import finite
+from deltalab.weights.mapping import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
 
 NAN, INF = float("nan"), float("inf")
 
@@ -99,8 +101,8 @@ def test_an_edit_that_overflows_its_dtype_is_counted():
 
 def test_models_that_seem_swapped_are_warned_of(caplog):
     spec = run.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
-    data = {"_target_": "deltalab.data.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
-    objective = run.build({"_target_": "deltalab.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
+    data = {"_target_": "deltalab.data.images.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
+    objective = run.build({"_target_": "deltalab.loss.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
     options = dict.fromkeys(signature(run.reference).parameters)
     options |= {"objective": objective, "nonfinite": "error"}
     run.reference(**options | {"model": spec})
@@ -143,7 +145,7 @@ def test_unlike_kinds_and_precisions(tmp_path):
 @pytest.mark.parametrize(
     "target",
     ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",
-     "deltalab.cli.os.system", "deltalab.run.build", "deltalab.weights.torch.hub.load",
+     "deltalab.cli.os.system", "deltalab.run.build", "deltalab.weights.mapping.torch.hub.load",
      "deltalab.edits.within", "deltalab.edits", "deltalab", ".os.system", "deltalab..os.system"],
 )  # fmt: skip
 def test_only_dataclasses_of_this_package_are_built(target, tmp_path):
@@ -271,7 +273,7 @@ def test_no_secret_reaches_record_log_or_tracker(tmp_path, monkeypatch, capfd):
     secret = "sk-" + "abc123" * 8
     monkeypatch.setenv("OPENAI_API_KEY", secret)
     seen = []
-    from deltalab.tracking import NoTracker
+    from deltalab.tracking.trackers import NoTracker
 
     monkeypatch.setattr(NoTracker, "log", lambda self, record, group: seen.append(record))
     arguments = ["edit=expo", "data.test.limit=16", "data.objective.limit=16", "riemann=off",
@@ -302,8 +304,8 @@ def test_a_mistake_of_the_system_is_one_line():
 
 def test_sums_in_float64_where_float32_would_lose_them():
     """A large and many small numbers: float32 in turn would keep the large one alone."""
-    from deltalab import audit
-    from deltalab.objectives import Measured, change
+    from deltalab.apply import audit
+    from deltalab.loss.objectives import Measured, change
 
     values = torch.full((100_001,), 1.0)
     values[0] = 2.0**26

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from deltalab import report
-from deltalab.figures import agreement
-from deltalab.outcomes import _ranks, spearman
-from deltalab.record import Outcome
-from deltalab.terms import Term
+from deltalab.report import command as report
+from deltalab.report.figures import agreement
+from deltalab.report.outcomes import _ranks, spearman
+from deltalab.store.record import Outcome
+from deltalab.store.terms import Term
 
 
 def clouds(count):
@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_nothing_wrong():
 
 def test_a_point_without_a_finite_error_can_be_told_again():
     """Such numbers are null in a record: of one example there is no standard error."""
-    from deltalab.columns import describe
+    from deltalab.report.columns import describe
 
     record = {"model": "vit", "edit": {"name": "keep"}, "loss": {"change": 0.5, "error": None}}
     assert "change +0.5000" in describe(record | {"status": "ok"}, skipped=True)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from deltalab.select import PRESETS, Selection, check, selected
+from deltalab.weights.select import PRESETS, Selection, check, selected
 
 # name, shape, the presets beside `all` that select it
 CASES = [

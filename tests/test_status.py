@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from deltalab import locks, records, status, sweeps
+from deltalab.store import locks, records
+from deltalab.sweep import status, sweeps
 
 POINTS = [["edit=dare", f"seed={seed}"] for seed in range(6)]
 
@@ -119,7 +120,7 @@ def test_ten_thousand_points_take_little_time_and_memory(tmp_path, capsys):
         sweeps.note(folder / f"{number}", sweeps.KEY, f"{number}")
         (tmp_path / "records" / f"{number}.json").write_text(text)
     code = (
-        "import sys; from deltalab import status; status.main(sys.argv[1:]);"
+        "import sys; from deltalab.sweep import status; status.main(sys.argv[1:]);"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # kB
     )
     began = time.perf_counter()

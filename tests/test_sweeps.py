@@ -9,9 +9,9 @@ import sys
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from deltalab import locks, records
 from deltalab.run import Choices, prepare
 from deltalab.settings import conf_dir
+from deltalab.store import locks, records
 
 RATES = [0.1, 0.3, 0.5, 0.7]
 POINTS = ["edit=dare", "grid=none", "edit.p=0.1,0.3,0.5,0.7", "evaluator=none", "riemann=off"]
@@ -20,7 +20,7 @@ FAST = ["data.objective.limit=16"]
 HOLD = """
 import sys, time
 from pathlib import Path
-from deltalab import locks
+from deltalab.store import locks
 with locks.held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

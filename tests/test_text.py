@@ -12,12 +12,12 @@ import pytest
 import torch
 from texts import model, tokenizer, write
 
-from deltalab.answers import IGNORED, Answers, Dpo
-from deltalab.objectives import measure
-from deltalab.rows import read
-from deltalab.text import Chats, Encoder, Plain, Preferences, Problems
-from deltalab.tokens import Marked, code
-from deltalab.weights import ModelPair
+from deltalab.data.rows import read
+from deltalab.data.text import Chats, Encoder, Plain, Preferences, Problems
+from deltalab.data.tokens import Marked, code
+from deltalab.loss.answers import IGNORED, Answers, Dpo
+from deltalab.loss.objectives import measure
+from deltalab.weights.mapping import ModelPair
 
 pytest.importorskip("transformers")
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -356,7 +356,7 @@ def test_packaged_files_are_found_and_none_outside(tmp_path, monkeypatch):
     (tmp_path / "zoo" / "llm").mkdir(parents=True)
     write(tmp_path / "zoo" / "llm" / "a.jsonl", [SUM])
     with monkeypatch.context() as patch:
-        patch.setattr("deltalab.rows.files", lambda package: tmp_path)
+        patch.setattr("deltalab.data.rows.files", lambda package: tmp_path)
         assert read("package:llm/a.jsonl")[0].fields == SUM
     with pytest.raises(ValueError, match=r"data.path=package:../run.py: leads out"):
         read("package:../run.py")
@@ -435,8 +435,8 @@ def test_broken_files_are_named(tmp_path, name, content, words):
 
 
 def test_a_line_or_file_of_any_length_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("deltalab.formats.LONGEST_LINE", 99)
-    monkeypatch.setattr("deltalab.formats.LARGEST_FILE", 99)
+    monkeypatch.setattr("deltalab.data.formats.LONGEST_LINE", 99)
+    monkeypatch.setattr("deltalab.data.formats.LARGEST_FILE", 99)
     long = json.dumps([SUM | {"answer": "1" * 99}])
     for name, words in (("a.jsonl", "a.jsonl:1: a line of more"), ("a.json", "a.json: more than")):
         (tmp_path / name).write_text(long)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from deltalab import cli, closing, reading, records, run, sweeps, tracking
+from deltalab import cli, run
+from deltalab.report import reading
+from deltalab.store import records
+from deltalab.sweep import closing, sweeps
+from deltalab.tracking import trackers
 
 FAST = ["data.test.limit=32", "data.objective.limit=32", "riemann=both", "evaluator=accuracy"]
 SWEEP = 'sweeps=[{model: mnist_vit, edit: dare, edit.p: "0.5", seed: "0,1,2"}]'
@@ -45,8 +49,8 @@ def log(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return lambda *_, **__: None
 
-    monkeypatch.setattr(tracking.Wandb, "_begun", lambda self, **_: Run())
-    return lambda made, **more: tracking.Wandb(dir=str(tmp_path), **more).log(made, group="g")
+    monkeypatch.setattr(trackers.Wandb, "_begun", lambda self, **_: Run())
+    return lambda made, **more: trackers.Wandb(dir=str(tmp_path), **more).log(made, group="g")
 
 
 def test_a_sweep_read_back_is_the_sweep_read_from_its_records(tmp_path, monkeypatch) -> None:
@@ -117,7 +121,7 @@ def test_the_latest_run_of_a_point_counts_and_experiments_are_apart(tmp_path, lo
 def test_a_point_that_failed_is_told_until_it_goes_well(tmp_path, log) -> None:
     failed = record("a", status="error", error={"type": "E", "message": "m"})
     assert log(failed)
-    assert not tracking.Wandb(dir=str(tmp_path)).logged(failed), "it runs again"
+    assert not trackers.Wandb(dir=str(tmp_path)).logged(failed), "it runs again"
     assert [p.failure for p in read(tmp_path)] == ["E: m"]
     assert log(record("a"))
     assert [p.failure for p in read(tmp_path)] == [None]
@@ -136,21 +140,21 @@ def test_what_an_earlier_version_has_logged_is_read_from_the_records(tmp_path) -
 def test_a_report_is_the_same_from_either_source_and_needs_no_wandb(
     tmp_path, log, capsys, monkeypatch
 ) -> None:
-    from deltalab import report
+    from deltalab.report import command
 
     for number in range(3):
         assert log(record(f"{number:016x}"))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert report.main([f"results={tmp_path}"]) == 2
+    assert command.main([f"results={tmp_path}"]) == 2
     assert "no record in" in capsys.readouterr().err
-    assert report.main([f"results={tmp_path}", "from=wandb"]) == 0
+    assert command.main([f"results={tmp_path}", "from=wandb"]) == 0
     theirs = (tmp_path / "runs.md").read_bytes()
     for number in range(3):
         records.write(tmp_path, record(f"{number:016x}"))
-    assert report.main([f"results={tmp_path}"]) == 0
+    assert command.main([f"results={tmp_path}"]) == 0
     assert (tmp_path / "runs.md").read_bytes() == theirs
     capsys.readouterr()
-    assert report.main([f"results={tmp_path}", "from=cloud"]) == 2
+    assert command.main([f"results={tmp_path}", "from=cloud"]) == 2
     assert "from=cloud: must be one of records, wandb" in capsys.readouterr().err
 
 

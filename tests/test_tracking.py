@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from deltalab import runs, tracking
-from deltalab.record import parse
+from deltalab.store.record import parse
+from deltalab.tracking import runs, trackers
 
 BLOCK = 32768
 
@@ -72,7 +72,9 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [each.getMessage() for each in caplog.records if each.name == "deltalab.tracking"]
+    return [
+        each.getMessage() for each in caplog.records if each.name == "deltalab.tracking.trackers"
+    ]
 
 
 def values(items: Any) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def test_two_points_are_found_in_the_files_of_their_runs(tmp_path: Path, monkeyp
     monkeypatch.setenv(
         "WANDB_MODE", "online"
     )  # the spec decides, not what the shell happens to say
-    tracker = tracking.Wandb(dir=str(tmp_path))
+    tracker = trackers.Wandb(dir=str(tmp_path))
     tracker.log(record(0.5, 0), group="sweep-1")
     tracker.log(record(0.9, 1), group="sweep-1")
     first, second = read_back(tmp_path)
@@ -161,7 +163,7 @@ def test_group_of_the_tracker_wins_and_failed_points_are_marked(tmp_path: Path) 
     failed = record(0.5, 0) | {"status": "error", "term": None, "terms": None, "loss": None}
     failed |= {"metrics": None, "class": None, "prediction": None}
     failed["error"] = {"type": "RuntimeError", "message": "out of memory"}
-    tracking.Wandb(dir=str(tmp_path), group="mine").log(failed, group="sweep-1")
+    trackers.Wandb(dir=str(tmp_path), group="mine").log(failed, group="sweep-1")
     (run,) = read_back(tmp_path)
     assert (run["group"], run["exit"]) == ("mine", 1)
     assert run["summary"]["error/type"] == "RuntimeError"
@@ -173,7 +175,7 @@ def test_a_run_left_open_gets_nothing(tmp_path: Path) -> None:
 
     settings = wandb.Settings(silent=True, console="off")
     wandb.init(project="other", mode="offline", dir=tmp_path, settings=settings)
-    tracking.Wandb(dir=str(tmp_path)).log(record(0.5, 0), group="sweep-1")
+    trackers.Wandb(dir=str(tmp_path)).log(record(0.5, 0), group="sweep-1")
     assert wandb.run is None
     left, point = read_back(tmp_path)
     assert left["history"] == []
@@ -185,7 +187,7 @@ def test_failure_is_one_warning(tmp_path: Path, caplog, monkeypatch) -> None:
 
     uneven = record(0.5, 3)
     uneven["terms"]["left"]["inner"] = [1.0]
-    tracking.Wandb(dir=str(tmp_path)).log(uneven, group="g")
+    trackers.Wandb(dir=str(tmp_path)).log(uneven, group="g")
     (line,) = warnings(caplog)
     assert line.startswith("wandb: point 0000000000000003 was not logged: ValueError")
     assert wandb.run is None
@@ -196,7 +198,7 @@ def test_failure_is_one_warning(tmp_path: Path, caplog, monkeypatch) -> None:
         raise OSError("no space\nleft on device")
 
     monkeypatch.setattr(wandb.Run, "log", full)
-    tracking.Wandb(dir=str(tmp_path)).log(record(0.5, 4), group="g")
+    trackers.Wandb(dir=str(tmp_path)).log(record(0.5, 4), group="g")
     reason = "OSError: no space left on device"
     assert warnings(caplog) == [f"wandb: point 0000000000000004 was not logged: {reason}"]
     assert wandb.run is None
@@ -208,13 +210,13 @@ def test_online_without_an_account_is_a_warning(tmp_path, caplog, monkeypatch) -
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    tracking.Wandb(dir=str(tmp_path), mode="online").log(record(0.5, 5), group="g")
+    trackers.Wandb(dir=str(tmp_path), mode="online").log(record(0.5, 5), group="g")
     assert ["0000000000000005 was not logged" in line for line in warnings(caplog)] == [True]
 
 
 def test_nothing_is_written_when_disabled_or_absent(tmp_path: Path) -> None:
-    tracking.Wandb(dir=str(tmp_path), mode="disabled").log(record(0.5, 0), group="g")
-    tracking.NoTracker().log(record(0.5, 0), group="g")
+    trackers.Wandb(dir=str(tmp_path), mode="disabled").log(record(0.5, 0), group="g")
+    trackers.NoTracker().log(record(0.5, 0), group="g")
     assert not read_back(tmp_path)
 
 
@@ -230,18 +232,18 @@ def test_secrets_stay_at_home() -> None:
 
 
 def test_without_an_experiment_a_sweep_is_the_group(tmp_path: Path) -> None:
-    tracking.Wandb(dir=str(tmp_path)).log(record(0.5, 0) | {"experiment": None}, group="sweep-1")
+    trackers.Wandb(dir=str(tmp_path)).log(record(0.5, 0) | {"experiment": None}, group="sweep-1")
     (run,) = read_back(tmp_path)
     assert run["group"] == "sweep-1"
 
 
 def test_a_point_is_known_to_be_logged_for_its_experiment(tmp_path: Path) -> None:
-    tracker, full = tracking.Wandb(dir=str(tmp_path)), record(0.5, 0)
+    tracker, full = trackers.Wandb(dir=str(tmp_path)), record(0.5, 0)
     assert not tracker.logged(full)
     assert tracker.log(full, group="sweep-1")
     assert tracker.logged(full)
     assert not tracker.logged(full | {"experiment": "other/one"})
-    assert not tracking.Wandb(dir=str(tmp_path), project="other").logged(full)
+    assert not trackers.Wandb(dir=str(tmp_path), project="other").logged(full)
     failed = full | {"status": "error", "key": "failed"}
     assert tracker.log(failed, group="sweep-1")
     assert not tracker.logged(failed), "it runs again, and is logged again"
@@ -253,10 +255,10 @@ def test_a_summary_is_a_run_of_the_group_with_table_and_figures(tmp_path: Path) 
     figure = tmp_path / "demo_term.png"
     Image.new("RGB", (8, 8)).save(figure)
     rows = [["vit", 0.5, 1, None], ["vit", None, "x", "no luck"]]
-    sheet = tracking.Sheet(
+    sheet = trackers.Sheet(
         ["model", "term/left", "k", "failure"], rows, {"count": 2}, [(figure, "c")]
     )
-    assert tracking.Wandb(dir=str(tmp_path)).log_sheet(sheet, name="demo", group="sweep-1")
+    assert trackers.Wandb(dir=str(tmp_path)).log_sheet(sheet, name="demo", group="sweep-1")
     (run,) = read_back(tmp_path)
     named = {"name": "demo summary", "group": "demo", "job": "summary", "exit": 0}
     assert {name: run[name] for name in named} == named
@@ -278,13 +280,13 @@ def test_a_summary_is_a_run_of_the_group_with_table_and_figures(tmp_path: Path) 
 )
 def test_wrong_settings_are_refused(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tracking.Wandb(**settings)
+        trackers.Wandb(**settings)
 
 
 def test_missing_package_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package wandb"):
-        tracking.Wandb()
+        trackers.Wandb()
 
 
 @pytest.mark.parametrize("name", ["none", "wandb"])
@@ -295,5 +297,5 @@ def test_configs_build_a_tracker(name: str, tmp_path: Path) -> None:
     path = Path(__file__).parents[1] / "conf" / "tracker" / f"{name}.yaml"
     cfg = OmegaConf.create({"results": str(tmp_path), "tracker": OmegaConf.load(path)})
     tracker = instantiate(cfg.tracker, _convert_="all")
-    expected = tracking.Wandb(dir=str(tmp_path)) if name == "wandb" else tracking.NoTracker()
+    expected = trackers.Wandb(dir=str(tmp_path)) if name == "wandb" else trackers.NoTracker()
     assert tracker == expected

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab.weights import (
+from deltalab.weights.mapping import (
     Checkpoint,
     LazyWeights,
     ModelPair,

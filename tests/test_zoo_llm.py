@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltalab.models.zoo_llm import DIRECTORY, PRE_OF, EmbeddedLlm
-from deltalab.weights import Checkpoint, check_same_layout
+from deltalab.weights.mapping import Checkpoint, check_same_layout
 from experiments.zoo import llm
 from experiments.zoo.llm_checks import PARTS, relative_delta, tried_edits
 from experiments.zoo.llm_data import SIZES, calculate, choice, draw_split, spoilt

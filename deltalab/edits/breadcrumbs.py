@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltalab.edits import within
-from deltalab.threshold import kept_count
+from deltalab.weights.threshold import kept_count
 
 
 @dataclass(frozen=True)

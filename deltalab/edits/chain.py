@@ -9,10 +9,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from deltalab import factor
 from deltalab.edits import needs_of
 from deltalab.rng import Rng
 from deltalab.settings import conf_dir
+from deltalab.weights import factor
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltalab.edits import one_of, whole
-from deltalab.threshold import ascending
+from deltalab.weights.threshold import ascending
 
 Array = np.ndarray[Any, Any]
 _SLICE = 1 << 15

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltalab.edits import one_of, within
-from deltalab.threshold import Threshold, kept_count, tensor_threshold
+from deltalab.weights.threshold import Threshold, kept_count, tensor_threshold
 
 
 @dataclass(frozen=True)

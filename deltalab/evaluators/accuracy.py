@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltalab.data import Images
-from deltalab.weights import ModelPair
+from deltalab.data.images import Images
+from deltalab.weights.mapping import ModelPair
 
 
 @dataclass(frozen=True, eq=False)

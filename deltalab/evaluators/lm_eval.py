@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.console import steps
-from deltalab.evaluators import hflm, lm_asked, lm_requests, lm_tasks, vllm
 from deltalab.evaluators.accuracy import Scores
-from deltalab.weights import ModelPair
+from deltalab.evaluators.lm import asked, hflm, requests, vllm
+from deltalab.evaluators.lm import tasks as lm_tasks
+from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class LmEval:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", lm_asked.asked(self.tasks))
+        object.__setattr__(self, "tasks", asked.asked(self.tasks))
         object.__setattr__(self, "include", tuple(self.include))
         for field in ("limit", "max_new_tokens", "batch_size"):
             value = getattr(self, field)
@@ -68,7 +69,7 @@ class LmEval:
             raise ValueError(f"evaluator.backend={self.backend}: must be hf or vllm")
         for task in self.tasks:
             if task.name.startswith("humaneval") and not self.run_code:
-                raise ValueError(lm_asked.refusal(task.name))
+                raise ValueError(asked.refusal(task.name))
 
     def open(self, pair: ModelPair) -> Callable[[nn.Module], Scores]:
         """Return a function that scores a module of the pair on all tasks.
@@ -77,7 +78,7 @@ class LmEval:
             ValueError: an unknown task or metric, code that may not be run, a missing package, chat
                 template or data set, or no room in the context for what is to be generated.
         """
-        lm_asked.check_installed()
+        asked.check_installed()
         encoder = pair.transform
         chat = encoder.chat if self.chat is None else self.chat
         tokenizer = copy.deepcopy(encoder.tokenizer)  # lm-eval adds a padding token where none is
@@ -88,12 +89,10 @@ class LmEval:
         else:
             live = hflm.wrapper(pair.module, tokenizer, encoder.context, self.batch_size)
         runs = [
-            lm_requests.prepare(
-                run, tokenizer if chat else None, self.fewshot_as_multiturn, self.seed
-            )
+            requests.prepare(run, tokenizer if chat else None, self.fewshot_as_multiturn, self.seed)
             for run in lm_tasks.load(self)
         ]
-        for line in lm_requests.too_long(runs, tokenizer, encoder.context):
+        for line in requests.too_long(runs, tokenizer, encoder.context):
             log.warning(line)
         total = sum(run.answers for run in runs)
 
@@ -124,7 +123,7 @@ class Found:
     documents: Tensor | None
 
 
-def collect(run: lm_requests.Prepared, results: Mapping[str, Any]) -> list[Found]:
+def collect(run: requests.Prepared, results: Mapping[str, Any]) -> list[Found]:
     """Return the metrics that were asked for from one result of lm-eval."""
     found = []
     for entry in run.entries:

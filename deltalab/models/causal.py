@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltalab.headers import plain
+from deltalab.data.text import Encoder
 from deltalab.models import hub
-from deltalab.models.aligned import fill, matched, paired
-from deltalab.text import Encoder
-from deltalab.weights import Checkpoint, ModelPair, mixed_dtypes
+from deltalab.weights.aligned import fill, matched, paired
+from deltalab.weights.headers import plain
+from deltalab.weights.mapping import Checkpoint, ModelPair, mixed_dtypes
 
 log = logging.getLogger(__name__)
 _OF_NO_EFFECT = {

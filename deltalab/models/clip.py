@@ -22,7 +22,7 @@ from deltalab.models.timm_vit import (
     live_pair,
     transform_of,
 )
-from deltalab.weights import Checkpoint, LazyWeights, ModelPair
+from deltalab.weights.mapping import Checkpoint, LazyWeights, ModelPair
 
 log = logging.getLogger(__name__)
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}

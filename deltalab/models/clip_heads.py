@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltalab.headers import plain
 from deltalab.models import vocabulary
 from deltalab.models.causal import configuration
 from deltalab.settings import packaged
-from deltalab.weights import Checkpoint
+from deltalab.weights.headers import plain
+from deltalab.weights.mapping import Checkpoint
 
 BATCH = 256
 

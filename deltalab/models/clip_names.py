@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltalab.headers import plain
-from deltalab.weights import Checkpoint, LazyWeights
+from deltalab.weights.headers import plain
+from deltalab.weights.mapping import Checkpoint, LazyWeights
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 PROJECTION = "visual_projection"

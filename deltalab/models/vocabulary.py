@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deltalab.headers import plain
+from deltalab.weights.headers import plain
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.models.timm_vit import live_pair
-from deltalab.weights import Checkpoint, ModelPair, fingerprint
+from deltalab.weights.mapping import Checkpoint, ModelPair, fingerprint
 
 DIRECTORY = Path(str(files("deltalab"))) / "zoo"
 PRE_OF = {"mnist": "pre", "mnist_early": "pre", "fashion": "pre", "digits": "digits_pre"}

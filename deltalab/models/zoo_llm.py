@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from deltalab.data.text import Encoder
 from deltalab.models.timm_vit import live_pair
-from deltalab.text import Encoder
-from deltalab.weights import Checkpoint, ModelPair, fingerprint
+from deltalab.weights.mapping import Checkpoint, ModelPair, fingerprint
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deltalab import apply, fused
-from deltalab.apply import edited_tensor
+from deltalab.apply import editing
+from deltalab.apply.editing import edited_tensor
 from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -24,6 +24,7 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.expo import Expo
 from deltalab.edits.sign_flip import SignFlip
+from deltalab.kernels import fused
 from deltalab.rng import Rng
 from experiments.bench.timing import alternate, ratio
 
@@ -66,7 +67,7 @@ def first_use() -> None:
     ways = {"C": fused.edited, "torch.compile": fused._by_torch}
     for name, way in ways.items():
         start = time.perf_counter()
-        given = (small, small, EDITS["dare"], needs, apply._edited)
+        given = (small, small, EDITS["dare"], needs, editing._edited)
         way(*given, torch.empty_like(small)) if name == "C" else way(*given)
         print(f"first use, {name} | {time.perf_counter() - start:.2f} s")
 

@@ -23,24 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltalab import apply
-from deltalab.artifacts import Store
-from deltalab.data import Packaged
+from deltalab.apply import editing
+from deltalab.apply.extras import Extras
+from deltalab.data.images import Packaged
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
-from deltalab.extras import Extras
-from deltalab.lines import Lines, approximate, line_of
+from deltalab.loss.artifacts import Store
+from deltalab.loss.lines import Lines, approximate, line_of
+from deltalab.loss.objectives import Classification, Loss, Measured, change, measure
+from deltalab.loss.passes import gradient
+from deltalab.loss.prediction import Predict, Predictor
+from deltalab.loss.quadrature import Rule
+from deltalab.loss.riemann import Riemann, terms
 from deltalab.models.zoo import EmbeddedVit
-from deltalab.objectives import Classification, Loss, Measured, change, measure
-from deltalab.passes import gradient
-from deltalab.prediction import Predict, Predictor
-from deltalab.quadrature import Rule
-from deltalab.riemann import Riemann, terms
-from deltalab.weights import ModelPair, Weights, delta, loaded
+from deltalab.weights.mapping import ModelPair, Weights, delta, loaded
 
 TASKS = {"mnist": "mnist", "mnist_early": "mnist", "fashion": "fashion"}
 RESULTS = Path(__file__).parents[2] / "results" / "engine"
@@ -90,7 +90,7 @@ class Bench:
     def edited(self, edit: Any, select: str, seed: int = 0) -> dict[str, Tensor]:
         """Return the edited tensors."""
         extras = Extras.of(edit, self.pair, seed=seed)
-        return dict(apply.edited(self.pair.pre, self.pair.post, edit, select, extras))
+        return dict(editing.edited(self.pair.pre, self.pair.post, edit, select, extras))
 
     def shift(self, edited: Weights) -> dict[str, Tensor]:
         """Return the shift of edited tensors, as stored."""

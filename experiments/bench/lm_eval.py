@@ -25,10 +25,11 @@ from pathlib import Path
 
 import torch
 
-from deltalab.evaluators import lm_requests, lm_tasks
+from deltalab.evaluators.lm import requests
+from deltalab.evaluators.lm import tasks as lm_tasks
 from deltalab.evaluators.lm_eval import LmEval
 from deltalab.models.zoo_llm import AROUND, DIRECTORY, EmbeddedLlm
-from deltalab.weights import ModelPair
+from deltalab.weights.mapping import ModelPair
 from experiments.bench.timing import alternate, ratio
 
 TASKS = ("tiny_gsm", "tiny_choice", "tiny_likelihood")
@@ -77,7 +78,7 @@ def score(pair: ModelPair, asked: Sequence[tuple[str, str]]) -> list[float]:
 def bare(pair: ModelPair, spec: LmEval, task: str) -> Callable[[], object]:
     """Return what asks the module for a task's answers without lm-eval."""
     (run,) = lm_tasks.load(spec)
-    asked = lm_requests.prepare(run, None, False, spec.seed).requests[task]
+    asked = requests.prepare(run, None, False, spec.seed).requests[task]
     if asked[0].request_type == "generate_until":
         return lambda: generate(pair, [request.args[0] for request in asked])
     return lambda: score(pair, [request.args for request in asked])

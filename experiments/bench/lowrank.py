@@ -9,8 +9,8 @@ import sys
 import torch
 from torch import Tensor
 
+from deltalab.apply.extras import Memo
 from deltalab.edits.twin import Twin
-from deltalab.extras import Memo
 from experiments.bench.timing import alternate, ratio
 
 RANKS = (1, 4, 16, 64, 256)

@@ -26,7 +26,7 @@ EDITS = ("dare p=.9", "bitdelta", "ties keep=.2")
 APPLY = """
 import resource, sys, time
 from pathlib import Path
-from deltalab import stream
+from deltalab.apply import stream
 from deltalab.edits.chain import Chain
 name, _, setting = sys.argv[1].partition(" ")
 key, _, value = setting.partition("=")

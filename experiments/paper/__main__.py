@@ -6,8 +6,8 @@ Without names: all that have been swept. Exit code 1 where points failed or are 
 import sys
 from pathlib import Path
 
-from deltalab.reading import read
-from deltalab.sweeps import listed
+from deltalab.report.reading import read
+from deltalab.sweep.sweeps import listed
 from experiments.paper import log
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.card import write

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from deltalab.fields import number, plain
-from deltalab.record import Outcome
+from deltalab.store.fields import number, plain
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.found import (
     NEAR,

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltalab.outcomes import by_pair, pair_names
-from deltalab.record import Outcome
-from deltalab.tables import is_lenient, is_score
+from deltalab.report.outcomes import by_pair, pair_names
+from deltalab.report.tables import is_lenient, is_score
+from deltalab.store.record import Outcome
 
 NEAR = 0.02
 """How far from the post-trained model's a score may be to count as kept."""

@@ -13,11 +13,11 @@ from typing import Any
 from deltalab.edits.dare import Dare
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
-from deltalab.fields import number
-from deltalab.figures.style import looks, panels
-from deltalab.outcomes import spearman
-from deltalab.prediction import moments
-from deltalab.record import Outcome
+from deltalab.loss.prediction import moments
+from deltalab.report.figures.style import looks, panels
+from deltalab.report.outcomes import spearman
+from deltalab.store.fields import number
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend
 from experiments.paper.found import Found, Table, end, mean, metrics, pairs, scored
 

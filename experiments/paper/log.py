@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltalab.tables import Column, markdown
+from deltalab.report.tables import Column, markdown
 from experiments.paper.artefacts import ARTEFACTS
 
 START, END = "<!-- artefacts: written by `make reproduce` -->\n", "<!-- end -->"

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.fields import number, plain
-from deltalab.figures.style import HATCHES, looks, panels
-from deltalab.record import Outcome
-from deltalab.tables import signed
+from deltalab.report.figures.style import HATCHES, looks, panels
+from deltalab.report.tables import signed
+from deltalab.store.fields import number, plain
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, zero
 from experiments.paper.found import Found, Table, check, mean, one_pair
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.figures.style import looks, panels
-from deltalab.outcomes import spearman
-from deltalab.record import Outcome
+from deltalab.report.figures.style import looks, panels
+from deltalab.report.outcomes import spearman
+from deltalab.store.record import Outcome
 from experiments.paper.found import Found, Table, pairs
 
 ACCOUNTS = {

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.figures.style import looks, panels
-from deltalab.quadrature import RULES
-from deltalab.record import Outcome
+from deltalab.loss.quadrature import RULES
+from deltalab.report.figures.style import looks, panels
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend
 from experiments.paper.found import Found, Table, mean, pairs
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from deltalab.fields import number, plain
-from deltalab.figures.style import panels
-from deltalab.record import Outcome
-from deltalab.tables import signed
+from deltalab.report.figures.style import panels
+from deltalab.report.tables import signed
+from deltalab.store.fields import number, plain
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, reference, zero
 from experiments.paper.found import (
     NEAR,

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from deltalab.answers import IGNORED, Tokens
-from deltalab.text import Encoder
+from deltalab.data.text import Encoder
+from deltalab.loss.answers import IGNORED, Tokens
 from experiments.posttrain.recipe import Recipe
 
 Example = tuple[Tokens, ...]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltalab.answers import Tokens, answer_losses, margin
-from deltalab.objectives import Measured
+from deltalab.loss.answers import Tokens, answer_losses, margin
+from deltalab.loss.objectives import Measured
 from experiments.posttrain import lora
 from experiments.posttrain.batches import Example, answers, examples, joined, micro_batches
 from experiments.posttrain.recipe import Recipe

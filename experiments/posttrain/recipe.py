@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from deltalab.text import Preferences, Problems
+from deltalab.data.text import Preferences, Problems
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from deltalab.rows import Row, read
-from deltalab.text import Problems
+from deltalab.data.rows import Row, read
+from deltalab.data.text import Problems
 from experiments.posttrain.state import digest
 
 NUMBER = re.compile(r"####\s*(-?[\d.,]*\d)")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltalab.data.rows import read
 from deltalab.provenance import commit, device_name
-from deltalab.rows import read
 from experiments.posttrain.model import Run, trained
 from experiments.posttrain.recipe import Recipe
 

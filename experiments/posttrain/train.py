@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltalab.objectives import Measured, change
+from deltalab.loss.objectives import Measured, change
 from experiments.posttrain import state
 from experiments.posttrain.batches import order
 from experiments.posttrain.model import Run

@@ -222,7 +222,7 @@ def _report(records: dict[str, dict[str, Any]]) -> bytes:
     from contextlib import redirect_stdout
     from io import StringIO
 
-    from deltalab import report
+    from deltalab.report import command as report
 
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "records").mkdir()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltalab import sweeps
+from deltalab.sweep import sweeps
 
 OVERRIDES = ("edit=keep", "data.test.limit=1", "data.objective.limit=1", "riemann=off",
              "evaluator=none")  # fmt: skip
@@ -30,10 +30,10 @@ from pathlib import Path
 what, *arguments = sys.argv[1:]
 sys.argv = ["deltalab", *arguments]
 if what == "report":
-    from deltalab import report
+    from deltalab.report import command as report
     report.main(arguments)
 elif what == "status":
-    from deltalab import status
+    from deltalab.sweep import status
     status.main(arguments)
 else:
     from contextlib import nullcontext

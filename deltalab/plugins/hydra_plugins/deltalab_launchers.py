@@ -48,7 +48,7 @@ class _Launcher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from deltalab.launching import Job, Sweep
+        from deltalab.sweep.launching import Job, Sweep
 
         sweep = Sweep(self.context, self.config, self.task, Singleton.get_state())
         numbered = enumerate(job_overrides, initial_job_idx)
@@ -64,7 +64,7 @@ class Workers(_Launcher):
     package = "joblib"
 
     def check(self) -> None:
-        from deltalab import gpus, launching
+        from deltalab.sweep import gpus, launching
 
         self.devices: List[str] = gpus.visible() if self.params["gpus"] else []
         if self.params["gpus"] and not self.devices:
@@ -81,7 +81,7 @@ class Workers(_Launcher):
         self.count = chosen
 
     def points(self, sweep: Any, jobs: List[Any]) -> Sequence[JobReturn]:
-        from deltalab import launching
+        from deltalab.sweep import launching
 
         return launching.workers(sweep, jobs, min(self.count, len(jobs)), self.devices)
 
@@ -95,7 +95,7 @@ class Slurm(_Launcher):
         self.whole("tasks", self.params["tasks"])
 
     def points(self, sweep: Any, jobs: List[Any]) -> Sequence[JobReturn]:
-        from deltalab import clusters
+        from deltalab.sweep import clusters
 
         return clusters.slurm(sweep, jobs, **self.params)
 
@@ -106,6 +106,6 @@ class Ray(_Launcher):
     package = "ray"
 
     def points(self, sweep: Any, jobs: List[Any]) -> Sequence[JobReturn]:
-        from deltalab import clusters
+        from deltalab.sweep import clusters
 
         return clusters.ray(sweep, jobs, **self.params)

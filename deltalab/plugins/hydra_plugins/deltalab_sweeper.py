@@ -94,7 +94,8 @@ class PointsSweeper(BasicSweeper):
             )
 
     def sweep(self, arguments: List[str]) -> Any:
-        from deltalab import closing, console, sweeps
+        from deltalab import console
+        from deltalab.sweep import closing, sweeps
 
         HydraConfig.instance().set_config(self.config)
         points = self.points(list(arguments))
@@ -120,7 +121,8 @@ class PointsSweeper(BasicSweeper):
         A job returns the path of its lock where another process holds it. What is then done, the
         next round finds done; what another process died over, it runs.
         """
-        from deltalab import console, locks
+        from deltalab import console
+        from deltalab.store import locks
 
         start, busy = 0, {}
         while points:

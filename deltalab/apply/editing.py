@@ -1,0 +1,183 @@
+"""Apply an edit to weights: one tensor, or lazily all selected tensors of a pair."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltalab.apply.extras import Extras
+from deltalab.edits.discard import Discard
+from deltalab.edits.keep import Keep
+from deltalab.kernels import fused
+from deltalab.kernels.native import Place
+from deltalab.weights.aligned import saved_names
+from deltalab.weights.mapping import LazyWeights, Weights, shape_of
+from deltalab.weights.select import selected
+
+SLICE = {"cpu": 1 << 15, "cuda": 1 << 25}
+"""Elements that an edit handles at once where it can: on a GPU enough to keep it busy; on a CPU few
+enough for the cache, and for PyTorch not to start threads, whose barriers cost more than the work
+as soon as the machine has anything else to do."""
+
+
+def difference(pre: Tensor, post: Tensor) -> Tensor:
+    """Return W_post - W_pre in float32; equal entries give zero, infinite ones too.
+
+    >>> difference(torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf]))
+    tensor([0.5000, 0.0000])
+    """
+    a, b = pre.float(), post.float()
+    return torch.where(a == b, 0.0, b - a)
+
+
+def stored(pre: Tensor, post: Tensor, delta: Tensor, hat: Tensor) -> Tensor:
+    """Return W_pre + D_hat in W_post's dtype, exact where the edit changed nothing or took all.
+
+    Entries whose delta the edit kept have W_post's bits and entries whose delta it removed those of
+    W_pre: adding a float32 delta back would round, and rounding is no part of the edit.
+    """
+    moved = (pre.float() + hat).to(post.dtype)
+    return torch.where(hat == delta, post, torch.where(hat == 0, pre.to(post.dtype), moved))
+
+
+def edited_tensor(
+    pre: Tensor,
+    post: Tensor,
+    edit: Any,
+    kernel: str = "auto",
+    out: Tensor | None = None,
+    **needs: Any,
+) -> Tensor:
+    """Return one edited tensor, W_pre + F(W_post - W_pre), in W_post's dtype.
+
+    Args:
+        pre: floating-point tensor of any shape, strides and dtype.
+        post: tensor of the same shape.
+        edit: the edit F.
+        kernel: "auto" compiles for large tensors, "eager" and "compiled" force either; the bits are
+            the same.
+        out: where to put the result, contiguous, of post's shape, dtype and device; None for a new
+            tensor.
+        needs: the keyword arguments that the edit declares.
+
+    >>> from deltalab.edits.expo import Expo
+    >>> edited_tensor(torch.tensor([1.0]), torch.tensor([1.5]), Expo(alpha=1.0))
+    tensor([2.])
+    """
+    if out is None:
+        out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
+    if isinstance(edit, Keep | Discard):
+        return out.copy_(post if isinstance(edit, Keep) else pre)
+    compiled = fused.wanted(edit, post.numel(), kernel, post.device.type)
+    if compiled and fused.edited(pre, post, edit, needs, _edited, out):
+        return out
+    with torch.no_grad():
+        _in_slices(pre, post, edit, needs, out)
+    return out
+
+
+def edited_files(
+    edit: Any,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    files: tuple[Place, Place, Place],
+    shape: tuple[int, ...],
+    kernel: str = "auto",
+    **needs: Any,
+) -> bool:
+    """Edit a tensor of a pair of files into a third, with the bits of `edited_tensor`.
+
+    Args:
+        edit: the edit.
+        dtypes: of the pre-trained and of the post-trained tensor.
+        files: where the entries of the one and of the other are, and where to write the result:
+            file descriptors and positions in bytes.
+        shape: of the tensor; or for an edit of unit "entry" of any part of it.
+        kernel: as for `edited_tensor`.
+        needs: the keyword arguments that the edit declares.
+
+    Returns:
+        Whether it was done: false where it is no matter of compiled passes, or went wrong.
+    """
+    if not fused.wanted(edit, prod(shape), kernel) or "grad" in needs:
+        return False
+    return fused.edited_files(edit, dtypes, files, shape, needs, _edited)
+
+
+def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+    """The edit of one tensor or slice in full: the body of the compiled pass too."""
+    delta = difference(pre, post)
+    return stored(pre, post, delta, edit(delta, **needs))
+
+
+def _in_slices(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any], out: Tensor) -> None:
+    """Edit slice by slice, the same bits in bounded memory; or all at once, if the edit must."""
+    if post.ndim == 0 or not post.numel():
+        out.copy_(_edited(pre, post, edit, needs))
+        return
+    a, b, into = pre.reshape(-1), post.reshape(-1), out.view(-1)
+    if (unit := getattr(edit, "unit", "tensor")) == "tensor":
+        hat = _edited_delta(pre, post, edit, needs)
+        for part in _slices(post, 1):
+            into[part] = stored(a[part], b[part], difference(a[part], b[part]), hat[part])
+        return
+    width = 1 if unit == "entry" else post[0].numel() if post.ndim > 1 else None
+    for part in _slices(post, width):
+        shape = (-1,) if unit == "entry" or post.ndim < 2 else (-1, width or 1)
+        given = {k: _sliced(k, v, part, shape) for k, v in needs.items()}
+        old, new = a[part].reshape(shape), b[part].reshape(shape)
+        into[part] = _edited(old, new, edit, given).reshape(-1)
+
+
+def _edited_delta(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+    """Return the flat edited delta of an edit that sees the whole tensor."""
+    delta = torch.empty(post.shape, dtype=torch.float32, device=post.device)
+    a, b, into = pre.reshape(-1), post.reshape(-1), delta.view(-1)
+    for part in _slices(post, 1):
+        into[part] = difference(a[part], b[part])
+    hat: Tensor = edit(delta, **needs)
+    return hat.reshape(-1)
+
+
+def _slices(tensor: Tensor, width: int | None) -> list[slice]:
+    """Cut the flat tensor into slices of whole rows of `width`; None leaves it in one."""
+    size = SLICE.get(tensor.device.type, SLICE["cuda"])
+    step = tensor.numel() if not width else max(1, size // width) * width
+    return [slice(start, start + step) for start in range(0, tensor.numel(), step)]
+
+
+def _sliced(name: str, value: Any, part: slice, shape: tuple[int, ...]) -> Any:
+    """Return one need of an edit for a slice of the flat tensor."""
+    assert name in ("rng", "grad", "acts"), f"an edit that runs in slices cannot ask for {name}"
+    if name == "rng":
+        return value.at(part.start)
+    return value.reshape(-1)[part].reshape(shape) if name == "grad" else value
+
+
+def edited(
+    pre: Weights, post: Weights, edit: Any, select: Any, extras: Extras, kernel: str = "auto"
+) -> LazyWeights:
+    """Return the selected floating-point tensors of a pair, edited one by one when asked for.
+
+    Args:
+        pre: pre-trained weights.
+        post: post-trained weights, same names and shapes.
+        edit: the edit.
+        select: a preset or a `select.Selection`.
+        extras: provider of what the edit needs.
+        kernel: as for `edited_tensor`.
+    """
+    found = (_selected_name(select, post, n) for n in post)
+    names = [n for n in found if n is not None and post[n].is_floating_point()]
+    deltas = LazyWeights(names, lambda n: difference(pre[n], post[n]))
+    load: Callable[[str], Tensor] = lambda n: edited_tensor(  # noqa: E731
+        pre[n], post[n], edit, kernel, **extras.for_tensor(n, deltas)
+    )
+    return LazyWeights(names, load)
+
+
+def _selected_name(select: Any, post: Weights, name: str) -> str | None:
+    """Return the name by which a tensor is selected; a tied one has several, as it was saved."""
+    names = saved_names(post, name)
+    return next((n for n in names if selected(select, n, shape_of(post, n))), None)

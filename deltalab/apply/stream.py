@@ -1,0 +1,411 @@
+"""Edit a checkpoint on disk, shard by shard, in bounded memory.
+
+The result has the layout of the post-trained checkpoint byte for byte: every file has the same
+header, so the same tensor names, dtypes, shapes, order and metadata, and the same index, whatever
+program wrote it. What is not edited is copied as bytes.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from deltalab import console
+from deltalab.apply import editing
+from deltalab.apply.extras import Extras, Memo
+from deltalab.edits import needs_of
+from deltalab.weights import finite
+from deltalab.weights.mapping import PIECE, Checkpoint, LazyWeights, fingerprint, part_of
+from deltalab.weights.select import selected
+from deltalab.weights.shards import Buffers, Entry, entries, read
+
+MISMATCH = ("error", "truncate", "keep_post")
+SLICE = 1 << 22
+"""Entries read, edited and written at once."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_buffers = Buffers()
+_UNCOPIED = ("README.md", "deltalab.json", ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every tensor of the post-trained checkpoint.
+
+    Attributes:
+        post: its tensors, file by file in byte order.
+        pre: the pre-trained counterpart of each tensor that is edited.
+        alias: the name under which a tensor is edited; tied tensors share one.
+        rows: the leading entries that are edited where the vocabularies differ.
+        kept: why each other tensor stays as it is.
+    """
+
+    post: dict[str, Entry]
+    pre: dict[str, Entry]
+    alias: dict[str, str]
+    rows: dict[str, int]
+    kept: dict[str, str]
+
+
+def stream(
+    pre: Path,
+    post: Path,
+    out: Path,
+    edit: Any,
+    *,
+    select: Any,
+    seed: int,
+    mismatch: str = "error",
+    kernel: str = "auto",
+    describe: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the edited checkpoint to `out` and return its manifest.
+
+    Everything goes to a temporary directory beside `out`, which is renamed at the end: whenever
+    the process is stopped, `out` is absent or complete.
+
+    Args:
+        pre: pre-trained checkpoint, a file or a directory as for `weights.Checkpoint`.
+        post: post-trained checkpoint.
+        out: directory to write, which must not exist.
+        edit: the edit; it can ask for all but gradients and activations.
+        select: a preset or a `select.Selection`.
+        seed: seed of the random numbers.
+        mismatch: what to do with a tensor that only one side has, or whose leading dimension
+            (the vocabulary) differs: "error"; "truncate" edits the rows that both have and keeps
+            the other rows of post; "keep_post" keeps such tensors as post has them.
+        kernel: as for `apply.edited_tensor`.
+        describe: said about the edit in the manifest.
+
+    Raises:
+        ValueError: `out` exists, or the checkpoints do not fit together.
+    """
+    if mismatch not in MISMATCH:
+        raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
+    if out.exists():
+        raise ValueError(f"out={out}: exists already; name another directory or remove it")
+    extras = Extras(needs_of(edit), seed, memo=Memo(limit=0))
+    plan = planned(pre, post, select, mismatch)
+    manifest = {
+        "edit": describe,
+        "select": str(select),
+        "seed": seed,
+        "mismatch": mismatch,
+        "pre": {"path": str(pre), "fingerprint": fingerprint(pre)},
+        "post": {"path": str(post), "fingerprint": fingerprint(post)},
+        "edited": {"tensors": len(plan.pre), "parameters": _parameters(plan)},
+        "names": list(plan.pre),
+        "kept": plan.kept,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial_out = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write(plan, partial_out, edit, extras, kernel)
+        _copy_companions(post, partial_out)
+        (partial_out / "deltalab.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        _verify(plan, partial_out)
+        partial_out.chmod(0o777 & ~_umask())
+        partial_out.rename(out)
+    except BaseException:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise
+    return manifest
+
+
+def planned(pre: Path, post: Path, select: Any, mismatch: str) -> Plan:
+    """Decide from the headers alone, tied tensors apart, what happens to every tensor.
+
+    Raises:
+        ValueError: the sides differ and `mismatch` does not allow it.
+    """
+    olds, news = (_all_entries(path) for path in (pre, post))
+    ties, old_ties = _tied(news), _tied(olds)
+    chosen = {name for name, new in news.items() if selected(select, name, new.shape)}
+    plan = Plan(post=news, pre={}, alias={name: name for name in news}, rows={}, kept={})
+    for one, other in ties.items():
+        if one in chosen or other in chosen:  # one tensor under two names: edited once, under the
+            lead = other if other in chosen else one  # name that is selected, the table's if both
+            plan.alias[one] = plan.alias[other] = lead
+            chosen |= {one, other}
+    for name in olds:
+        if name not in news and name not in old_ties and mismatch == "error":
+            raise ValueError(
+                f"tensor {name!r} is in the pre-trained model only; see mismatch=keep_post"
+            )
+    for name, new in news.items():
+        old = olds.get(name) or olds.get(ties.get(name, plan.alias[name]))
+        if new.dtype is None:
+            plan.kept[name] = "not a floating-point tensor that can be edited"
+        elif name not in chosen:
+            plan.kept[name] = "not selected"
+        elif old is None or old.dtype is None or not _fits(old, new, mismatch):
+            if mismatch != "keep_post":
+                raise ValueError(_complaint(name, old, new))
+            plan.kept[name] = "no counterpart in the pre-trained model"
+        else:
+            plan.pre[name] = old
+            plan.rows[name] = min(prod(old.shape), prod(new.shape))
+    return plan
+
+
+def _all_entries(path: Path) -> dict[str, Entry]:
+    """Return all tensors of a checkpoint, file by file."""
+    where = Checkpoint(path).shards
+    found: dict[str, Entry] = {}
+    for file in dict.fromkeys(where.values()):
+        found |= entries(file)
+    return found
+
+
+def _fits(old: Entry, new: Entry, mismatch: str) -> bool:
+    if old.shape == new.shape:
+        return True
+    same_rows = len(old.shape) == len(new.shape) > 0 and old.shape[1:] == new.shape[1:]
+    return mismatch == "truncate" and same_rows
+
+
+def _complaint(name: str, old: Entry | None, new: Entry) -> str:
+    if old is None:
+        return f"tensor {name!r} is in the post-trained model only; see mismatch=keep_post"
+    if old.dtype is None:
+        return f"tensor {name!r} is no floating-point tensor in the pre-trained model"
+    return (
+        f"tensor {name!r}: shape {old.shape} in the pre-trained model, {new.shape} in the "
+        "post-trained; see mismatch=truncate and mismatch=keep_post"
+    )
+
+
+def _tied(found: dict[str, Entry]) -> dict[str, str]:
+    """Map each tied head to its embedding: both were saved, with equal bytes."""
+    matrices = [name for name in found if len(found[name].shape) == 2]
+    heads = [name for name in matrices if part_of(name) == "head"]
+    tables = [name for name in matrices if part_of(name) == "embedding"]
+    return {h: t for h in heads for t in tables if _equal(found[h], found[t])}
+
+
+def _equal(a: Entry, b: Entry) -> bool:
+    if a.dtype is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    total = prod(a.shape)
+    pieces = ((start, min(start + SLICE, total)) for start in range(0, total, SLICE))
+    return all(torch.equal(read(a, *piece), read(b, *piece)) for piece in pieces)
+
+
+def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> None:
+    """Write all files: headers and untouched tensors as bytes, edited tensors piece by piece.
+
+    Pieces are independent: each worker reads one, edits it with one thread and writes it to its
+    place. Threads within an edit would wait for one another wherever a worker reads or writes.
+    """
+    names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
+    deltas = _Deltas(plan, names)
+    if getattr(edit, "scope", None) == "model" and names:
+        with console.steps("ranking", 2 * len(names)) as deltas.step:
+            extras.for_tensor(names[0], deltas)["quantile"](edit.keep)
+    files = dict.fromkeys(entry.file for entry in plan.post.values())
+    workers = torch.get_num_threads()
+    with (
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        console.steps("tensors", len(plan.post)) as step,
+    ):
+        for file in files:
+            with open(out / file.name, "wb", buffering=0) as target, open(file, "rb") as source:
+                ours = {n: e for n, e in plan.post.items() if e.file == file}
+                _copy(source, target, 0, min((e.begin for e in ours.values()), default=None))
+                work: deque[Future[None]] = deque()
+                try:
+                    for name, entry in ours.items():
+                        kept = plan.rows[name] * _item(entry) if name in plan.pre else 0
+                        _copy(source, target, entry.begin + kept, entry.begin + entry.size)
+                        if name in plan.pre:
+                            given = extras.for_tensor(plan.alias[name], deltas)
+                            task = partial(_edit_piece, plan, name, edit, given, kernel, target)
+                            if width := _width(edit, entry):
+                                for piece in _pieces(plan.rows[name], width):
+                                    work.append(pool.submit(task, piece, width))
+                                    while len(work) > 2 * workers:
+                                        work.popleft().result()
+                            else:  # a whole tensor: one at a time, with all threads
+                                task((0, plan.rows[name]), 0, pool)
+                        step()
+                    while work:
+                        work.popleft().result()
+                finally:
+                    for future in work:
+                        future.cancel()
+                    wait(work)  # none may write to a closed file
+
+
+def _pieces(stop: int, width: int, size: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield the entries of every piece of this size or so, `width` of which stay together."""
+    step = max(1, (size or SLICE) // width) * width
+    for start in range(0, stop, step):
+        yield start, min(start + step, stop)
+
+
+def _edit_piece(
+    plan: Plan,
+    name: str,
+    edit: Any,
+    given: dict[str, Any],
+    kernel: str,
+    target: BinaryIO,
+    piece: tuple[int, int],
+    width: int,
+    pool: ThreadPoolExecutor | None = None,
+) -> None:
+    """Read, edit, check and write the entries of one piece; a pool shares all but the edit."""
+    old, new, (start, stop) = plan.pre[name], plan.post[name], piece
+    needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
+    dtypes, shape = (_dtype(old), _dtype(new)), _shape(new.shape, stop - start, width)
+    with open(old.file, "rb") as one, open(new.file, "rb") as other:
+        places = (
+            (one.fileno(), old.begin + start * _item(old)),
+            (other.fileno(), new.begin + start * _item(new)),
+            (target.fileno(), new.begin + start * _item(new)),
+        )
+        if editing.edited_files(edit, dtypes, places, shape, kernel, **needs):
+            return
+    a, b, out = (
+        _buffers.take(use, dtype, stop - start)
+        for use, dtype in zip(("pre", "post", "out"), (*dtypes, dtypes[1]), strict=True)
+    )
+
+    def load(part: tuple[int, int]) -> None:
+        for entry, into in ((old, a), (new, b)):
+            read(entry, start + part[0], start + part[1], into[slice(*part)])
+
+    def save(part: tuple[int, int]) -> None:
+        finite.check_edited({name: out[slice(*part)]})
+        _put(target, out[slice(*part)], new.begin + (start + part[0]) * _item(new))
+
+    parts = list(_pieces(stop - start, 1))
+    _each(load, parts, pool)
+    editing.edited_tensor(a.view(shape), b.view(shape), edit, kernel, out.view(shape), **needs)
+    _each(save, parts, pool)
+
+
+def _each(
+    function: Callable[[Any], None], parts: list[Any], pool: ThreadPoolExecutor | None
+) -> None:
+    """Call a function for all parts, by a pool if any, and wait for all even if one fails."""
+    if pool is None:
+        for part in parts:
+            function(part)
+        return
+    futures = [pool.submit(function, part) for part in parts]
+    wait(futures)
+    for future in futures:
+        future.result()
+
+
+def _dtype(entry: Entry) -> torch.dtype:
+    assert entry.dtype is not None, "only such tensors are edited"
+    return entry.dtype
+
+
+def _item(entry: Entry) -> int:
+    """Return the bytes of one number."""
+    return entry.size // max(1, prod(entry.shape))
+
+
+def _width(edit: Any, entry: Entry) -> int:
+    """Return the entries that must stay together, or 0 for a whole tensor."""
+    unit = getattr(edit, "unit", "tensor")
+    if unit == "row":
+        return prod(entry.shape[1:]) if len(entry.shape) > 1 else 0
+    return 1 if unit == "entry" else 0
+
+
+def _shape(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:
+    """Return the shape of a piece of `count` entries of a tensor of this shape."""
+    return (count,) if width == 1 or not shape else (count // prod(shape[1:]), *shape[1:])
+
+
+def _put(target: BinaryIO, data: Tensor, place: int) -> None:
+    """Write a tensor's bytes at a place in a file, whatever else is being written to it."""
+    view = data.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    while view:
+        count = os.pwrite(target.fileno(), view, place)
+        view, place = view[count:], place + count
+
+
+def _copy(source: BinaryIO, target: BinaryIO, begin: int, end: int | None) -> None:
+    """Copy bytes to the same place; to the end of the source if `end` is None."""
+    end = os.fstat(source.fileno()).st_size if end is None else end
+    while begin < end:
+        block = os.pread(source.fileno(), min(end - begin, 1 << 22), begin)
+        assert block, "the source ended too early"
+        begin += os.pwrite(target.fileno(), block, begin)
+
+
+class _Deltas(LazyWeights):
+    """The deltas of the tensors that are edited, for edits that need more than a piece of one."""
+
+    def __init__(self, plan: Plan, names: list[str]) -> None:
+        super().__init__(names, self._whole)
+        self._plan = plan
+        self.step: Callable[[], None] = lambda: None
+
+    def _whole(self, name: str) -> Tensor:
+        """Return one delta: the rows that both sides have."""
+        new, count = self._plan.post[name], self._plan.rows[name]
+        flat = editing.difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
+        return flat.reshape(_shape(new.shape, count, 0))
+
+    def pieces(self, name: str) -> Iterator[Callable[[], Tensor]]:
+        """Yield what `weights.pieces` does, without the whole delta."""
+        for start, stop in _pieces(self._plan.rows[name], 1, PIECE):
+            yield partial(self._piece, name, start, stop)
+        self.step()
+
+    def _piece(self, name: str, start: int, stop: int) -> Tensor:
+        sides = {"pre": self._plan.pre[name], "post": self._plan.post[name]}
+        a, b = (
+            read(entry, start, stop, _buffers.take(side, _dtype(entry), stop - start))
+            for side, entry in sides.items()
+        )
+        return editing.difference(a, b)
+
+
+def _copy_companions(post: Path, out: Path) -> None:
+    """Copy configuration, tokenizer and generation files, and the index last of all."""
+    if not post.is_dir():
+        return
+    files = [f for f in sorted(post.iterdir()) if f.is_file() and f.name not in _UNCOPIED]
+    files = [f for f in files if not f.name.startswith(".")]
+    plain = [f for f in files if f.suffix not in _WEIGHTS and not _is_index(f)]
+    indices = [f for f in files if f.name.endswith(".safetensors.index.json")]
+    for file in plain + indices:
+        shutil.copyfile(file, out / file.name)
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.endswith(".index.json")
+
+
+def _verify(plan: Plan, out: Path) -> None:
+    for file in dict.fromkeys(entry.file for entry in plan.post.values()):
+        written, wanted = (out / file.name).stat().st_size, file.stat().st_size
+        if written != wanted:
+            raise OSError(f"{out / file.name}: {written} bytes were written, not {wanted}")
+
+
+def _parameters(plan: Plan) -> int:
+    return sum(plan.rows[name] for name in plan.pre)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

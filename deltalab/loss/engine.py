@@ -1,0 +1,141 @@
+"""One pair under one objective: all that its points share, and every account of a loss change."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltalab.loss.artifacts import Store
+from deltalab.loss.lines import Lines, approximate, line_of
+from deltalab.loss.objectives import Loss
+from deltalab.loss.passes import gradient
+from deltalab.loss.prediction import Predict, Predictor
+from deltalab.loss.riemann import Riemann, Term
+from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, delta
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What was worked out for one edit.
+
+    Attributes:
+        terms: rule -> term, the main one first.
+        prediction: the predictions, as the record holds them; None where none were asked for.
+        gradient_evaluations: those made since the last edit, the one at W_post included.
+    """
+
+    terms: dict[str, Term]
+    prediction: dict[str, Any] | None
+    gradient_evaluations: int
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """Terms and predictions of a pair's edits, sharing gradients, lines and curvature.
+
+    Args:
+        pair: the open pair, whose module holds `post`.
+        loss: the opened objective.
+        store: where artefacts are kept between processes.
+    """
+
+    pair: ModelPair
+    loss: Loss
+    store: Store
+    _made: list[int] = field(default_factory=list, init=False)
+    _told: list[bool] = field(default_factory=list, init=False)
+    _predictors: dict[Predict, Predictor] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def gradient(self) -> dict[str, Tensor]:
+        """The gradient at W_post: from the store, or one evaluation."""
+
+        def compute() -> dict[str, Tensor]:
+            self._made.append(1)
+            return gradient(self.pair.module, self.loss)
+
+        device = next(self.pair.module.parameters()).device
+        found = self.store.tensors("gradient", compute)
+        return {name: value.to(device) for name, value in found.items()}
+
+    @cached_property
+    def lines(self) -> Lines:
+        """The lines of the pair, as far as they are known."""
+        return Lines(self.store)
+
+    def changes(
+        self,
+        edit: Any,
+        shift: Weights,
+        selection: Mapping[str, Any],
+        settings: Riemann,
+        predict: Predict,
+    ) -> Changes:
+        """Return the terms and predictions of one edit.
+
+        Args:
+            edit: the edit.
+            shift: W_edit - W_post as stored, in memory.
+            selection: what determines the shift beside pair and edit, ready for JSON: select, seed.
+            settings: the rules.
+            predict: what to predict.
+
+        Raises:
+            ValueError: as for `riemann.terms`.
+        """
+        module, post = self.pair.module, self.pair.post
+        first = self.gradient if settings.starts_at_post or predict.enabled else None
+        line = line_of(edit) if _exact(post, shift) else None
+        if settings.rule is not None and not _exact(post, shift) and not self._told:
+            self._told.append(True)
+            log.warning(
+                "the term is taken in 16 bits, which round every node on the way from W_post to"
+                " W_edit: its size may be off however many nodes it has; model.dtype=float32 is not"
+            )
+        terms = approximate(
+            settings,
+            self.lines,
+            module,
+            post,
+            shift,
+            self.loss,
+            line,
+            selection,
+            first,
+        )
+        prediction = None
+        if predict.enabled:
+            assert first is not None
+            predictor = self._predictors.setdefault(predict, Predictor(predict, self.store))
+            prediction = predictor.predict(
+                module,
+                post,
+                shift,
+                self._delta,
+                self.loss,
+                edit,
+                line,
+                selection,
+                first,
+            )
+        made = sum(self._made) + sum(term.gradient_evaluations for term in terms.values())
+        self._made.clear()
+        return Changes(terms, prediction, made)
+
+    @property
+    def _delta(self) -> LazyWeights:
+        return delta(self.pair.pre, self.pair.post)
+
+
+def _exact(post: Weights, shift: Weights) -> bool:
+    """Whether edited weights are stored finely enough to lie on a line with others.
+
+    In 16 bits, rounding moves every point off the line by as much as a small delta.
+    """
+    return all(post[name].dtype in (torch.float32, torch.float64) for name in shift)

@@ -1,0 +1,268 @@
+"""`deltalab-report`: turn the records of a results directory into tables and figures.
+
+For every experiment found in `DIR/records/*.json` it writes `DIR/<experiment>.md` and its figures
+`DIR/<experiment>_*.png` and `.svg`, and prints the table; then one page of everything there,
+`DIR/index.html`. The same records give the same bytes.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from deltalab.commands import command
+from deltalab.report.outcomes import pair_names, rules
+from deltalab.report.reading import TRACKED, read, read_tracked
+from deltalab.store.record import Outcome
+
+USAGE = """\
+usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [compare='EDIT;EDIT']
+                       [export=FILE]
+
+Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
+DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
+
+  results=DIR      where the records are and the report goes (default: results)
+  experiment=NAME  report this experiment alone (default: every one there is)
+  from=wandb       read what tracker=wandb has logged, DIR/wandb, instead of DIR/records
+  compare='A;B'    instead, compare two points document by document: each named by its key or as
+                   the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
+  export=FILE      instead, write every field of every point to FILE.jsonl or FILE.csv
+"""
+SETTINGS = {"results": "results", "experiment": "", "from": "records", "compare": "", "export": ""}
+SOURCES = {"records": "records/*.json", "wandb": f"{TRACKED}/*/*/*"}
+
+
+LEGEND = (
+    "**Term** is the Riemann approximation of the loss change from the post-trained model to the"
+    " edited one, by the paper's rule (left, Eq. 1) and by an accurate one (gauss), each with its"
+    " number of nodes. **Measured change** is the difference of the two losses on the same examples"
+    " ± its paired standard error; **error** is each term's distance from it, relative to it."
+    " **Class**: improved or decreased where the change exceeds two standard errors, else"
+    " competitive. **pre** and **post** are the unedited models. A **?** marks a term whose own"
+    " error estimate is larger than was wanted."
+)
+
+
+MOST_ROWS = 500
+"""Points that the terminal shows; the page has all."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 on success and 2 on a user's mistake, told in one line."""
+    return command("deltalab-report", USAGE, _report, argv)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    given = settings(arguments)
+    report(source=given.pop("from"), **given)
+
+
+def settings(arguments: Sequence[str]) -> dict[str, str]:
+    """Read `key=value` arguments over the defaults.
+
+    >>> settings(["results=out"])
+    {'results': 'out', 'experiment': '', 'from': 'records', 'compare': '', 'export': ''}
+    """
+    found = dict(SETTINGS)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in SETTINGS or not equals:
+            known = ", ".join(f"{key}=..." for key in SETTINGS)
+            raise ValueError(f"unknown argument {argument!r}: must be one of {known}")
+        if not value:
+            raise ValueError(f"{argument!r}: needs a value")
+        found[name] = value
+    return found
+
+
+def report(
+    results: str,
+    experiment: str = "",
+    compare: str = "",
+    export: str = "",
+    source: str = "records",
+) -> None:
+    """Write and print the report of one experiment, or of all (`experiment` empty)."""
+    directory = Path(results).expanduser()
+    if not directory.is_dir():
+        raise ValueError(f"results={results}: no such directory")
+    points = _points(directory, source)
+    if not points and (
+        experiment or compare or export or not any((directory / "paper").glob("*.json"))
+    ):
+        _no_records(results, directory, source)
+    names = sorted({point.experiment for point in points})
+    if experiment and experiment not in names:
+        raise ValueError(f"experiment={experiment}: no record of it; there are {', '.join(names)}")
+    if compare:
+        own = [p for p in points if p.failure is None and experiment in ("", p.experiment)]
+        _compare(own, compare, directory)
+        return
+    if export:
+        from deltalab.report import exporting
+
+        own = [point for point in points if experiment in ("", point.experiment)]
+        print(f"wrote {exporting.write(own, Path(export).expanduser())}")
+        return
+    figures = find_spec("matplotlib") is not None
+    if not figures and points:
+        _warn("no figures without matplotlib (pip install deltalab[report])")
+    for name in [experiment] if experiment else names:
+        own = [point for point in points if point.experiment == name]
+        _show(own, name)
+        print(f"wrote {write(own, name, directory, figures=figures)}")
+    _page(points, directory)
+
+
+def _points(directory: Path, source: str) -> list[Outcome]:
+    if source not in SOURCES:
+        raise ValueError(f"from={source}: must be one of {', '.join(SOURCES)}")
+    if source == "records":
+        return read(directory, _warn)
+    return read_tracked(directory, _warn)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def _page(points: Sequence[Outcome], directory: Path) -> None:
+    """Write the page of the whole directory, whichever experiment was asked for."""
+    from deltalab.report import page
+    from deltalab.report.page.libraries import missing
+
+    if absent := missing():
+        _warn(f"no index.html without {', '.join(absent)} (pip install deltalab[report])")
+    else:
+        print(f"wrote {page.write(directory, points, _warn)}")
+
+
+def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
+    from deltalab.report.comparison import chosen, compare, documents, table
+    from deltalab.report.tables import markdown
+
+    if len(pair := [name.strip() for name in names.split(";")]) != 2:
+        raise ValueError(f"compare={names!r}: must name two points, as 'A;B'")
+    first, second = (chosen(points, name) for name in pair)
+    found = compare(documents(directory, first), documents(directory, second))
+    if not found:
+        raise ValueError(f"compare={names!r}: these points share no documents")
+    print(markdown(table(found, (first.label, second.label))))
+
+
+def _no_records(results: str, directory: Path, source: str) -> NoReturn:
+    kind = "readable record" if any(directory.glob(SOURCES[source])) else "record"
+    raise ValueError(f"results={results}: no {kind} in {directory}/{SOURCES[source]}")
+
+
+def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figures: bool) -> Path:
+    """Write an experiment's Markdown page, and its figures if asked; return the page's path."""
+    from deltalab.report.page.plain import stem
+    from deltalab.report.summary import summary
+
+    name = stem(experiment)
+    done = [point for point in points if point.failure is None]
+    sections = [f"# {experiment}", ""]
+    if done:
+        sections += [*_legend(done), _table(done), "", summary(done)]
+    sections += _parts(done)
+    if done and figures:
+        from deltalab.report.figures import draw
+
+        for path, caption in draw(done, directory, name):
+            sections += [f"![{re.split('[,;.]', caption)[0]}]({path.name})", "", f"*{caption}*", ""]
+    sections += _failures([point for point in points if point.failure is not None])
+    page = directory / f"{name}.md"
+    page.write_text("\n".join(sections).rstrip("\n") + "\n", encoding="utf-8")
+    return page
+
+
+def _parts(points: Sequence[Outcome]) -> list[str]:
+    """Split the main terms by part of the model."""
+    from deltalab.report.tables import Column, markdown, signed
+
+    split = [(p, p.terms[p.main].by_part) for p in points if p.main and p.terms[p.main].by_part]
+    if not split:
+        return []
+    heads = dict.fromkeys(name for _, parts in split for name, value in parts.items() if value)
+    pairs = pair_names([p for p, _ in split])
+    table = [
+        Column("model", [pairs[p.of] for p, _ in split], right=False),
+        Column("edit", [p.label for p, _ in split], right=False),
+        *(Column(name, [signed(parts.get(name)) for _, parts in split]) for name in heads),
+    ]
+    return ["## The term by part of the model", "", markdown(table), ""]
+
+
+def _table(points: Sequence[Outcome]) -> str:
+    from deltalab.report.columns import points_table
+
+    return points_table(points)
+
+
+def _legend(points: Sequence[Outcome]) -> list[str]:
+    """Say what the table's columns mean, and in which unit."""
+    measures = sorted({(p.objective or "", p.unit) for p in points if p.unit})
+    units = "; ".join(f"{unit} ({name})" if name else f"{unit}" for name, unit in measures)
+    from deltalab.report.columns import common_data
+
+    where = common_data(points)
+    told = f"{_count(points)}{where}."
+    lines = [f"{told} Losses and terms are in {units}." if units else told * bool(where)]
+    lines.append(LEGEND)
+    return [line for text in lines if text for line in (text, "")]
+
+
+def _count(points: Sequence[Outcome]) -> str:
+    return f"{len(points)} point{'s' if len(points) > 1 else ''}"
+
+
+def _failures(points: Sequence[Outcome]) -> list[str]:
+    if not points:
+        return []
+    from deltalab.report.tables import Column, markdown
+
+    pairs = pair_names(points)
+    table = [
+        Column("model", [pairs[p.of] for p in points], right=False),
+        Column("edit", [p.label for p in points], right=False),
+        Column("seed", [str(p.seed) for p in points]),
+        Column("failure", [p.failure or "" for p in points], right=False),
+        Column("record", [p.key for p in points], right=False),
+    ]
+    return ["## Failed points", "", markdown(table), ""]
+
+
+def _show(points: Sequence[Outcome], title: str) -> None:
+    from rich.console import Console
+
+    from deltalab.report.columns import terminal
+    from deltalab.report.summary import agreement
+
+    console = Console()
+    width = console.width if console.is_terminal else None
+    done = [point for point in points if point.failure is None]
+    failed = len(points) - len(done)
+    if width is None:
+        console = Console(width=1000)
+    if done:
+        console.print(terminal(done[:MOST_ROWS], title, width))
+    if len(done) > MOST_ROWS:
+        print(f"and {len(done) - MOST_ROWS} more points, all of them in the page")
+    if rules(done):
+        for rule in zip(*(column.cells for column in agreement(done)), strict=True):
+            title, count, median, largest, _, signs, ranks, classes = rule
+            console.print(
+                f"{title}: relative error {median} (median), {largest} (largest) on {count} of"
+                f" {_count(done)}; same sign {signs}; Spearman {ranks}; class right {classes}",
+                highlight=False,
+            )
+    if failed:
+        console.print(f"{failed} failed, listed in the report", style="red", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Read the points of a results directory, doubting what it holds: anyone may write there."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import unquote
+
+from deltalab.report.outcomes import sort_key
+from deltalab.store.record import Outcome, parse
+from deltalab.store.records import enrolled, path_of
+
+Warn = Callable[[str], None]
+TRACKED = "wandb/.points"
+"""Where a tracker leaves what it has logged: `PROJECT/EXPERIMENT/KEY`, one record a file."""
+
+
+def read(directory: Path, warn: Warn) -> list[Outcome]:
+    """Read all records of a results directory, in the order of `sort_key`.
+
+    A point that belongs to several experiments is there once for each of them.
+
+    Args:
+        directory: holds `records/*.json`.
+        warn: told in one line of every file that is no readable record; such files are skipped.
+    """
+    points, further = [], enrolled(directory)
+    for path in sorted((directory / "records").glob("*.json")):
+        for point in _doubted(path, warn):
+            also = [name for name in further.get(path.stem, ()) if name != point.experiment]
+            points += [point, *(replace(point, experiment=name) for name in also)]
+    return sorted(points, key=sort_key)
+
+
+def _doubted(path: Path, warn: Warn) -> Iterator[Outcome]:
+    """Yield the point of a record, if it can be read."""
+    try:
+        yield parse(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as problem:
+        warn(f"skipped {path}: {' '.join(str(problem).split())}")
+
+
+def read_tracked(directory: Path, warn: Warn) -> list[Outcome]:
+    """Read all points that a tracker has logged, in the order of `sort_key`.
+
+    Of a point that was logged for one experiment in several projects, the latest counts. A file
+    without content is of an earlier version, which left the record in `records/` alone.
+
+    Args:
+        directory: a tracker's `dir`, `results` by default.
+        warn: told in one line of every file that is no readable record; such files are skipped.
+    """
+    latest: dict[tuple[str, str], Outcome] = {}
+    files = sorted((directory / TRACKED).glob("*/*/*"), key=lambda f: (f.stat().st_mtime, str(f)))
+    for path in files:
+        empty = path.stat().st_size == 0
+        for point in _doubted(path_of(directory, path.name) if empty else path, warn):
+            if empty:
+                point = replace(point, experiment=unquote(path.parent.name))
+            latest[point.key, point.experiment] = point
+    return sorted(latest.values(), key=sort_key)
+
+
+def lines(path: Path) -> list[Outcome]:
+    """Read a JSON lines file of points, each as `deltalab.store.record.line` writes it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is no point; the message names the line.
+    """
+    points = []
+    with path.open(encoding="utf-8") as file:
+        for count, text in enumerate(file, start=1):
+            try:
+                points += [parse(json.loads(text))] if text.strip() else []
+            except (ValueError, RecursionError) as problem:
+                raise ValueError(f"line {count}: {problem}") from None
+    return points

@@ -1,0 +1,157 @@
+"""One JSON file per point, addressed by what determines its result."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from deltalab.store import files
+from deltalab.store.record import SCHEMA
+
+Record = dict[str, Any]
+log = logging.getLogger(__name__)
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSW(OR)?D|CREDENTIALS?)S?$", re.IGNORECASE)
+
+
+def key_of(determinants: Mapping[str, Any]) -> str:
+    """Return the content address of a point: a hash of everything that determines its result.
+
+    Args:
+        determinants: nested settings, serialisable as JSON. Order does not matter.
+
+    Returns:
+        16 hexadecimal digits.
+
+    >>> key_of({"a": 1, "b": 0.5}) == key_of({"b": 0.5, "a": 1}) != key_of({"a": 2, "b": 0.5})
+    True
+    """
+    text = json.dumps({"schema": SCHEMA, **determinants}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def path_of(results: str | Path, key: str) -> Path:
+    """Return where the record of a key lies below a results directory."""
+    return Path(results) / "records" / f"{key}.json"
+
+
+def lock_of(results: str | Path, key: str) -> Path:
+    """Return the lock under which a point is run (`deltalab.store.locks`)."""
+    return Path(results) / "locks" / key
+
+
+def read(results: str | Path, key: str) -> Record | None:
+    """Return a finished record, or None where it is absent, unreadable or an error record."""
+    try:
+        record: Record = json.loads(path_of(results, key).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("status") != "ok":
+        return None
+    if record.get("schema") != SCHEMA:
+        log.warning(
+            "%s has schema %s, this version of deltalab writes %s: the point is run again",
+            path_of(results, key), record.get("schema"), SCHEMA,
+        )  # fmt: skip
+        return None
+    return record
+
+
+def enrol(results: str | Path, experiment: str, key: str) -> None:
+    """Note that a point which another experiment has run belongs to this one too.
+
+    An empty file `DIR/records/of/<experiment>/<key>` says so; the record itself never changes.
+    """
+    place = Path(results) / "records" / "of" / quote(experiment, safe="")
+    place.mkdir(parents=True, exist_ok=True)
+    (place / key).touch()
+
+
+def enrolled(results: str | Path) -> dict[str, list[str]]:
+    """Return the further experiments of every key that `enrol` has noted."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((Path(results) / "records" / "of").glob("*/*")):
+        found.setdefault(path.name, []).append(unquote(path.parent.name))
+    return found
+
+
+def check_writable(results: str | Path) -> None:
+    """Raise `ValueError` where no record can be written, before anything is computed."""
+    directory = path_of(results, "").parent
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"results={results}: no record can be written there ({error.strerror})"
+        ) from None
+
+
+def redacted(value: Any) -> Any:
+    """Return a copy of nested data in which no text holds a secret of the environment.
+
+    What environment variables named `...KEY`, `...TOKEN`, `...SECRET` and the like hold is replaced
+    by `***`, however it came into the data.
+    """
+    secrets = [v for k, v in os.environ.items() if _SECRET.search(k) and len(v) >= 8]
+    return _redacted(value, secrets)
+
+
+def _redacted(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {_redacted(k, secrets): _redacted(v, secrets) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(v, secrets) for v in value]
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, "***")
+    return value
+
+
+def write(results: str | Path, record: Record) -> Path:
+    """Write a record, which appears whole.
+
+    Numbers that JSON cannot hold (NaN, infinities) become null, secrets of the environment `***`.
+
+    Raises:
+        OSError: naming the file, where it cannot be written; an earlier record is left as it was.
+    """
+    text = json.dumps(_finite(redacted(record)), indent=1, allow_nan=False)
+    return files.write(path_of(results, record["key"]), text + "\n")
+
+
+def write_documents(
+    results: str | Path, key: str, documents: Mapping[str, Sequence[float]]
+) -> Path | None:
+    """Write what every single document scored beside a point's record, for paired comparisons.
+
+    Args:
+        results: the results directory.
+        key: the point's key.
+        documents: the scores of the documents in their order, by metric.
+
+    Returns:
+        The path `DIR/documents/<key>.json`, or None where there is nothing to write.
+    """
+    if not documents:
+        return None
+    text = json.dumps(_finite(documents), allow_nan=False)
+    return files.write(Path(results) / "documents" / f"{key}.json", text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON-ready data: containers copied, non-finite numbers replaced by None."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
