@@ -7,8 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,11 +15,13 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, settings
+from deltalab import console, keys, settings
+from deltalab.report.columns import describe
 from deltalab.settings import conf_dir
-from deltalab.store import locks
+from deltalab.store import locks, records
+from deltalab.store.digests import key_of
 from deltalab.store.records import redacted
-from deltalab.sweep import stopping, sweeps
+from deltalab.sweep import composing, stopping, sweeps
 
 
 def point(cfg: DictConfig) -> str | None:
@@ -35,7 +36,7 @@ def point(cfg: DictConfig) -> str | None:
     sweeping = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     try:
         if cfg.plan:
-            print(plan([(cfg, hydra.runtime.choices)]))
+            print(plan([(cfg, hydra)]))
             return None
         with stopping.working():
             record, skipped = _run(cfg, hydra, sweeping)
@@ -55,8 +56,6 @@ def point(cfg: DictConfig) -> str | None:
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
         raise
-    from deltalab.report.columns import describe
-
     console.point_done(describe(record, skipped, _swept(hydra) if sweeping else ()))
     return None
 
@@ -68,16 +67,28 @@ def _swept(hydra: Any) -> list[str]:
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:
-    from deltalab.run import run
-
-    values, choices = _plain(cfg, hydra.runtime.choices)
+    values, choices = _plain(cfg, hydra)
     group = Path(hydra.sweep.dir if sweeping else hydra.run.dir).name
 
     def begun(key: str) -> None:
         if sweeping:
             sweeps.note(hydra.runtime.output_dir, sweeps.KEY, key)
 
+    if (done := _done(values, choices)) is not None:
+        begun(done["key"])
+        return done, True
+    from deltalab.run import run
+
     return run(values, choices, group, begun)
+
+
+def _done(values: dict[str, Any], choices: keys.Choices) -> dict[str, Any] | None:
+    """Return the record of a finished point without importing what would run it."""
+    try:
+        found = keys.determinants(values, choices, values["verify"] == "full")
+    except (OSError, ValueError, keys.Unmade):
+        return None  # preparing the point says what is wrong
+    return records.finished(values["results"], key_of(found), values["force"], choices.experiment)
 
 
 def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
@@ -87,8 +98,8 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     from deltalab.run import prepare
 
     points, leave = [], False
-    for cfg, chosen in configs:
-        values, choices = _plain(cfg, chosen)
+    for cfg, hydra in configs:
+        values, choices = _plain(cfg, hydra)
         evaluator = values["evaluator"] or {}
         if any(str(task).startswith("humaneval") for task in evaluator.get("tasks") or ()):
             leave |= not evaluator["run_code"]
@@ -99,19 +110,20 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     return text + asks * leave
 
 
-def _plain(cfg: DictConfig, chosen: Any) -> tuple[dict[str, Any], Any]:
-    """Return a point's settings as plain containers, checked by name, and its choices."""
-    from deltalab.run import Choices
+def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:
+    """Return a point's settings as plain containers, checked by name, and its choices.
 
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    Numbers are those that were meant: `range(0.1,0.4,0.1)` gives 0.3 and not 0.30000000000000004.
+    """
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    values: dict[str, Any] = settings.tidy(container)
     settings.check_top(values, top_level())
-    choices = Choices(
-        model=chosen["model"],
-        edit=chosen["edit"],
-        objective=chosen["objective"],
-        experiment=chosen.get("experiment"),
-    )
-    return values, choices
+    chosen, sources = hydra.runtime.choices, hydra.runtime.config_sources
+    named = {
+        group: settings.option(group, chosen[group], sources)
+        for group in ("model", "edit", "objective")
+    }
+    return values, keys.Choices(**named, experiment=chosen.get("experiment"))
 
 
 def mistakes() -> tuple[type[Exception], ...]:
@@ -127,49 +139,6 @@ def top_level() -> list[str]:
     primary = OmegaConf.load(conf_dir() / "config.yaml")
     groups = (p.name for p in conf_dir().iterdir() if p.is_dir())
     return [str(name) for name in [*primary, *groups] if name not in ("defaults", "hydra")]
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Check every config that Hydra composes before Hydra calls anything that it names.
-
-    Callbacks, plugins and log handlers are called before a job starts, so that no check within the
-    job comes in time; Hydra has a list of what is forbidden, and here is what is allowed.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-    original = ConfigLoaderImpl.load_configuration
-
-    def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-        cfg = original(self, *args, **kwargs)
-        settings.check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
-        settings.check_results(cfg.get("results"))
-        check_optional(cfg.hydra.runtime.choices, self)
-        return cfg
-
-    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ConfigLoaderImpl.load_configuration = original  # type: ignore[method-assign]
-
-
-def check_optional(choices: Any, loader: Any) -> None:
-    """Raise `ValueError` for an option that does not exist: Hydra ignores it in optional groups."""
-    for group in ("experiment", "grid"):
-        chosen = choices.get(group)
-        if chosen is None or (group == "grid" and chosen == choices.get("edit")):
-            continue
-        if chosen not in (options := _options(loader, group)):
-            hint = settings.near(chosen, options)
-            raise ValueError(f"{group}={chosen}: must be one of {', '.join(options)}{hint}")
-
-
-@cache
-def _options(loader: Any, group: str) -> list[str]:
-    """Return the options of a group; a sweep composes many configs from the same directories."""
-    options: list[str] = loader.get_group_options(group)
-    return options
 
 
 def fail(error: BaseException, code: int = 2) -> NoReturn:
@@ -202,7 +171,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)
     try:
-        with guarded():
+        with composing.guarded():
             run()
     except console.SweepFailed as error:
         fail(error, 2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)

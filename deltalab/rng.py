@@ -53,10 +53,12 @@ def mix(counter: Tensor, key0: int | Tensor, key1: int | Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=65536)
-def key(seed: int, name: str, stream: int, high: int) -> tuple[int, int]:
+def key(seed: int, name: str, stream: int, high: int, salt: str = "") -> tuple[int, int]:
     """Return the two key words of one tensor, stream, and 2^32-element page of its indices."""
-    text = f"{seed}/{stream}/{high}/{name}".encode()
-    digest = hashlib.blake2b(text, digest_size=8, person=b"deltalab").digest()
+    text, apart = f"{seed}/{stream}/{high}/{name}".encode(), hashlib.sha256(salt.encode()).digest()
+    digest = hashlib.blake2b(
+        text, digest_size=8, person=b"deltalab", salt=apart[:16] if salt else b""
+    ).digest()
     return signed(int.from_bytes(digest[:4], "little")), signed(
         int.from_bytes(digest[4:], "little")
     )
@@ -140,6 +142,7 @@ class Rng(Draws):
         seed: the experiment's seed.
         name: the tensor's name.
         start: flat (row-major) index, in the whole tensor, of the first element of the slice.
+        salt: gives other numbers to the tensor of this name in another model.
 
     >>> whole = Rng(0, "w").bits(torch.empty(2, 3))
     >>> tail = Rng(0, "w", start=4).bits(torch.empty(2))
@@ -150,6 +153,7 @@ class Rng(Draws):
     seed: int
     name: str
     start: int = 0
+    salt: str = ""
 
     def fork(self, label: str) -> "Rng":
         """Return independent numbers for the same elements, such as for one step of a chain."""
@@ -162,7 +166,7 @@ class Rng(Draws):
     def words(self, stream: int, offset: int = 0) -> tuple[int, int]:
         """Return the two key words of a stream with which the counter at `offset` is zero."""
         high, low = divmod(self.start + offset, _WORD)
-        key0, key1 = key(self.seed, self.name, stream, high)
+        key0, key1 = key(self.seed, self.name, stream, high, self.salt)
         return signed(key0 + low), key1
 
     def keys(self, streams: int) -> Tensor:

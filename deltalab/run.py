@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from deltalab.apply import editing
 from deltalab.apply.audit import audit
 from deltalab.apply.extras import Extras
 from deltalab.edits import needs_of
-from deltalab.evaluators.accuracy import Scores
-from deltalab.keys import determining
+from deltalab.evaluators.scores import Scores
+from deltalab.keys import BESIDE, Choices, determinants, pair_id, salt_of
 from deltalab.loss import distill
 from deltalab.loss.artifacts import Store
 from deltalab.loss.engine import Engine
@@ -33,27 +32,16 @@ from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
 from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.store import locks, records
+from deltalab.store import latest, locks, records
+from deltalab.store.digests import key_of
 from deltalab.store.record import SCHEMA, completed, written
 from deltalab.weights import finite, select
 from deltalab.weights.mapping import ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
-NOT_DETERMINING = (
-    "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale",
-    "most_points", "device_tflops", "label",
-)  # fmt: skip
+OPENED = ("model", "objective", "evaluator")
+"""What stays open from one point to the next."""
 BUILT = ("objective", "evaluator", "riemann", "prediction")
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Which option of a config group was chosen, by name."""
-
-    model: str
-    edit: str
-    objective: str
-    experiment: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,15 @@ class Point:
     artifacts: str
     artifacts_gb: float | None
     objective_name: str
+    salt: str
     key: str
+    parts: Mapping[str, Any]
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What decides the edited weights beside the pair and the edit's line."""
+        version = self.parts["edit"]["version"]
+        return {"select": self.select, "seed": self.seed, "salt": self.salt, "version": version}
 
 
 def run(
@@ -101,11 +97,13 @@ def run(
     begun(point.key)
     tracker = build(settings["tracker"], "tracker")
     results = settings["results"]
-    if (done := _finished(results, point.key, settings["force"], choices.experiment)) is not None:
+    if (
+        done := records.finished(results, point.key, settings["force"], choices.experiment)
+    ) is not None:
         return done, True
     records.check_writable(results)
     with locks.held(records.lock_of(results, point.key)) as lock:
-        done = _finished(results, point.key, settings["force"], choices.experiment)
+        done = records.finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:
             return done, True  # another process has just finished it
         record = records.redacted(completed(header(point, settings, choices)))
@@ -129,14 +127,6 @@ def run(
     return record, False
 
 
-def _finished(results: str, key: str, force: bool, experiment: str | None) -> records.Record | None:
-    """Return a point's record if it need not be run again, and count it to the experiment."""
-    done = None if force else records.read(results, key)
-    if done is not None and experiment and done["experiment"] != experiment:
-        records.enrol(results, experiment, key)
-    return done
-
-
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     checks.check_top(settings)
@@ -150,12 +140,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     model = build(settings["model"], "model")
     parts = {name: build(settings[name], name) for name in BUILT}
     parts |= {"edit": edit, "model": model}
-    determinants = {
-        name: determining(value, parts.get(name))
-        for name, value in settings.items()
-        if name not in NOT_DETERMINING
-    }
-    determinants |= {"select": chosen, "choices": [choices.model, choices.edit]}
+    found = _determined(settings, choices, model)
     return Point(
         model=model,
         edit=edit,
@@ -169,18 +154,22 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         artifacts=settings["artifacts"],
         artifacts_gb=settings["artifacts_gb"],
         objective_name=choices.objective,
-        key=_key(determinants, model, settings["plan"]),
+        salt=salt_of(settings, choices),
+        key=key_of(found) if found else "",
+        parts=found,
     )
 
 
-def _key(determinants: Mapping[str, Any], model: Any, planning: bool) -> str:
-    """Return a point's key; empty in a plan where the models cannot be asked for their commits."""
+def _determined(settings: Mapping[str, Any], choices: Choices, model: Any) -> dict[str, Any]:
+    """Return what decides a point; empty in a plan where the models cannot be asked for."""
     try:
-        return records.key_of({**determinants, "inputs": model.fingerprints})
+        if hasattr(model, "ready"):
+            model.ready()
+        return determinants(settings, choices, settings.get("verify") == "full")
     except Absent:
-        if not planning:
+        if not settings["plan"]:
             raise
-        return ""
+        return {}
 
 
 def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
@@ -191,17 +180,10 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     """
     clock = Clock()
     with clock("open"):
-        known = reference(
-            point.model,
-            point.objective,
-            point.evaluator,
-            point.nonfinite,
-            point.artifacts,
-            point.artifacts_gb,
-        )
+        known = reference(point)
         pair, loss = known.pair, known.loss
     with clock("edit"):
-        extras = provide(known, point.edit, point.seed)
+        extras = provide(known, point.edit, point.seed, point.salt)
         edited = dict(editing.edited(pair.pre, pair.post, point.edit, point.select, extras))
         finite.check_edited(edited)
         touched = audit(pair, point.edit, extras, edited)
@@ -209,7 +191,7 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         changes = known.engine.changes(
             point.edit,
             shift_from(pair.post, edited),
-            {"select": point.select, "seed": point.seed},
+            point.drawn,
             point.riemann,
             point.prediction,
         )
@@ -257,20 +239,34 @@ class Reference:
     post_scores: Scores
 
 
-@lru_cache(maxsize=1)
-def reference(
+def reference(point: Point) -> Reference:
+    """Open a point's pair with its objective and evaluator, and measure both of its ends, once."""
+    latest.stamp(**{name: key_of({"of": point.parts[name]}) for name in OPENED})
+    shared = {name: point.parts[name] for name in ("model", "objective", "nonfinite", "reads")}
+    return _reference(
+        point.model,
+        point.objective,
+        point.evaluator,
+        point.nonfinite,
+        point.artifacts,
+        point.artifacts_gb,
+        shared,
+    )
+
+
+@latest.latest("reference", *OPENED)
+def _reference(
     model: Any,
     objective: Any,
     evaluator: Any,
     nonfinite: str,
     artifacts: str,
-    artifacts_gb: float | None = None,
+    artifacts_gb: float | None,
+    shared: Mapping[str, Any],
 ) -> Reference:
-    """Open a pair with its objective and evaluator, and measure both of its ends, once."""
     pair = finite.checked(model.open(), nonfinite)
-    inputs = {"model": repr(model), "objective": repr(objective), "nonfinite": nonfinite}
     most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
-    store = Store(artifacts, inputs | {"fingerprints": model.fingerprints}, most)
+    store = Store(artifacts, shared, most)
     loss = objective.open(pair, store)
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)
@@ -288,13 +284,14 @@ def reference(
     return Reference(pair, loss, engine, score, pre, post, pre_scores, post_scores)
 
 
-def provide(known: Reference, edit: Any, seed: int) -> Extras:
+def provide(known: Reference, edit: Any, seed: int, salt: str = "") -> Extras:
     """Return the provider of what an edit may ask for, computed when it asks."""
     module, pre, loss = known.pair.module, known.pair.pre, known.loss
     return Extras.of(
         edit,
         known.pair,
         seed=seed,
+        salt=salt,
         gradient=lambda: known.engine.gradient,
         acts=lambda: distill.mean_inputs(module, loss),
         scales=lambda deltas: distill.scales(
@@ -329,7 +326,8 @@ def paired(post: Scores, edited: Scores) -> dict[str, float]:
 def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> records.Record:
     """Return the fields of a record that are known before anything is computed."""
     hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
-    config = {k: v for k, v in settings.items() if k not in NOT_DETERMINING}
+    kept = ("data", "draws", "label")
+    config = {k: v for k, v in settings.items() if k not in BESIDE or k in kept}
     return written(
         schema=SCHEMA,
         key=point.key,
@@ -337,10 +335,12 @@ def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> recor
         experiment=choices.experiment,
         model=choices.model,
         pair=settings.get("label"),
+        setup=pair_id(point.parts),
         objective=choices.objective,
         edit=choices.edit,
         settings=hyper,
         seed=point.seed,
+        salt=point.salt,
         select=point.select,
         versions=versions(),
         git=commit(),

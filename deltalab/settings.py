@@ -79,6 +79,44 @@ def check_top(settings: Mapping[str, Any], known: Iterable[str] = ()) -> None:
         raise ValueError("results=: name a directory")
 
 
+def tidy(value: Any) -> Any:
+    """Return nested data whose numbers are without the last digits' rounding.
+
+    >>> tidy({"p": [0.1 + 0.2, 1]})
+    {'p': [0.3, 1]}
+    """
+    if isinstance(value, dict):
+        return {key: tidy(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [tidy(each) for each in value]
+    return float(f"{value:.12g}") if isinstance(value, float) else value
+
+
+def option(group: str, name: str, sources: Sequence[Any]) -> str:
+    """Return an option's full name: `name` of deltalab's own, else `package:name`.
+
+    Args:
+        group: the config group.
+        name: the option as it was chosen.
+        sources: where Hydra looks for configs: each has a `provider`, a `schema` and a `path`.
+
+    Raises:
+        ValueError: an option of deltalab's own is hidden by one from elsewhere.
+    """
+    own = (conf_dir() / group / f"{name}.yaml").is_file()
+    for source in sources:
+        if source.schema != "file" or Path(source.path) == conf_dir():
+            continue
+        if (Path(source.path) / group / f"{name}.yaml").is_file():
+            if own:
+                raise ValueError(
+                    f"{group}={name}: {source.path} has an option of this name, which is deltalab's"
+                    " own; give it another"
+                )
+            return f"{'user' if source.provider == 'command-line' else source.provider}:{name}"
+    return name
+
+
 def check_results(results: Any) -> None:
     """Raise `ValueError` where a file stands in the way of the results directory."""
     if isinstance(results, str) and results:

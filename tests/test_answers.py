@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from deltalab.loss.answers import IGNORED, Answers, Dpo
+from deltalab.data.tokens import IGNORED
+from deltalab.loss.answers import Answers, Dpo
 from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import change, measure
 from deltalab.loss.quadrature import Rule

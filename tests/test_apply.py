@@ -226,7 +226,7 @@ def test_the_layout_is_that_of_post(pair, tmp_path) -> None:
     assert json.loads((out / "deltalab.json").read_text()) == manifest
     assert manifest["edited"] == {"tensors": 4, "parameters": 40 * 16 + 2 * 48 * 16 + 16}
     assert list(manifest["kept"]) == ["steps"]
-    assert manifest["pre"]["fingerprint"] != manifest["post"]["fingerprint"]
+    assert manifest["pre"]["digest"] != manifest["post"]["digest"]
     assert [p.name for p in out.parent.iterdir()] == ["out"], "leftovers"
 
 

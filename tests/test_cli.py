@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from deltalab import cli
 from deltalab.settings import conf_dir
+from deltalab.store import latest
 from deltalab.weights.mapping import Checkpoint
 
 FAST = ["data.test.limit=64", "data.objective.limit=64", "riemann.rule=gauss", "riemann.points=2"]
@@ -204,7 +205,7 @@ def test_an_exception_while_computing_leaves_an_error_record(deltalab, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "measure", explode)
-        run.reference.cache_clear()
+        latest.forget()
         with pytest.raises(RuntimeError, match="out of luck"):
             deltalab("edit=dare", *FAST)
     (record,) = records_in(tmp_path)
@@ -215,14 +216,12 @@ def test_an_exception_while_computing_leaves_an_error_record(deltalab, tmp_path,
 
 
 def test_one_pair_is_opened_once_in_a_sweep(deltalab, monkeypatch):
-    from deltalab import run
     from deltalab.models import zoo
 
     opened = []
     original = zoo.live_pair
     monkeypatch.setattr(zoo, "live_pair", lambda *a: opened.append(1) or original(*a))
-    zoo._open.cache_clear()
-    run.reference.cache_clear()
+    latest.forget()
     code, _, err = deltalab(
         "-m", "edit=keep,discard", "grid=none", "model=mnist_vit,mnist_vit_early", *FAST
     )

@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from deltalab import keys
 from deltalab.models import clip, clip_heads, clip_names
 from deltalab.models.clip import ClipPair
+from deltalab.store.digests import key_of
 from deltalab.weights.mapping import Checkpoint, part_of
 
 NAME = "vit_base_patch32_clip_quickgelu_224"
@@ -314,13 +316,18 @@ def test_cosines_are_exact_in_any_dtype(pair):
     torch.testing.assert_close(logits, exact.detach(), rtol=0, atol=3)
 
 
-def test_the_key_knows_the_classes_and_the_files(pair, tmp_path, monkeypatch):
-    one, other = spec(*pair[:2]).fingerprints, spec(*pair[:2], task="eurosat").fingerprints
-    assert one[0] == other[0]
-    assert one[1] != other[1]
-    assert spec(*pair[:2], text=str(pair[0])).fingerprints[1] != one[1]
-    assert spec(*pair[:2], head="h.pt").fingerprints[1] != one[1]
-    assert ClipPair.files == ("head",)
+def test_the_key_knows_the_classes_and_the_files(pair, tmp_path):
+    pre, post, head = (tmp_path / name for name in ("pre.bin", "post.bin", "head.bin"))
+    for file in (pre, post, head):
+        file.write_text(file.name)
+    given = {"_target_": f"{ClipPair.__module__}.ClipPair", "task": "mnist"}
+    given |= {"pre": str(pre), "post": str(post)}
+    marks = [keys.node(given, "model", False)]
+    more = {"task": "eurosat"}, {"text": str(pre)}, {"head": str(head)}
+    marks += [keys.node({**given, **one}, "model", False) for one in more]
+    head.write_text("other")
+    marks.append(keys.node({**given, "head": str(head)}, "model", False))
+    assert len({key_of(mark) for mark in marks}) == 5
 
 
 def test_images_are_prepared_as_clip_does(pair):

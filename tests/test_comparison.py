@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from deltalab import run
-from deltalab.evaluators.accuracy import Scores
+from deltalab.evaluators.scores import Scores
 from deltalab.report import command
 from deltalab.report.comparison import compare, sign_test
 from deltalab.store import records

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from deltalab.weights import headers
-from deltalab.weights.mapping import Checkpoint, fingerprint
+from deltalab.weights.contents import of_checkpoint
+from deltalab.weights.mapping import Checkpoint
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8,
           torch.bool, torch.float8_e4m3fn]  # fmt: skip
@@ -98,7 +99,7 @@ def opens_whole_or_is_refused(path, size):
         assert tuple(tensor.shape) == opened.shape(name) or opened.dtype(name) == "F4"
         total += tensor.numel() * tensor.element_size()
     assert total <= size, "more bytes in the tensors than in the file"
-    fingerprint(path)
+    of_checkpoint(path)
     return opened
 
 

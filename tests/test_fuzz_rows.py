@@ -11,7 +11,7 @@ from texts import tokenizer
 
 from deltalab.data.rows import read
 from deltalab.data.text import Chats, Encoder, Plain, Preferences, Problems
-from deltalab.loss.answers import IGNORED
+from deltalab.data.tokens import IGNORED
 
 pytest.importorskip("transformers")
 REFUSED = (ValueError, FileNotFoundError)

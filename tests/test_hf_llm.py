@@ -316,22 +316,28 @@ def test_the_skeleton_needs_no_weights(pairs, tmp_path):
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     ours = {name: tensor.shape for name, tensor in module.state_dict().items()}
     assert ours == {n: t.shape for n, t in spec(paths).open().module.state_dict().items()}
-    assert bare.fingerprints != spec(paths).fingerprints
+    assert identity(tmp_path / "post") != identity(paths[1])
     (tmp_path / "post" / "tokenizer.json").write_bytes((paths[1] / "tokenizer.json").read_bytes())
     with pytest.raises(FileNotFoundError, match="no .safetensors file in this directory"):
         bare.open()
 
 
-def test_fingerprints_are_of_weights_configuration_and_tokenizer(pair):
-    first = spec(pair).fingerprints
-    assert spec(pair, dtype="float32").fingerprints == first
+def identity(path):
+    return hub.identity(str(path), "model.post")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "vocab.txt", "spiece.model", "own.py"])
+def test_a_models_identity_is_of_weights_configuration_and_tokenizer(pair, name):
+    marks = [identity(pair[1])]
     configure(pair[1], rms_norm_eps=1e-3)
-    second = spec(pair).fingerprints
-    assert (second[0], second[1] != first[1]) == (first[0], True)
-    (pair[1] / "chat_template.jinja").write_text("{{ messages }}")
-    assert spec(pair).fingerprints[1] not in (first[1], second[1])
-    other = spec(pair, tokenizer=str(pair[0])).fingerprints
-    assert other[1] != spec(pair).fingerprints[1]
+    marks.append(identity(pair[1]))
+    (pair[1] / name).write_text("one")
+    marks.append(identity(pair[1]))
+    (pair[1] / name).write_text("two")
+    marks.append(identity(pair[1]))
+    (pair[1] / "README.md").write_text("tells nothing")
+    assert len(set(marks)) == 4
+    assert identity(pair[1]) == marks[-1]
 
 
 def test_context_is_what_model_and_tokenizer_allow(pair):
@@ -506,7 +512,7 @@ def test_inputs_are_checked(pair, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.post=.*empty: no config.json"):
         spec((pre, tmp_path / "empty")).open()
     with pytest.raises(FileNotFoundError, match=r"model\.post=.*empty: no model in this directory"):
-        assert spec((pre, tmp_path / "empty")).fingerprints
+        identity(tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="an adapter; merge it into its model"):
         spec((pre, tmp_path / "empty")).open()

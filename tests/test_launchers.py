@@ -20,8 +20,9 @@ APP = """
 import os, signal, sys, time
 from pathlib import Path
 import hydra
-from deltalab import cli, console
+from deltalab import console
 from deltalab.settings import conf_dir
+from deltalab.sweep import composing
 
 LOG = Path({log!r})
 
@@ -36,7 +37,7 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)
     try:
-        with cli.guarded():
+        with composing.guarded():
             run()
     except console.SweepFailed as error:
         sys.exit(str(error))
@@ -76,10 +77,13 @@ TWO = ("hydra/launcher=workers", "hydra.launcher.n_jobs=2")
 
 def test_each_worker_opens_each_pair_once_and_has_its_share_of_the_cores(tmp_path):
     body = """
-    result = cli.point(cfg)
     import torch
-    from deltalab import run
-    note(run.reference.cache_info().misses, torch.get_num_threads())
+    from deltalab.models import zoo
+    if not hasattr(zoo, "opened"):
+        zoo.opened, original = [], zoo.live_pair
+        zoo.live_pair = lambda *a: zoo.opened.append(1) or original(*a)
+    result = cli.point(cfg)
+    note(len(zoo.opened), torch.get_num_threads())
     return result
 """
     models = "model=mnist_vit,mnist_vit_early"

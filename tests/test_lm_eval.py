@@ -34,6 +34,7 @@ from deltalab.evaluators.lm import (
     tasks as lm_tasks,
 )
 from deltalab.evaluators.lm_eval import LmEval
+from deltalab.store import latest
 from deltalab.weights.mapping import ModelPair, loaded
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -132,9 +133,9 @@ def zoo(tmp_path, monkeypatch):
         )
     (tmp_path / "choice.jsonl").write_text("".join(json.dumps(r) + "\n" for r in choices))
     monkeypatch.setattr(embedded, "ZOO", tmp_path)
-    lm_tasks.load.cache_clear()
+    latest.forget()
     yield tmp_path
-    lm_tasks.load.cache_clear()
+    latest.forget()
 
 
 def command_line(directory, tasks, tmp_path, monkeypatch, *more):
@@ -630,7 +631,7 @@ def test_a_point_of_the_embedded_pair_records_scores_and_their_changes(tmp_path)
     chosen += ["evaluator.limit=6", "evaluator.batch_size=6", f"results={tmp_path}"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         settings = OmegaConf.to_container(compose("config", chosen), resolve=True)
-    lm_tasks.load.cache_clear()
+    latest.forget()
     record, skipped = run(settings, Choices("tiny_llm", "drop_only", "answers"))
     metrics, post = record["metrics"], record["reference"]["post"]
     assert not skipped

@@ -50,7 +50,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]
         for name, each in value.items():
             found |= {} if name in LARGE else leaves(each, (*path, name))
         return found
-    return {} if value is None else {path: value}
+    return {} if value in (None, "") else {path: value}
 
 
 def flat_name(path: tuple[str, ...]) -> str:
@@ -71,7 +71,7 @@ def test_a_run_writes_what_the_table_names(real) -> None:
     for each in raw(real[0]):
         point = parse(each)
         empty = {field.name for field in table() if getattr(point, field.name) in (None, "", {})}
-        assert empty <= {"kind_of_failure", "message", "git", "experiment"}
+        assert empty <= {"kind_of_failure", "message", "git", "digest", "salt"}
         assert each["pair"] | {"id": ""} == {
             "label": "mnist_vit",
             "data": "mnist",
@@ -344,10 +344,10 @@ def test_labels(option: str, model: Any, name: str) -> None:
     assert pairs.label(option, model) == name
 
 
-def test_the_setting_label_wins_and_decides_no_key(tmp_path, monkeypatch) -> None:
-    from deltalab import run
+def test_the_setting_label_wins_and_decides_no_key() -> None:
+    from deltalab import keys
 
-    assert "label" in run.NOT_DETERMINING
+    assert "label" in keys.BESIDE
     told = parse(llm("org/m", 0.1) | {"pair": {"label": "my pair"}})
     assert (told.pair, told.data) == ("my pair", "gsm8k train")
 

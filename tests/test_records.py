@@ -4,12 +4,13 @@ import pytest
 
 from deltalab.report import reading
 from deltalab.store import records
+from deltalab.store.digests import key_of
 
 
 def test_key_does_not_depend_on_order_but_on_every_value():
-    a = records.key_of({"edit": {"p": 0.5, "k": 0}, "seed": 0})
-    assert a == records.key_of({"seed": 0, "edit": {"k": 0, "p": 0.5}})
-    assert a != records.key_of({"seed": 1, "edit": {"k": 0, "p": 0.5}})
+    a = key_of({"edit": {"p": 0.5, "k": 0}, "seed": 0})
+    assert a == key_of({"seed": 0, "edit": {"k": 0, "p": 0.5}})
+    assert a != key_of({"seed": 1, "edit": {"k": 0, "p": 0.5}})
     assert len(a) == 16
 
 

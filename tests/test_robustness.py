@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deltalab import cli, console, run, settings
-from deltalab.store import records
+from deltalab.store import latest, records
 from deltalab.weights import finite
 from deltalab.weights.mapping import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
 
@@ -56,7 +56,7 @@ def test_numbers_that_are_none_are_refused_or_set_to_zero(pre, post, parts, capl
 
 
 def test_devices_that_are_not_there():
-    from deltalab.models.timm_vit import device_of
+    from deltalab.models.live import device_of
 
     assert device_of("cpu") == "cpu"
     with pytest.raises(ValueError, match="model.device=gpu: must be auto, cpu, cuda"):
@@ -103,16 +103,15 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
     spec = run.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
     data = {"_target_": "deltalab.data.images.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
     objective = run.build({"_target_": "deltalab.loss.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
-    options = dict.fromkeys(signature(run.reference).parameters)
+    options = dict.fromkeys(signature(run._reference).parameters)
+    options["shared"] = {}
     options |= {"objective": objective, "nonfinite": "error"}
-    run.reference(**options | {"model": spec})
+    run._reference(**options | {"model": spec})
     assert "swapped" not in caplog.text
 
     class Swapped:
-        fingerprints = ()
-
         def open(self):
-            from deltalab.models.timm_vit import live_pair
+            from deltalab.models.live import live_pair
 
             known = spec.open()
             return live_pair(
@@ -120,10 +119,9 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
             )
 
     try:
-        run.reference(**options | {"model": Swapped()})
+        run._reference(**options | {"model": Swapped()})
     finally:
-        run.reference.cache_clear()
-        type(spec).open.__globals__["_open"].cache_clear()
+        latest.forget()
     assert "are model.pre and model.post swapped?" in caplog.text
 
 

@@ -40,7 +40,7 @@ def package(monkeypatch):
 
 def test_without_a_post_trained_model_the_command_that_makes_one_is_said(tmp_path, package):
     pair = SmolLM2(post=str(tmp_path / "post"), cache=str(tmp_path / "pre"))
-    for attempt in (pair.open, pair.skeleton, lambda: pair.fingerprints):
+    for attempt in (pair.open, pair.skeleton, pair.ready):
         with pytest.raises(FileNotFoundError, match=COMMAND):
             attempt()
     assert not package, "unpacked before the mistake was told"
@@ -49,10 +49,9 @@ def test_without_a_post_trained_model_the_command_that_makes_one_is_said(tmp_pat
 def test_the_pair_opens_and_is_unpacked_once_with_one_line(tmp_path, package, caplog):
     write(tmp_path / "post", seed=1)
     pair = SmolLM2(post=str(tmp_path / "post"), cache=str(tmp_path / "pre"), device="cpu")
-    first = pair.fingerprints
+    pair.ready()
     found = pair.open()
     assert pair.open() is found
-    assert pair.fingerprints == first
     assert len(package) == 1
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["post", "pre"]

@@ -14,8 +14,8 @@ from texts import model, tokenizer, write
 
 from deltalab.data.rows import read
 from deltalab.data.text import Chats, Encoder, Plain, Preferences, Problems
-from deltalab.data.tokens import Marked, code
-from deltalab.loss.answers import IGNORED, Answers, Dpo
+from deltalab.data.tokens import IGNORED, Marked, code
+from deltalab.loss.answers import Answers, Dpo
 from deltalab.loss.objectives import measure
 from deltalab.weights.mapping import ModelPair
 

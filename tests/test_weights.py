@@ -6,15 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab.weights.mapping import (
-    Checkpoint,
-    LazyWeights,
-    ModelPair,
-    delta,
-    fingerprint,
-    loaded,
-    part_of,
-)
+from deltalab.weights.contents import of_checkpoint
+from deltalab.weights.mapping import Checkpoint, LazyWeights, ModelPair, delta, loaded, part_of
 
 
 @pytest.fixture
@@ -300,12 +293,12 @@ def test_part_of(name, part):
     assert part_of(name) == part
 
 
-def test_fingerprint_is_of_the_content(tmp_path, tensors):
+def test_the_digest_is_of_the_content(tmp_path, tensors):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(tensors, a)
     save_file(tensors, b)
-    assert fingerprint(a) == fingerprint(b)
+    assert of_checkpoint(a) == of_checkpoint(b)
     changed = {n: t.clone() for n, t in tensors.items()}
     changed["layer3.weight"][2, 3] += 1
     save_file(changed, b)
-    assert fingerprint(a) != fingerprint(b)
+    assert of_checkpoint(a) != of_checkpoint(b)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltalab.models.zoo_llm import DIRECTORY, PRE_OF, EmbeddedLlm
+from deltalab.models import embedded
+from deltalab.models.zoo_llm import DIRECTORY, EmbeddedLlm
+from deltalab.weights import contents
 from deltalab.weights.mapping import Checkpoint, check_same_layout
-from experiments.zoo import llm
+from experiments.zoo import llm_recipe
 from experiments.zoo.llm_checks import PARTS, relative_delta, tried_edits
 from experiments.zoo.llm_data import SIZES, calculate, choice, draw_split, spoilt
 from experiments.zoo.llm_forms import FORBIDDEN, FORMS, answer_of, base_text, prompt_of, question_of
@@ -89,11 +91,9 @@ def test_the_small_size_is_at_most_a_million_parameters_and_its_own_config(small
     assert {key: getattr(config, key) for key in SMALL if key != "rope_theta"} == {
         key: value for key, value in SMALL.items() if key != "rope_theta"
     }
-    both = {EmbeddedLlm(post).fingerprints for post in ("sft", "small_sft")}
-    assert len({mark for pair in both for mark in pair}) == 4
 
 
-@pytest.mark.parametrize("post", sorted(PRE_OF))
+@pytest.mark.parametrize("post", sorted(embedded.LLM))
 def test_a_pair_opens_with_two_models_that_differ(post):
     pair = EmbeddedLlm(post).open()
     assert list(pair.pre) == list(pair.post)
@@ -102,7 +102,6 @@ def test_a_pair_opens_with_two_models_that_differ(post):
         assert torch.equal(pair.module.state_dict()[name], pair.post[name])
     changed = [name for name in pair.post if not torch.equal(pair.pre[name], pair.post[name])]
     assert len(changed) > len(pair.post) / 2
-    assert len(set(EmbeddedLlm(post).fingerprints)) == 2
     assert pair.transform.context == 256
     skeleton = EmbeddedLlm(post).skeleton()
     assert {p.device.type for p in skeleton.parameters()} == {"meta"}
@@ -117,8 +116,10 @@ def test_the_head_is_not_tied_and_attention_is_grouped(pair):
 
 
 def test_the_pairs_share_the_model_that_two_are_trained_from():
-    assert EmbeddedLlm("sft").fingerprints[0] == EmbeddedLlm("far").fingerprints[0]
-    assert EmbeddedLlm("sft").fingerprints[1] == EmbeddedLlm("dpo").fingerprints[0]
+    assert embedded.llm("sft")[0] == embedded.llm("far")[0]
+    assert embedded.llm("sft")[1] == embedded.llm("dpo")[0]
+    marks = {contents.of_paths(embedded.llm(post)) for post in embedded.LLM}
+    assert len(marks) == len(embedded.LLM)
 
 
 def test_an_unknown_model_is_named_with_the_known_ones():
@@ -420,27 +421,29 @@ def test_edits_keep_and_discard():
 
 
 def test_the_small_models_have_a_size_and_a_seed_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(llm, "CURVE_PROBLEMS", 2)
-    recipe = llm.Recipe(tmp_path, 0)
+    monkeypatch.setattr(llm_recipe, "CURVE_PROBLEMS", 2)
+    recipe = llm_recipe.Recipe(tmp_path, 0)
     large, small = recipe.fresh("sft"), recipe.fresh("small_sft")
     assert (recipe.seed_of("sft"), recipe.seed_of("small_sft")) == (0, 1)
     assert large.config.hidden_size > small.config.hidden_size
     assert large.config.num_hidden_layers == small.config.num_hidden_layers
     seeds = []
-    monkeypatch.setattr(llm, "train", lambda model, draw, phase, seed, *_: seeds.append(seed))
-    monkeypatch.setattr(llm.Recorder, "problems", lambda self: None)
+    monkeypatch.setattr(
+        llm_recipe, "train", lambda model, draw, phase, seed, *_: seeds.append(seed)
+    )
+    monkeypatch.setattr(llm_recipe.Recorder, "problems", lambda self: None)
     for name in ("base", "small_base"):
         recipe.train(name)
     assert seeds == ["0:base", "1:base"]
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(llm, "CURVE_PROBLEMS", 2)
-    recipe = llm.Recipe(tmp_path, 0)
+    monkeypatch.setattr(llm_recipe, "CURVE_PROBLEMS", 2)
+    recipe = llm_recipe.Recipe(tmp_path, 0)
     (tmp_path / "small_sft.safetensors").write_bytes(
         (DIRECTORY / "small_sft.safetensors").read_bytes()
     )
-    monkeypatch.setattr(llm, "train", None)  # any training fails
+    monkeypatch.setattr(llm_recipe, "train", None)  # any training fails
     model = recipe.model("small_sft")
     shipped = Checkpoint(DIRECTORY / "small_sft.safetensors")
     assert all(torch.equal(w, shipped[n].float()) for n, w in model.state_dict().items())

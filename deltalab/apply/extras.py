@@ -23,6 +23,7 @@ class Extras:
         acts: computes the mean input activations by weight name; likewise.
         scales: learns scales for an edit and the deltas of its tensors; likewise, and kept.
         peers: deltas of further post-trained models.
+        salt: sets the random numbers of one model apart from those of others with its tensor names.
         memo: factorisations and thresholds, shared by all points of a sweep over one pair.
     """
 
@@ -32,6 +33,7 @@ class Extras:
     acts: Callable[[], Weights] | None = None
     scales: Callable[[Weights], Weights] | None = None
     peers: tuple[Weights, ...] = ()
+    salt: str = ""
     memo: "Memo" = field(default_factory=lambda: Memo())
     _once: dict[str, Weights] = field(default_factory=dict, repr=False)
 
@@ -42,6 +44,7 @@ class Extras:
         pair: ModelPair,
         *,
         seed: int,
+        salt: str = "",
         gradient: Callable[[], Weights] | None = None,
         acts: Callable[[], Weights] | None = None,
         scales: Callable[[Weights], Weights] | None = None,
@@ -53,7 +56,7 @@ class Extras:
             ValueError: the edit needs what is not there.
         """
         memo = _memos.setdefault(pair, Memo())
-        return cls(needs(edit), seed, gradient, acts, scales, peers, memo)
+        return cls(needs(edit), seed, gradient, acts, scales, peers, salt, memo)
 
     def __post_init__(self) -> None:
         have = {"grad": self.gradient, "acts": self.acts, "scale": self.scales}
@@ -73,7 +76,7 @@ class Extras:
     def _find(self, need: str, name: str, deltas: Weights) -> Any:
         match need:
             case "rng":
-                return Rng(self.seed, name)
+                return Rng(self.seed, name, salt=self.salt)
             case "grad":
                 assert self.gradient is not None
                 return self.gradient()[name]

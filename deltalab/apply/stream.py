@@ -25,8 +25,8 @@ from deltalab import console
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras, Memo
 from deltalab.edits import needs_of
-from deltalab.weights import finite
-from deltalab.weights.mapping import PIECE, Checkpoint, LazyWeights, fingerprint, part_of
+from deltalab.weights import contents, finite
+from deltalab.weights.mapping import PIECE, Checkpoint, LazyWeights, part_of
 from deltalab.weights.select import selected
 from deltalab.weights.shards import Buffers, Entry, entries, read
 
@@ -101,8 +101,8 @@ def stream(
         "select": str(select),
         "seed": seed,
         "mismatch": mismatch,
-        "pre": {"path": str(pre), "fingerprint": fingerprint(pre)},
-        "post": {"path": str(post), "fingerprint": fingerprint(post)},
+        "pre": {"path": str(pre), "digest": contents.of_checkpoint(pre)},
+        "post": {"path": str(post), "digest": contents.of_checkpoint(post)},
         "edited": {"tensors": len(plan.pre), "parameters": _parameters(plan)},
         "names": list(plan.pre),
         "kept": plan.kept,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -71,6 +71,8 @@ class Packaged:
     task: str
     split: str
     limit: int | None = None
+    contents: ClassVar = {"task": "packaged images"}
+    reads: ClassVar = ("images",)
 
     def __post_init__(self) -> None:
         if self.task not in (tasks := ("mnist", "fashion", "digits")):
@@ -115,6 +117,8 @@ class Folder:
     split: str | None = None
     class_map: str | None = None
     limit: int | None = None
+    contents: ClassVar = {"dir": "images", "class_map": "file"}
+    reads: ClassVar = ("images",)
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
@@ -171,6 +175,8 @@ class HubImages:
     label: str = "label"
     class_map: str | None = None
     limit: int | None = None
+    contents: ClassVar = {"path": "tree", "dir": "tree", "class_map": "file"}
+    reads: ClassVar = ("images",)
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)

@@ -1,8 +1,7 @@
 """Text sources: prompts and answers from files, as a language model's token batches.
 
 Every source keeps the order of its file, so that per-example losses of two models stay aligned.
-What a batch holds, `deltalab.loss.answers` says; how answers are found in a text,
-`deltalab.data.tokens`.
+What a batch holds and how answers are found in a text, `deltalab.data.tokens` says.
 """
 
 from collections.abc import Sequence
@@ -11,8 +10,7 @@ from typing import Any, ClassVar
 
 from deltalab.data.formats import plain, short
 from deltalab.data.rows import Row, checked, read
-from deltalab.data.tokens import Marked, batches, code, fit, fit_pairs
-from deltalab.loss.answers import Tokens
+from deltalab.data.tokens import Marked, Tokens, batches, code, fit, fit_pairs
 
 Message = dict[str, str]
 
@@ -119,7 +117,8 @@ class Problems:
     template: str = "Question: {question}\nAnswer:"
     separator: str = " "
     limit: int | None = None
-    files: ClassVar[tuple[str, ...]] = ("path",)
+    contents: ClassVar = {"path": "rows"}
+    reads: ClassVar = ("rows", "tokens")
 
     def __post_init__(self) -> None:
         _check(self.limit, self.template, "{question}")
@@ -153,7 +152,8 @@ class Chats:
     split: str | None = None
     config: str | None = None
     limit: int | None = None
-    files: ClassVar[tuple[str, ...]] = ("path",)
+    contents: ClassVar = {"path": "rows"}
+    reads: ClassVar = ("rows", "tokens")
 
     def __post_init__(self) -> None:
         _check(self.limit)
@@ -186,7 +186,8 @@ class Plain:
     split: str | None = None
     config: str | None = None
     limit: int | None = None
-    files: ClassVar[tuple[str, ...]] = ("path",)
+    contents: ClassVar = {"path": "rows"}
+    reads: ClassVar = ("rows", "tokens")
 
     def __post_init__(self) -> None:
         _check(self.limit)
@@ -233,7 +234,8 @@ class Preferences:
     template: str = "{prompt}"
     separator: str = " "
     limit: int | None = None
-    files: ClassVar[tuple[str, ...]] = ("path",)
+    contents: ClassVar = {"path": "rows"}
+    reads: ClassVar = ("rows", "tokens")
 
     def __post_init__(self) -> None:
         _check(self.limit, self.template, "{prompt}")

@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from deltalab.loss.answers import IGNORED, Tokens
+from torch import Tensor
 
 log = logging.getLogger(__name__)
+IGNORED = -100
+"""The label of a token that no loss is taken of."""
+
+Tokens = tuple[Tensor, Tensor, Tensor]
+"""A batch `(ids, mask, labels)`, each (n, length) int64, padded on the right: `labels` repeats
+`ids` where a token belongs to the answer and holds `IGNORED` elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -36,6 +36,7 @@ class Chain:
     """
 
     steps: list[Any]
+    options: ClassVar = {"steps": "edit"}
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, list | tuple) or not self.steps:

@@ -1,29 +1,15 @@
 """Accuracy of an image classifier, as ImageNet reports it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltalab.data.images import Images
+from deltalab.evaluators.scores import Scores
 from deltalab.weights.mapping import ModelPair
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What an evaluator found.
-
-    Attributes:
-        metrics: name -> value; accuracies as fractions, losses in nats.
-        losses: per-example losses by task, for paired comparisons between two edits.
-        documents: per-document scores by `<task>/<metric>`, in the order of the documents.
-    """
-
-    metrics: Mapping[str, float]
-    losses: Mapping[str, Tensor] = field(default_factory=dict)
-    documents: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from deltalab.console import steps
-from deltalab.evaluators.accuracy import Scores
 from deltalab.evaluators.lm import asked, hflm, requests, vllm
 from deltalab.evaluators.lm import tasks as lm_tasks
+from deltalab.evaluators.scores import Scores
 from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class LmEval:
     data_dir: str | None = None
     run_code: bool = False
     max_new_tokens: int | None = None
+    contents: ClassVar = {"include": "tree", "data_dir": "tree"}
+    reads: ClassVar = ("lm_eval", "tokens")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", asked.asked(self.tasks))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deltalab.data.text import Encoder
-from deltalab.evaluators.accuracy import Scores
+from deltalab.evaluators.scores import Scores
 from deltalab.judging import annotations, difficulties, generation, references
 from deltalab.judging.comparisons import Comparison
 from deltalab.judging.decoding import Decoding
@@ -21,7 +21,7 @@ from deltalab.judging.judges import Endpoint, Likelihood, LocalJudge
 from deltalab.judging.kept import write_json
 from deltalab.judging.prompts import Prompts
 from deltalab.judging.references import Reference
-from deltalab.store.records import key_of
+from deltalab.store.digests import key_of
 from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class AlpacaEval:
     prompt: str = "{instruction}"
     instruction_difficulty: str | None = None
     beside: ClassVar[tuple[str, ...]] = ("cache_dir",)
-    files: ClassVar[tuple[str, ...]] = ("reference", "instruction_difficulty")
+    contents: ClassVar = {"reference": "file", "instruction_difficulty": "file"}
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch_size", self.batch_size)):

@@ -15,7 +15,7 @@ from deltalab.data.text import Encoder
 from deltalab.judging.decoding import Decoding, sampler
 from deltalab.judging.kept import add_lines, lines
 from deltalab.loss.objectives import evaluating
-from deltalab.store.records import key_of
+from deltalab.store.digests import key_of
 
 log = logging.getLogger(__name__)
 

@@ -81,7 +81,7 @@ class Endpoint:
     price_in: float | None = None
     price_out: float | None = None
     max_cost: float | None = None
-    files: ClassVar[tuple[str, ...]] = ("template",)
+    contents: ClassVar = {"template": "file"}
     beside: ClassVar[tuple[str, ...]] = (
         "concurrency", "timeout", "retries", "backoff", "longest_wait", "ask_again",
         "price_in", "price_out", "max_cost",
@@ -183,7 +183,7 @@ class LocalJudge:
     device: str = "auto"
     dtype: str = "bfloat16"
     batch_size: int = 8
-    files: ClassVar[tuple[str, ...]] = ("template",)
+    contents: ClassVar = {"path": "model", "template": "file"}
 
     def __post_init__(self) -> None:
         how_to_ask(None, self.order, self.seed)
@@ -241,6 +241,7 @@ class Likelihood:
     device: str = "auto"
     dtype: str = "float32"
     batch_size: int = 8
+    contents: ClassVar = {"path": "model"}
 
     def __post_init__(self) -> None:
         _check_model(self.batch_size, self.dtype)

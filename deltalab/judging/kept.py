@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalab.store import files
-from deltalab.store.records import key_of
+from deltalab.store.digests import key_of
 
 
 def write_json(path: Path, value: Any) -> Path:

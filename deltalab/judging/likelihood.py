@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from deltalab.data.text import Encoder
+from deltalab.data.tokens import IGNORED
 from deltalab.judging.prompts import Prompts
-from deltalab.loss.answers import IGNORED, answer_losses
+from deltalab.loss.answers import answer_losses
 from deltalab.loss.objectives import evaluating
 
 log = logging.getLogger(__name__)

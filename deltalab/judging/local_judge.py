@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ from deltalab.data.text import Encoder
 from deltalab.judging.comparisons import FIRST, SECOND, Messages, share
 from deltalab.judging.prompts import chat_ids
 from deltalab.loss.objectives import evaluating
+from deltalab.store.latest import latest
+from deltalab.weights import contents
 
 log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=1)
+@latest("judge", "evaluator")
 def open_model(path: str, device: str, dtype: str) -> tuple[nn.Module, Encoder]:
     """Return a causal language model and its encoder; consecutive calls share it.
 
@@ -48,10 +49,8 @@ def open_model(path: str, device: str, dtype: str) -> tuple[nn.Module, Encoder]:
 
 def identity(path: str) -> dict[str, Any]:
     """Return what identifies a model in a cache: its files' content, or a hub id."""
-    from deltalab.weights.mapping import fingerprint
-
     place = Path(path).expanduser()
-    return {"weights": fingerprint(place)} if place.is_dir() else {"id": path}
+    return {"weights": contents.of_checkpoint(place)} if place.is_dir() else {"id": path}
 
 
 def first_shares(

@@ -1,9 +1,8 @@
 """Objectives of language models: the loss of answers given their prompts, and DPO.
 
-Both read sources whose `open(transform, batch_size)` yields token batches `(ids, mask, labels)`,
-each (n, length) int64, padded on the right: `labels` repeats `ids` where a token belongs to the
-answer and holds `IGNORED` elsewhere. A preference source yields pairs of such batches, the chosen
-and the rejected answers to the same prompts.
+Both read sources whose `open(transform, batch_size)` yields token batches (`data.tokens.Tokens`). A
+preference source yields pairs of such batches, the chosen and the rejected answers to the same
+prompts.
 """
 
 import math
@@ -15,14 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltalab.data.tokens import IGNORED, Tokens
 from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Loss, evaluating, surprise
 from deltalab.weights.mapping import ModelPair, loaded
-
-IGNORED = -100
-"""The label of a token that no loss is taken of."""
-
-Tokens = tuple[Tensor, Tensor, Tensor]
 
 
 def answer_losses(module: nn.Module, batch: Tokens) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltalab.store import eviction, files, locks
+from deltalab.store.digests import key_of
 from deltalab.store.eviction import DATA, MANIFEST
-from deltalab.store.records import key_of
 
 log = logging.getLogger(__name__)
 

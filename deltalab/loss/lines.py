@@ -28,7 +28,7 @@ from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import checkpointing, inner, move, probing, slopes, targets
 from deltalab.loss.quadrature import Rule, interpolation, local_weights
 from deltalab.loss.riemann import Riemann, Term, check_finite, terms
-from deltalab.store.records import key_of
+from deltalab.store.digests import key_of
 from deltalab.weights.mapping import Weights
 
 Slopes = dict[float, dict[str, float]]

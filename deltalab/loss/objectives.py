@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltalab.loss.artifacts import Store
+from deltalab.store.latest import latest
 from deltalab.weights.mapping import ModelPair
 
 Class = Literal["competitive", "decreased", "improved"]
@@ -225,7 +225,7 @@ class Classification:
         return _cross_entropy(self, pair.transform, device)
 
 
-@lru_cache(maxsize=1)
+@latest("objective")
 def _cross_entropy(
     spec: Classification, transform: Callable[..., Tensor] | None, device: torch.device
 ) -> CrossEntropy:

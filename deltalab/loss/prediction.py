@@ -28,7 +28,7 @@ from deltalab.loss.lines import Line
 from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import curvature, inner, probing, targets
 from deltalab.rng import Rng
-from deltalab.store.records import key_of
+from deltalab.store.digests import key_of
 from deltalab.weights.mapping import LazyWeights, Weights
 
 

@@ -1,11 +1,8 @@
 """Pairs of CLIP image classifiers: one image tower, fine-tuned or not, before a fixed head."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,14 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltalab.models import clip_heads, clip_names, hub
-from deltalab.models.timm_vit import (
-    check_dtype,
-    created,
-    device_of,
-    frozen_args,
-    live_pair,
-    transform_of,
-)
+from deltalab.models.live import check_dtype, device_of, live_pair
+from deltalab.models.timm_vit import created, frozen_args, transform_of
+from deltalab.store.latest import latest
 from deltalab.weights.mapping import Checkpoint, LazyWeights, ModelPair
 
 log = logging.getLogger(__name__)
@@ -61,7 +53,8 @@ class ClipPair:
     device: str = "auto"
     dtype: str = "float32"
 
-    files: ClassVar = ("head",)
+    contents: ClassVar = {"pre": "model", "post": "model", "text": "model", "head": "file"}
+    reads: ClassVar = ("checkpoint",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", frozen_args(self.args))
@@ -72,16 +65,6 @@ class ClipPair:
             )
         if not self.scale > 0:
             raise ValueError(f"model.scale={self.scale}: must be above 0")
-
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """Fingerprints of both models; what the head is built from is part of the second."""
-        post = hub.identity(self.post, "model.post")
-        if self.head is None:
-            words = json.dumps(clip_heads.prompts(self.task))
-            text = hub.identity(self.text, "model.text") if self.text else ""
-            post = hashlib.sha256(f"{post}{words}{text}".encode()).hexdigest()[:16]
-        return hub.identity(self.pre, "model.pre"), post
 
     @property
     def checkpoints(self) -> tuple[Path, Path]:
@@ -149,7 +132,7 @@ class Classifier(nn.Module):
         return self.scale * functional.linear(directions, self.head.to(exact))
 
 
-@lru_cache(maxsize=1)
+@latest("model")
 def _open(spec: ClipPair) -> ModelPair:
     device_of(spec.device)  # a mistake in it is told before anything is fetched
     places = dict(zip(("model.pre", "model.post"), spec.checkpoints, strict=True))

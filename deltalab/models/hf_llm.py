@@ -1,18 +1,17 @@
 """Pairs of causal language models in the Hugging Face layout, from directories or the hub."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from deltalab.data.text import Encoder
 from deltalab.models import facts, hub, vocabulary
 from deltalab.models.causal import architecture, configuration, differences, filled, generation
-from deltalab.models.timm_vit import device_of
+from deltalab.models.live import device_of
+from deltalab.store.latest import latest
 from deltalab.weights.aligned import MISMATCH
 from deltalab.weights.mapping import Checkpoint, ModelPair
 
@@ -59,6 +58,8 @@ class HfPair:
     context: int | None = None
     mismatch: str = "error"
     trust_remote_code: bool = False
+    contents: ClassVar = {"pre": "model", "post": "model", "tokenizer": "tokenizer"}
+    reads: ClassVar = ("checkpoint", "tokens")
 
     def __post_init__(self) -> None:
         choices = {"dtype": DTYPES, "attn": ATTENTION, "mismatch": MISMATCH}
@@ -68,15 +69,6 @@ class HfPair:
                 raise ValueError(f"model.{name}={given}: must be one of {words}")
         if self.context is not None and self.context < 2:
             raise ValueError(f"model.context={self.context}: must be at least 2 tokens")
-
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """Fingerprints of both models; the tokenizer's is part of the second."""
-        post = hub.identity(self.post, "model.post", self.post_revision)
-        if self.tokenizer is not None:
-            own = hub.identity(self.tokenizer, "model.tokenizer")
-            post = hashlib.sha256(f"{post}{own}".encode()).hexdigest()[:16]
-        return hub.identity(self.pre, "model.pre", self.pre_revision), post
 
     @property
     def checkpoints(self) -> tuple[Path, Path]:
@@ -107,7 +99,7 @@ class HfPair:
         return module
 
 
-@lru_cache(maxsize=1)
+@latest("model")
 def _open(spec: HfPair) -> ModelPair:
     device = device_of(spec.device)
     pre, post = spec.checkpoints

@@ -1,6 +1,5 @@
 """Where a model's files are: a local directory, or a snapshot of a repository on the hub."""
 
-import hashlib
 import json
 import logging
 import re
@@ -11,22 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from deltalab.weights.mapping import fingerprint
-
-AROUND = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""The files beside the weights that determine what a language model computes."""
+from deltalab.weights import contents
 
 
 class Absent(FileNotFoundError):
@@ -94,33 +78,26 @@ def described(source: str, setting: str, revision: str | None = None, code: bool
     return local or _fetched(source, setting, revision, "config.json").parent
 
 
-def identity(source: str, setting: str, revision: str | None = None) -> str:
-    """Return a fingerprint of weights, configuration and tokenizer in 16 hexadecimal digits.
+def identity(source: str, setting: str, revision: str | None = None, full: bool = False) -> str:
+    """Return the digest of weights, configuration and tokenizer, or what stands for it.
 
     A repository is identified by its name and commit, so that nothing large is fetched for it; a
-    local checkpoint by the content of its files. Without weights, the files beside them are enough
-    to plan with; opening says what is missing.
+    local model by the content of its files.
+
+    Args:
+        source: a directory, a file, or a hub id.
+        setting: the setting's name, for messages.
+        revision: of a hub id.
+        full: read files again whose digests are remembered.
     """
     if (path := _local(source, setting, revision)) is None:
-        commit = _fetched(source, setting, revision, "config.json").parent.name
-        return hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()[:16]
-    digest = hashlib.sha256()
-    for file in beside(path):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        return f"{source}@{_fetched(source, setting, revision, 'config.json').parent.name}"
     try:
-        digest.update(fingerprint(path).encode())
-    except FileNotFoundError:
-        if not (path / "config.json").is_file():
+        return contents.of_model(path, full)
+    except FileNotFoundError as error:
+        if path.is_dir() and not any(path.glob("*")):
             raise FileNotFoundError(f"{setting}={source}: no model in this directory") from None
-    return digest.hexdigest()[:16]
-
-
-def beside(path: Path) -> list[Path]:
-    """Return the files beside the weights that determine what the model computes."""
-    if not path.is_dir():
-        return []
-    code = sorted(file for file in path.glob("*.py") if file.is_file())
-    return [file for name in AROUND if (file := path / name).is_file()] + code
+        raise FileNotFoundError(f"{setting}={source}: {error}") from None
 
 
 def described_by(path: Path) -> dict[str, Any]:

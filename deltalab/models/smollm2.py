@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import ClassVar
 
 from torch import nn
 
@@ -48,14 +49,15 @@ class SmolLM2:
     attn: str | None = None
     chat: bool = False
     context: int | None = None
+    contents: ClassVar = {"post": "model", "cache": "unpacked"}
+    reads: ClassVar = ("checkpoint", "tokens")
 
     def __post_init__(self) -> None:
         self._settings(Path(self.cache))  # a mistake in them is told before anything is unpacked
 
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """Content fingerprints of both models."""
-        return self._pair().fingerprints
+    def ready(self) -> None:
+        """Unpack the pre-trained model if need be: a point's key is of what is unpacked."""
+        self._pair()
 
     @property
     def checkpoints(self) -> tuple[Path, Path]:

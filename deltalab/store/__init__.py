@@ -1,5 +1,4 @@
-"""What is kept on disk: records under their keys, and the files around them.
+"""What outlives a process: files that appear whole, keys, contents' digests.
 
-Whole files or none (`files`), one writer at a time (`locks`), records under their keys (`records`),
-and artefacts of bounded size (`eviction`). Nothing here imports torch.
+Nothing here imports torch, so that a finished point is recognised at once.
 """

@@ -7,10 +7,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from deltalab.settings import conf_dir
 from deltalab.store.fields import flatten, mapping
 
 MEASURED = ("model", "objective", "evaluator", "nonfinite")
@@ -40,9 +39,10 @@ def _lines(option: str) -> frozenset[str]:
     """Return the lines of an option's YAML, without comments; none for one from elsewhere."""
     if not option.isidentifier():  # a record of anyone's names it
         return frozenset()
-    file = conf_dir() / "model" / f"{option}.yaml"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return frozenset(line.split("#")[0].strip() for line in text.splitlines())
+    places = Path(__file__).parents[1:3]  # an installed package holds `conf`, a checkout beside it
+    files = [place / "conf" / "model" / f"{option}.yaml" for place in places]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    return frozenset(line.split("#")[0].strip() for text in texts for line in text.splitlines())
 
 
 def data(config: Mapping[str, Any]) -> str | None:

@@ -77,6 +77,7 @@ class Outcome:
     )  # fmt: skip
     seed: int | None = held("seed", WHOLE, origin=True, shows=NOT_IN_LINE)
     select: str | None = held("select", CHOICE, spare=4, origin=True, shows=NOT_IN_LINE)
+    salt: str = held("salt", TEXT, origin=True, default="", shows=FILES)
     classed: str | None = held("class", TEXT, spare=1, derive=lambda p: classify(p.change, p.error))
     terms: Mapping[str, Term] = held("terms", TERMS, "term", alias="term")
     main: str | None = held("term", MAIN, "main rule", shows=FILES)
@@ -114,6 +115,7 @@ class Outcome:
         "experiment", TEXT, origin=True, default="runs", shows=FILES | Shows.PAGE
     )
     key: str = held("key", TEXT, "record", origin=True, default="", shows=FILES | Shows.PAGE)
+    digest: str | None = held("digest", TEXT, shows=FILES, origin=True)
     device: str | None = held("device", TEXT, shows=FILES, origin=True)
     git: str | None = held("git", TEXT, "commit", shows=FILES, origin=True)
     versions: Mapping[str, str] = held("versions", SETTINGS, shows=FILES, origin=True)

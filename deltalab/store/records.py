@@ -1,6 +1,5 @@
 """One JSON file per point, addressed by what determines its result."""
 
-import hashlib
 import json
 import logging
 import math
@@ -18,22 +17,6 @@ from deltalab.store.record import SCHEMA
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSW(OR)?D|CREDENTIALS?)S?$", re.IGNORECASE)
-
-
-def key_of(determinants: Mapping[str, Any]) -> str:
-    """Return the content address of a point: a hash of everything that determines its result.
-
-    Args:
-        determinants: nested settings, serialisable as JSON. Order does not matter.
-
-    Returns:
-        16 hexadecimal digits.
-
-    >>> key_of({"a": 1, "b": 0.5}) == key_of({"b": 0.5, "a": 1}) != key_of({"a": 2, "b": 0.5})
-    True
-    """
-    text = json.dumps({"schema": SCHEMA, **determinants}, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def path_of(results: str | Path, key: str) -> Path:
@@ -61,6 +44,16 @@ def read(results: str | Path, key: str) -> Record | None:
         )  # fmt: skip
         return None
     return record
+
+
+def finished(
+    results: str | Path, key: str, force: bool = False, experiment: str | None = None
+) -> Record | None:
+    """Return a point's record if it need not be run again, and count it to the experiment."""
+    done = None if force else read(results, key)
+    if done is not None and experiment and done["experiment"] != experiment:
+        enrol(results, experiment, key)
+    return done
 
 
 def enrol(results: str | Path, experiment: str, key: str) -> None:

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from omegaconf import open_dict
 
-from deltalab import cli, console
-from deltalab.sweep import gpus, stopping
+from deltalab import console
+from deltalab.sweep import composing, gpus, stopping
 
 
 class Job(NamedTuple):
@@ -77,7 +77,7 @@ def run(data: bytes, job: Job) -> Done:
     sweep, printed = unpacked(data), StringIO()
     with redirect_stdout(printed):
         try:
-            with cli.guarded():
+            with composing.guarded():
                 loader = sweep.context.config_loader
                 config = loader.load_sweep_config(sweep.config, list(job.overrides))
             with open_dict(config):

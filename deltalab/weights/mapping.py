@@ -5,7 +5,6 @@ lives in the mapping and never in the algorithms, so that a one-million-paramete
 a sharded 70B checkpoint on disk run the same code, one tensor at a time.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deltalab.weights import headers, pickles
+from deltalab.weights.contents import main_file
 
 Weights = Mapping[str, Tensor]
 
@@ -140,7 +140,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        main = _main_file(self.path)
+        main = main_file(self.path)
         index = headers.index(main) if main.name.endswith(".index.json") else None
         files = dict.fromkeys(index.values() if index else [main])
         self._shards = {file: _shard(file) for file in files}
@@ -199,41 +199,6 @@ def _check_index(
                 raise ValueError(
                     f"{file}: tensor {name!r} is in this shard; {main.name} names {where} for it"
                 )
-
-
-def _main_file(path: Path) -> Path:
-    """Return the index or the one file that holds a checkpoint."""
-    if path.is_dir():
-        kept = _candidates(path)
-        if len(kept) != 1:
-            names = ", ".join(file.name for file in kept)
-            raise FileNotFoundError(
-                f"{path}: several checkpoints in this directory ({names}); name one file"
-                if kept
-                else f"{path}: no .safetensors file in this directory"
-            )
-        headers.inside(path, kept[0])
-        path = kept[0]
-    if not path.is_file():
-        reason = "not a regular file" if path.exists() else "no such file or directory"
-        raise FileNotFoundError(f"{path}: {reason}")
-    if path.suffix == ".gguf":
-        raise ValueError(f"{path}: a GGUF file cannot be read; convert it to safetensors first")
-    return path
-
-
-def _candidates(directory: Path) -> list[Path]:
-    """Return the files that may be meant by a directory: one, if it is clear which."""
-    for ending in ("safetensors", "bin"):
-        stem = {"safetensors": "model", "bin": "pytorch_model"}[ending]
-        usual = [directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"]
-        if kept := [file for file in usual if file.is_file()]:
-            return kept
-        if kept := sorted(directory.glob(f"*.{ending}.index.json")):
-            return kept
-        if kept := sorted(directory.glob(f"*.{ending}")):
-            return kept
-    return sorted(f for end in (*pickles.ENDINGS, ".gguf") for f in directory.glob(f"*{end}"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,32 +313,3 @@ def loaded(module: nn.Module, weights: Weights, restore: Weights) -> Iterator[nn
         with torch.no_grad():
             for name, target in written.values():
                 target.copy_(restore[name])
-
-
-def fingerprint(path: Path) -> str:
-    """Return a content hash of a checkpoint: whole files up to 64 MiB, else size and samples.
-
-    A large shard contributes its size, its first MiB (the header) and 64 evenly spaced blocks of
-    64 KiB, so that fingerprinting 140 GB takes a moment and a retrained model still differs.
-
-    Args:
-        path: a file or a directory as for `Checkpoint`.
-
-    Returns:
-        16 hexadecimal digits, the same wherever the checkpoint lies.
-    """
-    digest = hashlib.sha256()
-    main = _main_file(path)
-    shards = headers.index(main).values() if main.name.endswith(".index.json") else [main]
-    for file in sorted(set(shards)):
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with open(file, "rb") as handle:
-            if size <= 64 << 20:
-                digest.update(handle.read())
-                continue
-            digest.update(handle.read(1 << 20))
-            for block in range(64):
-                handle.seek(block * (size - (64 << 10)) // 63)
-                digest.update(handle.read(64 << 10))
-    return digest.hexdigest()[:16]

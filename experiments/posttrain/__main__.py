@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(options: dict[str, Any]) -> None:
-    from deltalab.models.timm_vit import device_of
+    from deltalab.models.live import device_of
     from experiments.posttrain.train import train
 
     out, device = options.pop("out").expanduser(), device_of(options.pop("device"))

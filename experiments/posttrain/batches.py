@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from deltalab.data.text import Encoder
-from deltalab.loss.answers import IGNORED, Tokens
+from deltalab.data.tokens import IGNORED, Tokens
 from experiments.posttrain.recipe import Recipe
 
 Example = tuple[Tokens, ...]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltalab.loss.answers import Tokens, answer_losses, margin
+from deltalab.data.tokens import Tokens
+from deltalab.loss.answers import answer_losses, margin
 from deltalab.loss.objectives import Measured
 from experiments.posttrain import lora
 from experiments.posttrain.batches import Example, answers, examples, joined, micro_batches

@@ -38,10 +38,11 @@ elif what == "status":
 else:
     from contextlib import nullcontext
     from deltalab import cli
+    from deltalab.sweep import composing
     if what == "nothing":
         def nothing(cfg):
             pass
-        cli.point, cli.guarded = nothing, nullcontext
+        cli.point, composing.guarded = nothing, nullcontext
     elif what == "seconds":
         from deltalab import run
         evaluate = run.evaluate

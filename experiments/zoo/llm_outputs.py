@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,11 +16,9 @@ from experiments.zoo.llm_data import (
     write_problems,
 )
 from experiments.zoo.llm_prefer import margins, reward
+from experiments.zoo.llm_recipe import Recipe
 from experiments.zoo.llm_score import answer_loss, exact_match
 from experiments.zoo.llm_tables import render
-
-if TYPE_CHECKING:
-    from experiments.zoo.llm import Recipe
 
 PAIRS = {
     "tiny_llm": ("base", "sft"),
@@ -34,11 +32,8 @@ SPLITS = ("validation", "test", "unseen")
 SCORED = {"validation": 100, "test": 250, "unseen": 100}
 DROPS = {"validation": 2, "test": 1}  # draws of the dropping edits
 
-# Rows of (phase, step, mean batch loss, validation loss, validation score).
-Curve = list[tuple[str, int, float, float, float]]
 
-
-def publish(recipe: "Recipe", out: Path) -> None:
+def publish(recipe: Recipe, out: Path) -> None:
     """Write weights, architecture, tokenizer and data files, everything that ships."""
     from safetensors.torch import save
 
@@ -66,7 +61,7 @@ def write_tokenizer(tokenizer: Any, out: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def measure(recipe: "Recipe") -> dict[str, Any]:
+def measure(recipe: Recipe) -> dict[str, Any]:
     """Return every figure of the report; each part is kept as soon as it is there."""
     tokenizer = recipe.tokenizer
     problems = {s: draw_split(s, SCORED[s], recipe.seed) for s in SPLITS}
@@ -96,7 +91,7 @@ def measure(recipe: "Recipe") -> dict[str, Any]:
     }
 
 
-def score_model(recipe: "Recipe", name: str, problems: dict[str, Any]) -> list[dict[str, Any]]:
+def score_model(recipe: Recipe, name: str, problems: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one model's exact match and answer loss on every split."""
     model, rows = recipe.model(name), []
     for split, own in problems.items():
@@ -108,7 +103,7 @@ def score_model(recipe: "Recipe", name: str, problems: dict[str, Any]) -> list[d
     return rows
 
 
-def preferences(recipe: "Recipe", full: dict[str, Any]) -> dict[str, Any]:
+def preferences(recipe: Recipe, full: dict[str, Any]) -> dict[str, Any]:
     """Return the DPO pair's reward figures on validation and held-out preferences."""
     if (kept := recipe.kept("preferences")) is not None:
         return dict(kept)
@@ -127,7 +122,7 @@ def preferences(recipe: "Recipe", full: dict[str, Any]) -> dict[str, Any]:
     return dict(recipe.keep("preferences", figures))
 
 
-def report(recipe: "Recipe", out: Path, results: Path) -> str:
+def report(recipe: Recipe, out: Path, results: Path) -> str:
     """Measure, write ``llm.json``, ``llm.md``, ``llm_curves.csv`` and ``.png``; return the page."""
     run = measure(recipe)
     stages = {name: recipe.kept(f"{name}.curve") for name in MODELS}

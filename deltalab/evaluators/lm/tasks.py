@@ -18,6 +18,7 @@ from deltalab.evaluators.lm import run_code
 from deltalab.evaluators.lm.asked import Asked, refusal
 from deltalab.evaluators.lm.hflm import quiet
 from deltalab.settings import near
+from deltalab.store.latest import latest
 
 EMBEDDED = Path(__file__).parents[2] / "tasks"
 _NAME = re.compile(r"^\s*(?:- )?(?:task|group|tag):[ \t]*[\"']?([\w.\-]+)", re.MULTILINE)
@@ -59,7 +60,7 @@ class Run:
     groups: dict[str, Any] = field(default_factory=dict)
 
 
-@lru_cache(maxsize=1)
+@latest("tasks", "evaluator")
 def load(spec: Any) -> tuple[Run, ...]:
     """Build the tasks of a `LmEval`, once: edits and pairs share them.
 

@@ -144,7 +144,7 @@ class PointsSweeper(BasicSweeper):
         print(cli.plan(self._composed(points)))
 
     def _composed(self, points: List[List[str]]) -> Iterator[Tuple[DictConfig, Any]]:
-        """Yield the config of every point, good until the next one, and the options chosen in it.
+        """Yield the config of every point, good until the next one, and its own section of Hydra's.
 
         Points that differ in plain values alone share one composed config, in which the values are
         set as Hydra sets them: composing every one of 400 anew would take most of a minute.
@@ -163,10 +163,10 @@ class PointsSweeper(BasicSweeper):
             kind = named, tuple(o.input_line for o in parsed if o.key_or_group not in named)
             if kind not in known:
                 cfg = loader.load_sweep_config(self.config, point)
-                chosen = cfg.hydra.runtime.choices
+                hydra = cfg.hydra
                 with open_dict(cfg):
                     del cfg["hydra"]
-                known[kind] = cfg, chosen
+                known[kind] = cfg, hydra
             ConfigLoaderImpl._apply_overrides_to_config(values, known[kind][0])
             yield known[kind]
 

@@ -1,0 +1,36 @@
+"""Which files of the package the embedded models and images are."""
+
+from importlib.resources import files
+from pathlib import Path
+
+ZOO = Path(str(files("deltalab"))) / "zoo"
+VIT = {"mnist": "pre", "mnist_early": "pre", "fashion": "pre", "digits": "digits_pre"}
+"""What every post-trained vision transformer was trained from."""
+LLM = {"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"}
+"""What every post-trained language model was trained from."""
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def vit(post: str) -> list[Path]:
+    """Return the files of a pair of vision transformers: pre, post, architecture.
+
+    >>> [file.name for file in vit("fashion")]
+    ['pre.safetensors', 'fashion.safetensors', 'vit.json']
+    """
+    return [ZOO / f"{name}.safetensors" for name in (VIT[post], post)] + [ZOO / "vit.json"]
+
+
+def llm(post: str) -> list[Path]:
+    """Return the files of a pair of language models: pre, post, architecture, tokenizer."""
+    weights = [f"{name}.safetensors" for name in (LLM[post], post)]
+    return [ZOO / "llm" / name for name in (*weights, llm_config(post), *TOKENIZER)]
+
+
+def llm_config(model: str) -> str:
+    """Return the name of the file that describes a language model's architecture."""
+    return "small_config.json" if model.startswith("small_") else "config.json"
+
+
+def images(task: str) -> Path:
+    """Return the file of a task's images."""
+    return ZOO / f"{task}.npz"
