@@ -39,7 +39,7 @@ NEUTRAL: dict[str, Any] = {"salt": ""}
 """Settings that came later, each with the value that reproduces what was done without it."""
 BESIDE = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale", "data",
-    "draws", "label", "most_points", "device_tflops", "verify",
+    "draws", "label", "margin", "most_points", "device_tflops", "verify",
 )  # fmt: skip
 """Settings that decide no result; `data` and `draws` do it through what is made of them."""
 

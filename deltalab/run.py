@@ -5,7 +5,6 @@ the workers of a launcher, share the open pair and everything that only depends 
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,32 +14,31 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltalab import settings as checks
 from deltalab.apply import editing
 from deltalab.apply.audit import audit
 from deltalab.apply.extras import Extras
+from deltalab.data import splits
 from deltalab.edits import needs_of
 from deltalab.evaluators.scores import Scores
 from deltalab.keys import BESIDE, Choices, determinants, pair_id, salt_of
 from deltalab.loss import distill
-from deltalab.loss.artifacts import Store
-from deltalab.loss.engine import Engine
-from deltalab.loss.objectives import Loss, Measured, change, classify, measure
+from deltalab.loss.objectives import Loss, Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
 from deltalab.provenance import commit, device_name, peak_memory, versions
+from deltalab.reference import OPENED, Reference, opened
 from deltalab.store import latest, locks, records
 from deltalab.store.digests import key_of
+from deltalab.store.effects import check_margin
 from deltalab.store.record import SCHEMA, completed, written
 from deltalab.weights import finite, select
-from deltalab.weights.mapping import ModelPair, Weights, loaded
+from deltalab.weights.mapping import Weights, loaded
 
 log = logging.getLogger(__name__)
-OPENED = ("model", "objective", "evaluator")
-"""What stays open from one point to the next."""
 BUILT = ("objective", "evaluator", "riemann", "prediction")
 
 
@@ -59,6 +57,7 @@ class Point:
     nonfinite: str
     artifacts: str
     artifacts_gb: float | None
+    margin: float
     objective_name: str
     salt: str
     key: str
@@ -131,6 +130,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     checks.check_top(settings)
     finite.check(settings["nonfinite"])
+    margin = check_margin(settings["margin"])
     edit_settings = dict(settings["edit"])
     chosen = edit_settings.pop("select")
     chosen = settings["select"] or chosen
@@ -153,6 +153,7 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         nonfinite=settings["nonfinite"],
         artifacts=settings["artifacts"],
         artifacts_gb=settings["artifacts_gb"],
+        margin=margin,
         objective_name=choices.objective,
         salt=salt_of(settings, choices),
         key=key_of(found) if found else "",
@@ -181,14 +182,16 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     clock = Clock()
     with clock("open"):
         known = reference(point)
-        pair, loss = known.pair, known.loss
+        pair = known.pair
+        # What was fitted to half A of the objective's examples is judged on half B.
+        judge = known.judge("B" if splits.tunes(needs_of(point.edit)) else None)
     with clock("edit"):
         extras = provide(known, point.edit, point.seed, point.salt)
         edited = dict(editing.edited(pair.pre, pair.post, point.edit, point.select, extras))
         finite.check_edited(edited)
         touched = audit(pair, point.edit, extras, edited)
     with clock("term"):
-        changes = known.engine.changes(
+        changes = judge.engine.changes(
             point.edit,
             shift_from(pair.post, edited),
             point.drawn,
@@ -197,10 +200,11 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         )
     with loaded(pair.module, edited, restore=pair.post):
         with clock("loss"):
-            measured = measure(pair.module, loss)
+            measured = measure(pair.module, judge.loss)
         with clock("evaluate"):
             scores = known.score(pair.module)
-    value, error = change(known.post, measured)
+    value, error = change(judge.post, measured)
+    gap, gap_error = change(judge.post, judge.pre)
     terms = {name: term.as_record() for name, term in changes.terms.items()}
     found = written(
         **touched,
@@ -208,42 +212,43 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         terms=terms,
         prediction=changes.prediction,
         loss_name=point.objective_name,
-        unit=loss.unit,
-        losses={"pre": known.pre.mean, "post": known.post.mean, "edited": measured.mean},
+        unit=judge.loss.unit,
+        half=judge.half,
+        losses={"pre": judge.pre.mean, "post": judge.post.mean, "edited": measured.mean},
         change=value,
         error=error,
+        gap=gap,
+        gap_error=gap_error,
+        margin=point.margin,
         metrics={**scores.metrics, **paired(known.post_scores, scores)},
         reference={
-            "pre": dict(known.pre_scores.metrics),
+            "pre": {**known.pre_scores.metrics, **paired(known.post_scores, known.pre_scores)},
             "post": dict(known.post_scores.metrics),
         },
-        classed=classify(value, error),
         gradient_evaluations=changes.gradient_evaluations,
         stages=clock.seconds(),
         peak_memory_bytes=peak_memory(),
     )
-    return found, {name: values.tolist() for name, values in scores.documents.items()}
+    return found, kept_documents(known, scores, judge.of_all(influences(judge.post, measured)))
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What every edit of a pair shares: the live module, and both of its ends measured."""
+CHANGE = "objective/change"
+"""Among the documents of a point: what every example of the objective says of the loss change,
+nothing where it was fitted to."""
 
-    pair: ModelPair
-    loss: Loss
-    engine: Engine
-    score: Callable[[nn.Module], Scores]
-    pre: Measured
-    post: Measured
-    pre_scores: Scores
-    post_scores: Scores
+
+def kept_documents(known: Reference, scores: Scores, changes: Tensor) -> dict[str, list[float]]:
+    """Return what is kept of single documents: scores, those of post beside them, loss changes."""
+    found = {name: values.tolist() for name, values in scores.documents.items()}
+    post = {f"{name}@post": v.tolist() for name, v in known.post_scores.documents.items()}
+    return {**found, **post, CHANGE: [float(f"{v:.7g}") for v in changes.tolist()]}
 
 
 def reference(point: Point) -> Reference:
     """Open a point's pair with its objective and evaluator, and measure both of its ends, once."""
     latest.stamp(**{name: key_of({"of": point.parts[name]}) for name in OPENED})
     shared = {name: point.parts[name] for name in ("model", "objective", "nonfinite", "reads")}
-    return _reference(
+    return opened(
         point.model,
         point.objective,
         point.evaluator,
@@ -254,48 +259,25 @@ def reference(point: Point) -> Reference:
     )
 
 
-@latest.latest("reference", *OPENED)
-def _reference(
-    model: Any,
-    objective: Any,
-    evaluator: Any,
-    nonfinite: str,
-    artifacts: str,
-    artifacts_gb: float | None,
-    shared: Mapping[str, Any],
-) -> Reference:
-    pair = finite.checked(model.open(), nonfinite)
-    most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
-    store = Store(artifacts, shared, most)
-    loss = objective.open(pair, store)
-    score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
-    post, post_scores = measure(pair.module, loss), score(pair.module)
-    with loaded(pair.module, pair.pre, restore=pair.post):
-        pre, pre_scores = measure(pair.module, loss), score(pair.module)
-    if classify(*change(pre, post)) == "decreased":
-        log.warning(
-            "the pre-trained model has a lower loss than the post-trained one, %.4f < %.4f %s:"
-            " are model.pre and model.post swapped?",
-            pre.mean,
-            post.mean,
-            loss.unit,
-        )
-    engine = Engine(pair, loss, store)
-    return Reference(pair, loss, engine, score, pre, post, pre_scores, post_scores)
-
-
 def provide(known: Reference, edit: Any, seed: int, salt: str = "") -> Extras:
-    """Return the provider of what an edit may ask for, computed when it asks."""
-    module, pre, loss = known.pair.module, known.pair.pre, known.loss
+    """Return the provider of what an edit may ask for, computed when it asks.
+
+    What is fitted to the objective's examples (`splits.TUNED`) is given half A of them alone.
+    """
+    module, pre, whole = known.pair.module, known.pair.pre, known.whole
+
+    def examples() -> Loss:
+        return splits.halved(whole.loss, "A")
+
     return Extras.of(
         edit,
         known.pair,
         seed=seed,
         salt=salt,
-        gradient=lambda: known.engine.gradient,
-        acts=lambda: distill.mean_inputs(module, loss),
+        gradient=lambda: whole.engine.gradient,
+        acts=lambda: distill.mean_inputs(module, examples()),
         scales=lambda deltas: distill.scales(
-            module, pre, deltas, loss, steps=edit.steps, lr=edit.lr
+            module, pre, deltas, examples(), steps=edit.steps, lr=edit.lr
         ),
     )
 

@@ -82,6 +82,11 @@ def save(arguments: list[str]) -> dict[str, Any]:
     settings["edit"].pop("select", None)
     chosen: Any = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     select.check(chosen)
+    if cfg.nonfinite != "error":
+        raise ValueError(
+            f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
+            " only error"
+        )
     edit = build(settings["edit"], "edit")
     edits.needs_of(edit)
     out = Path(own["out"]).expanduser()

@@ -171,3 +171,144 @@ def test_imagefolder_agrees_with_folder(folder, tmp_path, monkeypatch):
     assert torch.equal(y, expected_y)
     with pytest.raises(ValueError, match=r"data.label=kind: the columns of imagefolder are"):
         HubImages("imagefolder", "validation", dir=str(folder), label="kind").open(None, 4)
+
+
+def picture(place, pixels=None, mode=None, **how):
+    place.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((4, 4, 3), 90, np.uint8) if pixels is None else pixels
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(place, **how)
+
+
+def both(folder, monkeypatch):
+    """Images and labels of the split `train` as both readers give them."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder.parent / f"cache of {folder.name}"))
+    hub = collect(HubImages("imagefolder", "train", dir=str(folder)).open(None, 4))
+    return collect(Folder(str(folder), "train").open(None, 4)), hub
+
+
+def test_hidden_directories_are_no_classes(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            picture(tmp_path / split / name / "a.png")
+    for hidden in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        picture(tmp_path / "train" / hidden / "a.png")
+        picture(tmp_path / "val" / "cat" / hidden / "deep" / "a.png")
+    picture(tmp_path / "val" / "dog" / "._a.png")
+    for split in ("train", "val"):
+        assert collect(Folder(str(tmp_path), split).open(None, 8))[1].tolist() == [0, 1]
+    assert collect(Folder(str(tmp_path / "train")).open(None, 8))[1].tolist() == [0, 1]
+
+
+def test_classes_are_numbered_once_for_all_splits(tmp_path, monkeypatch, caplog):
+    """By hand: of a, b, c, d the splits have those named; each keeps its place among all."""
+    classes = {"train": "bd", "val": "abc", "test": "a", "plots": "xy"}
+    for split, names in classes.items():
+        for name in names:
+            picture(tmp_path / split / name / "0.png")
+    expected = {"train": [1, 3], "val": [0, 1, 2], "test": [0], "plots": [0, 1]}
+    for split, labels in expected.items():
+        assert collect(Folder(str(tmp_path), split).open(None, 8))[1].tolist() == labels
+    assert "no images of 2 of 4 classes, such as a" in caplog.text
+    assert "all images are of one class, a" in caplog.text
+    for name in "xy":
+        (tmp_path / "plots" / name / "0.png").unlink()
+    assert both(tmp_path, monkeypatch)[1][1].tolist() == [1, 3]
+
+
+def test_shades_beyond_8_bits_are_kept_or_refused(tmp_path, monkeypatch):
+    deep = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
+    exact = torch.from_numpy(deep / 65535).float()
+    Image.fromarray(deep).save(tmp_path / "a.ppm")
+    for name in "xy":
+        picture(tmp_path / "d" / "train" / name / "a.png", deep)
+        picture(tmp_path / "d" / "train" / name / "b.tiff", (deep / 65535).astype(np.float32))
+        picture(tmp_path / "d" / "train" / name / "c.tiff", deep)
+        (tmp_path / "d" / "train" / name / "d.pgm").write_bytes((tmp_path / "a.ppm").read_bytes())
+    for x, _ in both(tmp_path / "d", monkeypatch):
+        assert len(x) == 8
+        assert (x - exact).abs().max() <= 0.5 / 255 + 1e-6
+    bad = {
+        "floating-point shades from 0 to 255": 255.0 * deep / 65535,
+        "floating-point shades from -1 to 1": deep / 32767.5 - 1,
+        "floating-point shades from nan to nan": np.full((4, 4), np.nan),
+        "32-bit integers from 0 to 65535": deep.astype(np.int32),
+    }
+    for message, pixels in bad.items():
+        kind = np.float32 if "float" in message else np.int32
+        picture(tmp_path / "e" / "x" / "a.tiff", pixels.astype(kind))
+        with pytest.raises(ValueError, match=rf"a\.tiff: {message}"):
+            collect(Folder(str(tmp_path / "e")).open(None, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tiff"])
+def test_both_readers_turn_pictures_as_exif_says(orientation, ending, tmp_path, monkeypatch):
+    """The pixel that the orientation puts into the upper left corner, by the standard's table."""
+    pixels = np.zeros((4, 6), np.uint8 if ending == "jpg" else np.uint16)
+    pixels = np.repeat(np.repeat(pixels, 8, 0), 8, 1)
+    top, left = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (1, 0), 7: (1, 1),
+                 8: (0, 1)}[orientation]  # fmt: skip
+    pixels[24 * top : 24 * top + 8, 40 * left : 40 * left + 8] = np.iinfo(pixels.dtype).max
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    how = {"exif": exif} | ({"compression": "tiff_lzw"} if ending == "tiff" else {})
+    for name in "xy":  # Pillow scrambles rotated TIFFs that are not compressed
+        picture(tmp_path / "d" / "train" / name / f"a.{ending}", pixels, **how)
+    for x, _ in both(tmp_path / "d", monkeypatch):
+        assert x.shape[2:] == ((32, 48) if orientation < 5 else (48, 32))
+        assert x[0, :, :8, :8].min() > 0.9
+        assert x[0, :, 8:, 8:].max() < 0.1
+
+
+def test_what_rgb_has_not_is_told_once_and_dropped(tmp_path, monkeypatch, caplog):
+    """Colours as stored: red; transparent where the alpha is 0."""
+    red = np.zeros((4, 4, 4), np.uint8)
+    red[..., 0], red[:2, :, 3] = 255, 255
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([255, 0, 0])
+    root = tmp_path / "train"
+    for name in ("x", "y"):
+        picture(root / name / "rgba.png", red)
+        picture(root / name / "opaque.png", red | np.uint8([0, 0, 0, 255]))
+        picture(root / name / "cmyk.jpg", red[..., :3], mode="CMYK", quality=100)
+        palette.save(root / name / "palette.png", transparency=b"\0")
+        palette.save(
+            root / name / "moving.gif", save_all=True, append_images=[Image.new("L", (4, 4))]
+        )
+        grey = np.stack([red[..., 0], red[..., 3]], 2)
+        Image.fromarray(grey, "LA").save(root / name / "z.png")
+    for x, _ in both(tmp_path, monkeypatch):
+        assert len(x) == 12
+        colours = x.reshape(2, 6, 3, 16)
+        assert (colours[:, :5] - torch.tensor([1.0, 0, 0])[None, None, :, None]).abs().max() < 0.02
+        assert (colours[:, 5] == 1).all()
+    for kind in ("transparent in part", "CMYK", "several frames"):
+        assert caplog.text.count(kind) == 2  # once for each reader
+    assert "rgba.png: transparent" in caplog.text or "palette.png: transparent" in caplog.text
+
+
+def test_an_empty_file_is_called_that(tmp_path):
+    picture(tmp_path / "x" / "a.png")
+    (tmp_path / "x" / "b.png").touch()
+    with pytest.raises(ValueError, match=r"b\.png: not a readable image \(the file is empty\)"):
+        collect(Folder(str(tmp_path)).open(None, 1))
+
+
+def test_spare_outputs_are_told(tmp_path, caplog):
+    from deltalab.evaluators.accuracy import Accuracy
+    from deltalab.weights.mapping import ModelPair
+
+    for name in "xy":
+        picture(tmp_path / name / "a.png")
+    (tmp_path / "map.json").write_text('{"x": 1, "y": 4}')
+    head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+    state = head.state_dict()
+    pair = ModelPair(state, state, head, None)
+    for class_map, told in ((str(tmp_path / "map.json"), 0), (None, 1)):
+        data = Folder(str(tmp_path), class_map=class_map)
+        score = Accuracy(data, "images").open(pair)
+        score(head)
+        score(head)
+        assert caplog.text.count("2 classes in the data, the model has 5 outputs") == told

@@ -34,7 +34,19 @@ ORDER = (
         "loss",
         "evaluators",
     ),
-    *("judging", "report", "tracking", "reference", "point", "run", "plan", "sweep", "cli", "save", "cache"),
+    *(
+        "judging",
+        "report",
+        "tracking",
+        "reference",
+        "point",
+        "run",
+        "plan",
+        "sweep",
+        "cli",
+        "save",
+        "cache",
+    ),
     *("plugins", "__main__", "testing", "__init__", "experiments"),
 )
 """Packages and single modules of deltalab, and those that are to come; nothing else has a place."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltalab.loss.objectives import Classification, Measured, change, classify, interval, measure
+from deltalab.loss.objectives import Classification, Measured, change, interval, measure
 from deltalab.weights.mapping import ModelPair
 
 
@@ -139,4 +139,3 @@ def test_change_needs_the_same_examples_and_more_than_one():
     with pytest.raises(ValueError, match="same examples"):
         change(Measured(one, one), Measured(one, 2 * one))
     assert change(Measured(one[:1], one[:1]), Measured(2 * one[:1], one[:1])) == (1.0, math.inf)
-    assert classify(1.0, math.inf) == "competitive"

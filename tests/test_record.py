@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from deltalab import cli
-from deltalab.report import columns, command, exporting, reading
+from deltalab.report import columns, command, reading
 from deltalab.report.figures import accuracy, parts
 from deltalab.report.outcomes import by_pair, pair_names
-from deltalab.store import pairs, record
+from deltalab.store import exporting, pairs, record
 from deltalab.store.fields import NUMBER, Shows, held
 from deltalab.store.record import Outcome, completed, parse, table, written
 from deltalab.sweep import closing, status
@@ -71,7 +71,7 @@ def test_a_run_writes_what_the_table_names(real) -> None:
     for each in raw(real[0]):
         point = parse(each)
         empty = {field.name for field in table() if getattr(point, field.name) in (None, "", {})}
-        assert empty <= {"kind_of_failure", "message", "git", "digest", "salt"}
+        assert empty <= {"kind_of_failure", "message", "git", "digest", "salt", "half"}
         assert each["pair"] | {"id": ""} == {
             "label": "mnist_vit",
             "data": "mnist",

@@ -14,10 +14,12 @@ from scipy.stats import spearmanr
 from deltalab.report import columns, outcomes, reading, summary, tables
 from deltalab.report.command import main
 from deltalab.report.figures import accuracy, agreement, parts
-from deltalab.store.record import Outcome, classify
+from deltalab.store import effects
+from deltalab.store.record import Outcome
 
 PARTS = {"attention": 0.3, "mlp": 0.6, "norm": 0.02, "embedding": 0.03, "head": 0.05, "other": 0.0}
 PRE = {"mnist/accuracy": 0.52, "mnist/loss": 1.61}
+PRE |= {"mnist/loss_change": 1.45, "mnist/loss_change_error": 0.05}
 POST = {"mnist/accuracy": 0.957, "mnist/loss": 0.16}
 
 
@@ -77,8 +79,11 @@ def record(edit: str, change: float | None, *, left: float = -0.1, **more: Any) 
             "edited": 0.15 + change,
             "change": change,
             "error": error,
+            "gap": 1.45,
+            "gap_error": 0.05,
         }
-        base["class"] = classify(change, error)
+        base["class"] = effects.classify(change, error, 1.45, 0.05)
+        base["class_two_errors"] = effects.two_errors(change, error)
         base["metrics"] |= {"mnist/loss_change": change * 0.9, "mnist/loss_change_error": error}
     return base | more
 
@@ -148,7 +153,10 @@ def test_table_has_every_point_below_the_unedited_models(demo: Path) -> None:
     assert expo["term gauss-3"] == "+0.0277"
     assert expo["measured change"] == "+0.0276 ± 0.0029"
     assert (expo["error left-5"], expo["error gauss-3"]) == ("166 %", "0.2 %")
-    assert (expo["class"], expo["class, mnist test"]) == ("decreased", "decreased")
+    # The margin is 2 % of 1.45: 0.029 lies within 0.0276 -+ 0.0058.
+    assert (expo["class"], expo["class, mnist test"]) == ("undecided", "undecided")
+    bits = next(r for r in table if r["edit"] == "bitdelta")
+    assert (bits["class"], bits["class, mnist test"]) == ("decreased", "decreased")
     assert (expo["gradient evaluations"], expo["seconds"]) == ("8", "4.2")
     keep = next(r for r in table if r["edit"] == "keep")
     assert (keep["measured change"], keep["error left-5"]) == ("0", "-")
@@ -199,8 +207,8 @@ def test_summary_agrees_with_independent_statistics() -> None:
     assert (
         "Wrong sign by left-5: expo alpha=0.5 on mnist_vit, expo alpha=0.5 on mnist_vit_e" in text
     )
-    counts = [sum(r["class"] == name for r in records) for name in outcomes.CLASSES]
-    named = [f"{n} {name}" for n, name in zip(counts, outcomes.CLASSES, strict=True)]
+    counts = [sum(r["class"] == name for r in records) for name in effects.CLASSES]
+    named = [f"{n} {name}" for n, name in zip(counts, effects.CLASSES, strict=True)]
     assert f"Classes on the objective: {', '.join(named)}." in text
 
 
@@ -209,20 +217,16 @@ def test_spearman_with_ties() -> None:
     assert outcomes.spearman(left, right) == pytest.approx(spearmanr(left, right).statistic)
 
 
-@pytest.mark.parametrize("change", [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3])
-def test_classes_are_those_of_a_run(change: float) -> None:
-    from deltalab.loss import objectives
-
-    assert classify(change, 0.1) == objectives.classify(change, 0.1)
-
-
 def test_class_on_the_test_split_can_differ() -> None:
     one = record("dare", 0.05, error=0.01)
     one["metrics"] |= {"mnist/loss_change": -0.05, "fashion/loss_change": 0.05}
-    one["metrics"] |= {"fashion/loss_change_error": 0.04}
+    one["metrics"] |= {"mnist/loss_change_error": 0.001, "fashion/loss_change_error": 0.04}
+    gaps = {"mnist/loss_change": 1.0, "mnist/loss_change_error": 0.1}
+    gaps |= {"fashion/loss_change": 1.0, "fashion/loss_change_error": 0.1}
+    one["reference"] = {"pre": gaps, "post": {}}
     point = reading.parse(one)
     assert point.classed == "decreased"
-    assert outcomes.split_classes(point) == {"mnist": "improved", "fashion": "competitive"}
+    assert outcomes.split_classes(point) == {"mnist": "improved", "fashion": "undecided"}
 
 
 def test_a_second_process_writes_the_same_bytes_without_torch(demo: Path, tmp_path: Path) -> None:
@@ -461,10 +465,10 @@ def test_predictions_stand_beside_the_rules(tmp_path):
     row = table["rule"].index("second order")
     assert table["same sign"][row] == "3 of 3"
     assert table["Spearman correlation"][row] == "1.000"
-    assert table["class right"][row] == "3 of 3"
+    assert table["class right"][row] == "2 of 2"
     first = table["rule"].index("first order")
     assert table["same sign"][first] == "2 of 3"
-    assert table["class right"][first] == "2 of 3"
+    assert table["class right"][first] == "1 of 2"
     assert "Wrong sign by first order: dare" in summary.summary(points)
 
 

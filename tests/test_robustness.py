@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab import cli, console, run, settings
+from deltalab import cli, console, reference, run, settings
 from deltalab.store import latest, records
 from deltalab.weights import finite
 from deltalab.weights.mapping import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
@@ -103,10 +103,10 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
     spec = run.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
     data = {"_target_": "deltalab.data.images.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
     objective = run.build({"_target_": "deltalab.loss.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
-    options = dict.fromkeys(signature(run._reference).parameters)
+    options = dict.fromkeys(signature(reference.opened).parameters)
     options["shared"] = {}
     options |= {"objective": objective, "nonfinite": "error"}
-    run._reference(**options | {"model": spec})
+    reference.opened(**options | {"model": spec})
     assert "swapped" not in caplog.text
 
     class Swapped:
@@ -119,7 +119,7 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
             )
 
     try:
-        run._reference(**options | {"model": Swapped()})
+        reference.opened(**options | {"model": Swapped()})
     finally:
         latest.forget()
     assert "are model.pre and model.post swapped?" in caplog.text

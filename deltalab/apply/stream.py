@@ -2,7 +2,8 @@
 
 The result has the layout of the post-trained checkpoint byte for byte: every file has the same
 header, so the same tensor names, dtypes, shapes, order and metadata, and the same index, whatever
-program wrote it. What is not edited is copied as bytes.
+program wrote it. What is not edited is copied as bytes. Only of PyTorch's own files the layout is
+made (`layout`).
 """
 
 import json
@@ -22,20 +23,17 @@ import torch
 from torch import Tensor
 
 from deltalab import console
-from deltalab.apply import editing
+from deltalab.apply import editing, layout
 from deltalab.apply.extras import Extras, Memo
+from deltalab.apply.layout import Written
 from deltalab.edits import needs_of
 from deltalab.weights import contents, finite
-from deltalab.weights.mapping import PIECE, Checkpoint, LazyWeights, part_of
+from deltalab.weights.mapping import PIECE, LazyWeights, part_of
 from deltalab.weights.select import selected
-from deltalab.weights.shards import Buffers, Entry, entries, read
+from deltalab.weights.shards import Buffers, Entry, copy, item, keep, pieces, put, read
 
 MISMATCH = ("error", "truncate", "keep_post")
-SLICE = 1 << 22
-"""Entries read, edited and written at once."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _buffers = Buffers()
-_UNCOPIED = ("README.md", "deltalab.json", ".gitattributes")
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class Plan:
 
     Attributes:
         post: its tensors, file by file in byte order.
+        files: what each of its files becomes.
+        index: the index to write, where it is not the one that is there.
         pre: the pre-trained counterpart of each tensor that is edited.
         alias: the name under which a tensor is edited; tied tensors share one.
         rows: the leading entries that are edited where the vocabularies differ.
@@ -51,6 +51,8 @@ class Plan:
     """
 
     post: dict[str, Entry]
+    files: dict[Path, Written]
+    index: dict[str, object] | None
     pre: dict[str, Entry]
     alias: dict[str, str]
     rows: dict[str, int]
@@ -111,7 +113,7 @@ def stream(
     partial_out = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _write(plan, partial_out, edit, extras, kernel)
-        _copy_companions(post, partial_out)
+        layout.copy_companions(post, partial_out, plan.index)
         (partial_out / "deltalab.json").write_text(json.dumps(manifest, indent=1) + "\n")
         _verify(plan, partial_out)
         partial_out.chmod(0o777 & ~_umask())
@@ -126,12 +128,14 @@ def planned(pre: Path, post: Path, select: Any, mismatch: str) -> Plan:
     """Decide from the headers alone, tied tensors apart, what happens to every tensor.
 
     Raises:
-        ValueError: the sides differ and `mismatch` does not allow it.
+        ValueError: the sides differ and `mismatch` does not allow it, or one holds no weights.
     """
-    olds, news = (_all_entries(path) for path in (pre, post))
+    olds, side = layout.read(pre, "model.pre").entries, layout.read(post, "model.post")
+    news = side.entries
     ties, old_ties = _tied(news), _tied(olds)
     chosen = {name for name, new in news.items() if selected(select, name, new.shape)}
-    plan = Plan(post=news, pre={}, alias={name: name for name in news}, rows={}, kept={})
+    same = {name: name for name in news}
+    plan = Plan(news, side.files, side.index, pre={}, alias=same, rows={}, kept={})
     for one, other in ties.items():
         if one in chosen or other in chosen:  # one tensor under two names: edited once, under the
             lead = other if other in chosen else one  # name that is selected, the table's if both
@@ -156,15 +160,6 @@ def planned(pre: Path, post: Path, select: Any, mismatch: str) -> Plan:
             plan.pre[name] = old
             plan.rows[name] = min(prod(old.shape), prod(new.shape))
     return plan
-
-
-def _all_entries(path: Path) -> dict[str, Entry]:
-    """Return all tensors of a checkpoint, file by file."""
-    where = Checkpoint(path).shards
-    found: dict[str, Entry] = {}
-    for file in dict.fromkeys(where.values()):
-        found |= entries(file)
-    return found
 
 
 def _fits(old: Entry, new: Entry, mismatch: str) -> bool:
@@ -196,9 +191,7 @@ def _tied(found: dict[str, Entry]) -> dict[str, str]:
 def _equal(a: Entry, b: Entry) -> bool:
     if a.dtype is None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    total = prod(a.shape)
-    pieces = ((start, min(start + SLICE, total)) for start in range(0, total, SLICE))
-    return all(torch.equal(read(a, *piece), read(b, *piece)) for piece in pieces)
+    return all(torch.equal(read(a, *p), read(b, *p)) for p in pieces(prod(a.shape), 1))
 
 
 def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> None:
@@ -212,26 +205,28 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
     if getattr(edit, "scope", None) == "model" and names:
         with console.steps("ranking", 2 * len(names)) as deltas.step:
             extras.for_tensor(names[0], deltas)["quantile"](edit.keep)
-    files = dict.fromkeys(entry.file for entry in plan.post.values())
     workers = torch.get_num_threads()
     with (
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         console.steps("tensors", len(plan.post)) as step,
     ):
-        for file in files:
-            with open(out / file.name, "wb", buffering=0) as target, open(file, "rb") as source:
+        for file, written in plan.files.items():
+            (out / written.name).parent.mkdir(parents=True, exist_ok=True)
+            with open(out / written.name, "wb", buffering=0) as target, open(file, "rb") as source:
                 ours = {n: e for n, e in plan.post.items() if e.file == file}
-                _copy(source, target, 0, min((e.begin for e in ours.values()), default=None))
+                if written.head is None:
+                    copy(source, target, 0, min((e.begin for e in ours.values()), default=None))
+                else:
+                    put(target, torch.frombuffer(bytearray(written.head), dtype=torch.uint8), 0)
                 work: deque[Future[None]] = deque()
                 try:
                     for name, entry in ours.items():
-                        kept = plan.rows[name] * _item(entry) if name in plan.pre else 0
-                        _copy(source, target, entry.begin + kept, entry.begin + entry.size)
+                        keep(source, target, entry, plan.rows.get(name, 0))
                         if name in plan.pre:
                             given = extras.for_tensor(plan.alias[name], deltas)
                             task = partial(_edit_piece, plan, name, edit, given, kernel, target)
                             if width := _width(edit, entry):
-                                for piece in _pieces(plan.rows[name], width):
+                                for piece in pieces(plan.rows[name], width):
                                     work.append(pool.submit(task, piece, width))
                                     while len(work) > 2 * workers:
                                         work.popleft().result()
@@ -244,13 +239,6 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
                     for future in work:
                         future.cancel()
                     wait(work)  # none may write to a closed file
-
-
-def _pieces(stop: int, width: int, size: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield the entries of every piece of this size or so, `width` of which stay together."""
-    step = max(1, (size or SLICE) // width) * width
-    for start in range(0, stop, step):
-        yield start, min(start + step, stop)
 
 
 def _edit_piece(
@@ -268,14 +256,16 @@ def _edit_piece(
     old, new, (start, stop) = plan.pre[name], plan.post[name], piece
     needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
     dtypes, shape = (_dtype(old), _dtype(new)), _shape(new.shape, stop - start, width)
+    plain = old.load is None and new.load is None
     with open(old.file, "rb") as one, open(new.file, "rb") as other:
         places = (
-            (one.fileno(), old.begin + start * _item(old)),
-            (other.fileno(), new.begin + start * _item(new)),
-            (target.fileno(), new.begin + start * _item(new)),
+            (one.fileno(), old.begin + start * item(old)),
+            (other.fileno(), new.begin + start * item(new)),
+            (target.fileno(), new.begin + start * item(new)),
         )
-        if editing.edited_files(edit, dtypes, places, shape, kernel, **needs):
+        if plain and editing.edited_files(edit, dtypes, places, shape, kernel, **needs):
             return
+    _each(partial(_check_sides, plan, name), list(pieces(stop - start, 1, at=start)), pool)
     a, b, out = (
         _buffers.take(use, dtype, stop - start)
         for use, dtype in zip(("pre", "post", "out"), (*dtypes, dtypes[1]), strict=True)
@@ -286,13 +276,34 @@ def _edit_piece(
             read(entry, start + part[0], start + part[1], into[slice(*part)])
 
     def save(part: tuple[int, int]) -> None:
-        finite.check_edited({name: out[slice(*part)]})
-        _put(target, out[slice(*part)], new.begin + (start + part[0]) * _item(new))
+        if not finite.all_finite(out[slice(*part)]):
+            _blame(plan, name)
+            finite.check_edited({name: out[slice(*part)]})
+        put(target, out[slice(*part)], new.begin + (start + part[0]) * item(new))
 
-    parts = list(_pieces(stop - start, 1))
+    parts = list(pieces(stop - start, 1))
     _each(load, parts, pool)
     editing.edited_tensor(a.view(shape), b.view(shape), edit, kernel, out.view(shape), **needs)
     _each(save, parts, pool)
+
+
+def _check_sides(plan: Plan, name: str, part: tuple[int, int]) -> None:
+    """Raise `ValueError` for a number that is none: an edit may drop it, and nobody would know."""
+    for use, entry in (("pre", plan.pre[name]), ("post", plan.post[name])):
+        held = read(entry, *part, _buffers.take(use, _dtype(entry), part[1] - part[0]))
+        if not finite.all_finite(held):
+            _blame(plan, name)
+
+
+def _blame(plan: Plan, name: str) -> None:
+    """Raise `ValueError` where a tensor's own entries or its delta are no numbers, counting all."""
+    old, new, bad = plan.pre[name], plan.post[name], [0, 0, 0]
+    for piece in pieces(plan.rows[name], 1):
+        a, b = read(old, *piece), read(new, *piece)
+        for index, held in enumerate((a, b, editing.difference(a, b))):
+            bad[index] += int((~held.isfinite()).sum())
+    if any(bad):
+        raise ValueError(finite.complaint(name, *bad))
 
 
 def _each(
@@ -314,11 +325,6 @@ def _dtype(entry: Entry) -> torch.dtype:
     return entry.dtype
 
 
-def _item(entry: Entry) -> int:
-    """Return the bytes of one number."""
-    return entry.size // max(1, prod(entry.shape))
-
-
 def _width(edit: Any, entry: Entry) -> int:
     """Return the entries that must stay together, or 0 for a whole tensor."""
     unit = getattr(edit, "unit", "tensor")
@@ -330,23 +336,6 @@ def _width(edit: Any, entry: Entry) -> int:
 def _shape(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:
     """Return the shape of a piece of `count` entries of a tensor of this shape."""
     return (count,) if width == 1 or not shape else (count // prod(shape[1:]), *shape[1:])
-
-
-def _put(target: BinaryIO, data: Tensor, place: int) -> None:
-    """Write a tensor's bytes at a place in a file, whatever else is being written to it."""
-    view = data.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    while view:
-        count = os.pwrite(target.fileno(), view, place)
-        view, place = view[count:], place + count
-
-
-def _copy(source: BinaryIO, target: BinaryIO, begin: int, end: int | None) -> None:
-    """Copy bytes to the same place; to the end of the source if `end` is None."""
-    end = os.fstat(source.fileno()).st_size if end is None else end
-    while begin < end:
-        block = os.pread(source.fileno(), min(end - begin, 1 << 22), begin)
-        assert block, "the source ended too early"
-        begin += os.pwrite(target.fileno(), block, begin)
 
 
 class _Deltas(LazyWeights):
@@ -361,11 +350,13 @@ class _Deltas(LazyWeights):
         """Return one delta: the rows that both sides have."""
         new, count = self._plan.post[name], self._plan.rows[name]
         flat = editing.difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
+        if not finite.all_finite(flat):
+            _blame(self._plan, name)
         return flat.reshape(_shape(new.shape, count, 0))
 
     def pieces(self, name: str) -> Iterator[Callable[[], Tensor]]:
         """Yield what `weights.pieces` does, without the whole delta."""
-        for start, stop in _pieces(self._plan.rows[name], 1, PIECE):
+        for start, stop in pieces(self._plan.rows[name], 1, PIECE):
             yield partial(self._piece, name, start, stop)
         self.step()
 
@@ -375,30 +366,16 @@ class _Deltas(LazyWeights):
             read(entry, start, stop, _buffers.take(side, _dtype(entry), stop - start))
             for side, entry in sides.items()
         )
-        return editing.difference(a, b)
-
-
-def _copy_companions(post: Path, out: Path) -> None:
-    """Copy configuration, tokenizer and generation files, and the index last of all."""
-    if not post.is_dir():
-        return
-    files = [f for f in sorted(post.iterdir()) if f.is_file() and f.name not in _UNCOPIED]
-    files = [f for f in files if not f.name.startswith(".")]
-    plain = [f for f in files if f.suffix not in _WEIGHTS and not _is_index(f)]
-    indices = [f for f in files if f.name.endswith(".safetensors.index.json")]
-    for file in plain + indices:
-        shutil.copyfile(file, out / file.name)
-
-
-def _is_index(file: Path) -> bool:
-    return file.name.endswith(".index.json")
+        delta = editing.difference(a, b)
+        if not finite.all_finite(delta):
+            _blame(self._plan, name)
+        return delta
 
 
 def _verify(plan: Plan, out: Path) -> None:
-    for file in dict.fromkeys(entry.file for entry in plan.post.values()):
-        written, wanted = (out / file.name).stat().st_size, file.stat().st_size
-        if written != wanted:
-            raise OSError(f"{out / file.name}: {written} bytes were written, not {wanted}")
+    for written in plan.files.values():
+        if (found := (out / written.name).stat().st_size) != written.size:
+            raise OSError(f"{out / written.name}: {found} bytes were written, not {written.size}")
 
 
 def _parameters(plan: Plan) -> int:

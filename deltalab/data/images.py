@@ -6,8 +6,7 @@ Every source takes the model's own transform and gives `(x, y)` batches: x float
 
 import json
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from deltalab.data import pictures
 
 Batch = tuple[Tensor, Tensor]
 Transform = Callable[..., Tensor]
@@ -33,14 +34,26 @@ class Images(Protocol):
 class Batches:
     """Batches that can be walked through any number of times; images are decoded as needed.
 
+    Args:
+        length: images in all.
+        load: gives an image by its number, prepared, and its label.
+        batch_size: images of a batch.
+        classes: so many classes were numbered from 0, where no class map says which they are.
+
     Raises:
         ValueError: no images; on reading, images of different shapes.
     """
 
-    def __init__(self, length: int, load: Callable[[int], tuple[Any, int]], batch_size: int):
+    def __init__(
+        self,
+        length: int,
+        load: Callable[[int], tuple[Any, int]],
+        batch_size: int,
+        classes: int | None = None,
+    ) -> None:
         if length == 0:
             raise ValueError("no images to read")
-        self.length, self._load, self._size = length, load, batch_size
+        self.length, self._load, self._size, self.classes = length, load, batch_size, classes
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self.length, self._size):
@@ -101,11 +114,13 @@ class Packaged:
 class Folder:
     """A directory with one sub-directory of images per class, as ImageNet is laid out.
 
+    Pictures are read as `pictures.rgb` says. Hidden files and directories are left out.
+
     Args:
         dir: the directory; with `split`, the sub-directory of that name is read.
         split: for instance `val`; None when the class directories lie in `dir` itself.
         class_map: a JSON file `{"class name": index}` giving the model's output for every class
-            directory; by default the classes are numbered in sorted order.
+            directory; by default the classes are numbered in sorted order, over all splits.
         limit: so many images, spread evenly over the sorted list; all when None.
 
     Raises:
@@ -119,6 +134,7 @@ class Folder:
     limit: int | None = None
     contents: ClassVar = {"dir": "images", "class_map": "file"}
     reads: ClassVar = ("images",)
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
@@ -128,28 +144,31 @@ class Folder:
         root = Path(self.dir).expanduser() / (self.split or "")
         if not root.is_dir():
             raise FileNotFoundError(f"data.dir={root}: no such directory")
-        names = sorted(p.name for p in root.iterdir() if p.is_dir())
+        names = class_names(root, alone=not self.split)
         index = _class_index(names, self.class_map)
         from PIL import Image
 
         endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        paths = [
-            (path, index[name])
-            for name in names
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in endings
-        ]
+        found = {name: _files(root / name, endings) for name in names}
+        paths = [(path, index[name]) for name in names for path in found[name]]
         if not paths:
             raise ValueError(f"data.dir={root}: no images in class sub-directories")
-        if len({label for _, label in paths}) == 1:
-            log.warning("data.dir=%s: all images are of one class, %s", root, names[0])
-        paths = _spread(paths, self.limit)
+        some = [name for name in names if found[name]]
+        if len(some) == 1:
+            log.warning("data.dir=%s: all images are of one class, %s", root, some[0])
+        elif missing := [name for name in names if name not in some]:
+            log.warning(
+                "data.dir=%s: no images of %d of %d classes, such as %s; classes are numbered over"
+                " all splits", root, len(missing), len(names), missing[0],
+            )  # fmt: skip
+        paths, told = _spread(paths, self.limit), set[str]()
 
         def load(i: int) -> tuple[Any, int]:
             path, label = paths[i]
-            return _prepare(_decoded(path, Image.open), transform), label
+            with pictures.decoded(path, Image.open) as image:
+                return _prepare(pictures.rgb(image, path, told), transform), label
 
-        return Batches(len(paths), load, batch_size)
+        return Batches(len(paths), load, batch_size, None if self.class_map else len(names))
 
 
 @dataclass(frozen=True)
@@ -177,6 +196,7 @@ class HubImages:
     limit: int | None = None
     contents: ClassVar = {"path": "tree", "dir": "tree", "class_map": "file"}
     reads: ClassVar = ("images",)
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
@@ -198,17 +218,54 @@ class HubImages:
                 )
         names = getattr(rows.features[self.label], "names", None)
         index = _class_index(names, self.class_map) if names else {}
-        order = _spread(list(range(len(rows))), self.limit)
+        order, told = _spread(list(range(len(rows))), self.limit), set[str]()
 
         def load(i: int) -> tuple[Any, int]:
             where = f"row {order[i]} of {self.path}"
-            row = _decoded(where, lambda _: rows[order[i]], keep=True)
+            row = pictures.decoded(where, lambda _: rows[order[i]])
             label = row[self.label]
             if type(label) is not int or label < 0 or (names and label >= len(names)):
                 raise ValueError(f"{where}: data.label={self.label} is {label}, no class number")
-            return _prepare(row[self.image], transform), index[names[label]] if names else label
+            image = pictures.rgb(row[self.image], where, told)
+            return _prepare(image, transform), index[names[label]] if names else label
 
-        return Batches(len(order), load, batch_size)
+        known = len(names) if names and not self.class_map else None
+        return Batches(len(order), load, batch_size, known)
+
+
+def class_names(root: Path, alone: bool) -> list[str]:
+    """Return the classes of a split in the order of their numbers, the same for all its splits.
+
+    Each directory is a class. Those of the directories beside the split count too where they share
+    a class with it, as `train` and `val` do: a class without a directory in one split keeps its
+    number in the others. Hidden directories and those of programs are none.
+
+    Args:
+        root: the directory of the split.
+        alone: whether it is no split, so that nothing beside it counts.
+    """
+    found = set(_directories(root))
+    others = (
+        [] if alone else [set(_directories(root.parent / n)) for n in _directories(root.parent)]
+    )
+    while joined := [names for names in others if names & found and not names <= found]:
+        found.update(*joined)
+    return sorted(found)
+
+
+def _directories(root: Path) -> list[str]:
+    return [p.name for p in root.iterdir() if p.is_dir() and not _hidden(p.name)]
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file or directory is hidden, or one that programs leave behind."""
+    return name.startswith((".", "__")) or name in ("@eaDir", "lost+found", "$RECYCLE.BIN")
+
+
+def _files(directory: Path, endings: Container[str]) -> list[Path]:
+    """Return the images of a class, in its sub-directories too."""
+    found = (path for path in directory.rglob("*") if path.suffix.lower() in endings)
+    return sorted(p for p in found if not any(map(_hidden, p.relative_to(directory).parts)))
 
 
 def _class_index(names: Sequence[str], class_map: str | None) -> dict[str, int]:
@@ -247,32 +304,7 @@ def _spread(items: list[Any], limit: int | None) -> list[Any]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _decoded(where: Any, read: Callable[[Any], Any], keep: bool = False) -> Any:
-    """Return an image in RGB, or as read with `keep`; what a decoder raises names the image.
-
-    Raises:
-        ValueError: it cannot be decoded, or claims more pixels than any picture has.
-    """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():  # Pillow warns at a size that it refuses when doubled
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            found = read(where)
-            if keep:
-                return found
-            with found:
-                return found.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever a broken file makes of them
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{where}: not a readable image ({reason})") from None
-
-
 def _prepare(image: Any, transform: Transform | None) -> Tensor:
-    if getattr(image, "mode", None) != "RGB":
-        image = image.convert("RGB")
     if transform is None:
         array = np.asarray(image, dtype=np.float32) / 255
         return torch.from_numpy(array).permute(2, 0, 1)

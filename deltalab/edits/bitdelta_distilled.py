@@ -1,6 +1,7 @@
 """BitDelta with distilled scales, its second step (arXiv 2402.10193)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ class BitDeltaDistilled:
     D_hat = alpha sign(D), sign(0) = +1, with the scales of all matrices learned together so that
     the model's outputs match those of W_post on the objective's inputs; no labels are used. They
     start from mean |D|, BitDelta's own, and end there where learning gained nothing. Tensors of
-    fewer than two dimensions are returned as they are.
+    fewer than two dimensions are returned as they are. Half A of the objective's examples is
+    learned from; the edit is judged on half B (`deltalab.data.splits`).
 
     Args:
         steps: gradient steps, one batch each; 0 is BitDelta.
@@ -31,6 +33,7 @@ class BitDeltaDistilled:
 
     steps: int
     lr: float
+    version: ClassVar[int] = 2  # learned on half A of the objective, judged on half B
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 0)

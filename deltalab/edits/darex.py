@@ -1,6 +1,7 @@
 """DAREx-q: DARE with another rescale, for extreme drop rates (arXiv 2410.09344)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class Darex:
     (1 - p) / q and varies less. "closed_form" takes for each layer the q of least mean squared
     change of its outputs at the mean inputs x: with c_ij = D_ij x_j, S_i and Q_i the sums of c and
     of c^2 over j, 1/q = sum S^2 / ((1 - p) sum S^2 + p sum Q). Tensors without an input, such as
-    embeddings and biases, use 1 - p there.
+    embeddings and biases, use 1 - p there. The inputs are those of half A of the objective's
+    examples; the edit is judged on half B (`deltalab.data.splits`).
 
     Args:
         p: drop probability, in [0, 1).
@@ -32,6 +34,7 @@ class Darex:
 
     p: float
     q: float | str
+    version: ClassVar[int] = 2  # the mean inputs are those of half A of the objective
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1)")

@@ -1,5 +1,6 @@
 """Accuracy of an image classifier, as ImageNet reports it."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,12 @@ from torch.nn import functional as F
 from deltalab.data.images import Images
 from deltalab.evaluators.scores import Scores
 from deltalab.weights.mapping import ModelPair
+
+log = logging.getLogger(__name__)
+_SPARE = (
+    "%d classes in the data, the model has %d outputs: class i is taken for output i unless"
+    " data.class_map says otherwise"
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Accuracy:
     def open(self, pair: ModelPair) -> Callable[[nn.Module], Scores]:
         """Return a function that scores a module on the images."""
         batches = self.data.open(pair.transform, self.batch_size)
+        told: list[bool] = []
 
         def score(module: nn.Module) -> Scores:
             parameter = next(module.parameters())
@@ -43,6 +51,9 @@ class Accuracy:
                 for x, y in batches:
                     logits = module(x.to(parameter.device, parameter.dtype)).float().cpu()
                     check_labels(y, logits)
+                    if batches.classes not in (None, logits.shape[1]) and not told:
+                        told.append(True)
+                        log.warning(_SPARE, batches.classes, logits.shape[1])
                     ranks.append(rank_of_label(logits, y))
                     losses.append(F.cross_entropy(logits, y, reduction="none"))
                     labels.append(y)
@@ -60,7 +71,8 @@ class Accuracy:
             for c in sorted(set(label.tolist())):
                 correct = (rank[label == c] < 1).double().mean()
                 metrics[f"{self.name}/accuracy/{c}"] = float(correct)
-        return Scores(metrics, {self.name: loss})
+        right = {f"{self.name}/accuracy": (rank < 1).double()}
+        return Scores(metrics, {self.name: loss}, right)
 
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:

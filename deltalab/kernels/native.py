@@ -79,8 +79,8 @@ def edit_files(
         rng: the random numbers of the first entry and those after it, or None.
 
     Returns:
-        Whether it was done: false if a file ends early or cannot be written, or if an entry of the
-        result is not finite.
+        Whether it was done: false if a file ends early or cannot be written, or if an entry of any
+        of the three is not finite.
     """
     library, numbers = _library(program), _doubles(program.numbers)
     pre, post = program.dtypes

@@ -34,8 +34,8 @@ _TYPES = {
 }
 _NARROW = (torch.float16, torch.bfloat16)
 _INFINITE = {
-    torch.bfloat16: "(out[i].bits & 0x7F80) == 0x7F80",
-    torch.float16: "(out[i].bits & 0x7C00) == 0x7C00",
+    torch.bfloat16: "(x[i].bits & 0x7F80) == 0x7F80",
+    torch.float16: "(x[i].bits & 0x7C00) == 0x7C00",
 }
 _WRAPPED = {torch.int32: "uint32_t", torch.int64: "uint64_t"}
 _FILLED = {"zeros": None, "zeros_like": None, "scalar_tensor": 0, "full": 1, "full_like": 1}
@@ -167,11 +167,19 @@ static bool put(int file, const void *from, int64_t size, int64_t at)
     return true;
 }}
 
-static bool all_finite(const {post} *out, int64_t size)
+static bool pre_finite(const {pre} *x, int64_t size)
 {{
     int32_t infinite = 0;
     for (int64_t i = 0; i < size; i++)
-        infinite += {infinite};
+        infinite += {infinite_pre};
+    return !infinite;
+}}
+
+static bool post_finite(const {post} *x, int64_t size)
+{{
+    int32_t infinite = 0;
+    for (int64_t i = 0; i < size; i++)
+        infinite += {infinite_post};
     return !infinite;
 }}
 
@@ -187,11 +195,12 @@ double in_files(int64_t stage, int64_t count, int pre, int64_t pre_at, int post,
     for (int64_t at = 0; fine && at < count; at += BLOCK) {{
         int64_t size = count - at < BLOCK ? count - at : BLOCK;
         fine = take(pre, a, size * sizeof *a, pre_at + at * sizeof *a) &&
-               take(post, b, size * sizeof *b, post_at + at * sizeof *b);
+               take(post, b, size * sizeof *b, post_at + at * sizeof *b) &&
+               pre_finite(a, size) && post_finite(b, size);
         if (fine)
             sum += stages[stage](at, size, a, b, 0, c, keys, numbers, sums, whole);
         if (fine && stage == {totals})
-            fine = all_finite(c, size) && put(out, c, size * sizeof *c, out_at + at * sizeof *c);
+            fine = post_finite(c, size) && put(out, c, size * sizeof *c, out_at + at * sizeof *c);
     }}
     free(a), free(b), free(c);
     return fine ? sum : NAN;
@@ -479,8 +488,9 @@ class _Writer:
             parts.append(template.format(stage=stage, signature=signature, **given))
         names = {"pre": pre, "post": post, "grad": grad, "signature": signature}
         stages = ", ".join(f"stage_{stage}" for stage in range(count + 1))
-        infinite = _INFINITE.get(dtypes[1], "!__builtin_isfinite(out[i])")
-        parts.append(_RUN.format(stages=stages, totals=count, infinite=infinite, **names))
+        for side, dtype in zip(("pre", "post"), dtypes[:2], strict=True):
+            names[f"infinite_{side}"] = _INFINITE.get(dtype, "!__builtin_isfinite(x[i])")
+        parts.append(_RUN.format(stages=stages, totals=count, **names))
         return "".join(parts)
 
 

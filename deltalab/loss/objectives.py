@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from torch.nn import functional
 from deltalab.loss.artifacts import Store
 from deltalab.store.latest import latest
 from deltalab.weights.mapping import ModelPair
-
-Class = Literal["competitive", "decreased", "improved"]
 
 
 class Loss(Protocol):
@@ -115,6 +113,25 @@ def change(post: Measured, edited: Measured) -> tuple[float, float]:
     return value, math.sqrt(float((residual**2).sum()) * count / (count - 1)) / total
 
 
+def influences(post: Measured, edited: Measured) -> Tensor:
+    """Return what each example says of the loss change: values whose mean is the change.
+
+    v_i = change + (d_i - change * w_i) * n / sum w, with d_i and w_i as in `change`, whose error is
+    std(v) / sqrt(n). Kept with a point, they let draws and edits be compared example by example,
+    whatever the examples weigh.
+
+    Returns:
+        (n,) float64.
+
+    >>> one = torch.ones(2).double()
+    >>> influences(Measured(one, one), Measured(torch.tensor([1.0, 3.0]).double(), one))
+    tensor([0., 2.], dtype=torch.float64)
+    """
+    value, _ = change(post, edited)
+    difference, weights = edited.losses - post.losses, post.weights
+    return value + (difference - value * weights) * (len(weights) / float(weights.sum()))
+
+
 def interval(
     post: Measured, edited: Measured, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -143,17 +160,6 @@ def interval(
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.stack(ratios).quantile(tails).tolist()
     return low, high
-
-
-def classify(change: float, error: float) -> Class:
-    """Return the paper's class of an edit: whether the change exceeds two standard errors.
-
-    >>> classify(0.01, 0.02), classify(0.1, 0.02), classify(-0.1, 0.02)
-    ('competitive', 'decreased', 'improved')
-    """
-    if abs(change) <= 2 * error:
-        return "competitive"
-    return "decreased" if change > 0 else "improved"
 
 
 def surprise(logits: Tensor, labels: Tensor) -> Tensor:

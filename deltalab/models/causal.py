@@ -9,6 +9,7 @@ from torch import nn
 
 from deltalab.data.text import Encoder
 from deltalab.models import hub
+from deltalab.weights import checkpoints
 from deltalab.weights.aligned import fill, matched, paired
 from deltalab.weights.headers import plain
 from deltalab.weights.mapping import Checkpoint, ModelPair, mixed_dtypes
@@ -62,11 +63,7 @@ def configuration(path: Path, setting: str, code: bool = False) -> Any:
         adapter = (path / "adapter_config.json").is_file()
         hint = "an adapter; merge it into its model and save that" if adapter else "no config.json"
         raise FileNotFoundError(f"{setting}={path}: {hint}")
-    if "quantization_config" in content:
-        raise ValueError(
-            f"{setting}={path}: its weights are quantised, which no edit applies to; name the"
-            " checkpoint that was quantised"
-        )
+    checkpoints.check_declared(path, setting)
     if code:
         log.warning(
             "model.trust_remote_code=true: the classes of configuration, model and tokenizer that"

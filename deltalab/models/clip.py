@@ -14,7 +14,8 @@ from deltalab.models import clip_heads, clip_names, hub
 from deltalab.models.live import check_dtype, device_of, live_pair
 from deltalab.models.timm_vit import created, frozen_args, transform_of
 from deltalab.store.latest import latest
-from deltalab.weights.mapping import Checkpoint, LazyWeights, ModelPair
+from deltalab.weights.checkpoints import check_local, opened
+from deltalab.weights.mapping import LazyWeights, ModelPair
 
 log = logging.getLogger(__name__)
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
@@ -79,6 +80,8 @@ class ClipPair:
         """Return the classifier on the meta device; the projection counts as fixed."""
         import timm
 
+        check_local(self.pre, "model.pre")
+        check_local(self.post, "model.post")
         with torch.device("meta"):
             tower: Any = created(self.name, {**dict(self.args or ()), "num_classes": 0})
             dim = timm.models.get_pretrained_cfg_value(self.name, "num_classes") or 512
@@ -141,7 +144,7 @@ def _open(spec: ClipPair) -> ModelPair:
     shapes = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
     sides = []
     for setting, place in places.items():
-        sides.append(clip_names.found(Checkpoint(place), shapes, setting))
+        sides.append(clip_names.found(opened(place, setting), shapes, setting))
         if sides[-1].layout is clip_names.HUGGING_FACE:
             _check_described(place, tower, setting)
     pre, post = sides

@@ -10,6 +10,7 @@ from torch.nn import functional
 from deltalab.models import vocabulary
 from deltalab.models.causal import configuration
 from deltalab.settings import packaged
+from deltalab.weights.checkpoints import opened
 from deltalab.weights.headers import plain
 from deltalab.weights.mapping import Checkpoint
 
@@ -88,7 +89,7 @@ def from_file(path: Path, classes: int | None) -> Tensor:
     """
     if not path.is_file():
         raise FileNotFoundError(f"model.head={path}: no such file")
-    held = Checkpoint(path)
+    held = opened(path, "model.head")
     if list(held) != ["weight"] or len(held.shape("weight")) != 2:
         names = plain(", ".join(held)[:200])
         raise ValueError(f"model.head={path}: must hold a matrix 'weight' alone, has {names}")
@@ -104,7 +105,7 @@ def _text_tower(place: Path, setting: str) -> Any:
     from transformers import CLIPTextModelWithProjection
     from transformers.initialization import no_init_weights
 
-    config, checkpoint = configuration(place, setting), Checkpoint(place)
+    config, checkpoint = configuration(place, setting), opened(place, setting)
     if config.model_type not in ("clip", "clip_text_model"):
         raise ValueError(f"{setting}={place}: a model of type {config.model_type}, must be clip")
     text = getattr(config, "text_config", config)

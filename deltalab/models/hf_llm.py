@@ -13,7 +13,8 @@ from deltalab.models.causal import architecture, configuration, differences, fil
 from deltalab.models.live import device_of
 from deltalab.store.latest import latest
 from deltalab.weights.aligned import MISMATCH
-from deltalab.weights.mapping import Checkpoint, ModelPair
+from deltalab.weights.checkpoints import check_local, opened
+from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -89,6 +90,8 @@ class HfPair:
         Where the hub cannot be asked, a preset's is built from what its publisher says of it.
         """
         code = self.trust_remote_code
+        check_local(self.pre, "model.pre")
+        check_local(self.post, "model.post")
         try:
             post = hub.described(self.post, "model.post", self.post_revision, code)
             config = configuration(post, "model.post", code)
@@ -107,9 +110,10 @@ def _open(spec: HfPair) -> ModelPair:
     config = configuration(post, "model.post", code)
     if line := differences(hub.described_by(pre), hub.described_by(post)):
         log.warning(line)
+    sides = opened(pre, "model.pre"), opened(post, "model.post")
     encoder = _encoder(spec, pre, post, config)
     module = architecture(config, spec.dtype, device, spec.attn, code)
-    pair = filled(module, Checkpoint(pre), Checkpoint(post), spec.mismatch, encoder)
+    pair = filled(module, *sides, spec.mismatch, encoder)
     generation(module, post)
     if line := vocabulary.beyond(encoder.tokenizer, module.get_input_embeddings().weight.shape[0]):
         log.warning(line)

@@ -11,6 +11,7 @@ import torch
 
 from deltalab.models.live import check_dtype, live_pair
 from deltalab.store.latest import latest
+from deltalab.weights.checkpoints import opened
 from deltalab.weights.mapping import (
     Checkpoint,
     ModelPair,
@@ -58,21 +59,26 @@ class TimmPair:
 
     def skeleton(self) -> torch.nn.Module:
         """Return the architecture on the meta device: names and shapes, no memory."""
+        _, post = _sides(self)
         with torch.device("meta"):
-            module = _architecture(self, Checkpoint(locate(self.post, "model.post")))
+            module = _architecture(self, post)
         return module.to(dtype=getattr(torch, self.dtype))
 
 
 @latest("model")
 def _open(spec: TimmPair) -> ModelPair:
-    pre = Checkpoint(locate(spec.pre, "model.pre"))
-    post = Checkpoint(locate(spec.post, "model.post"))
+    pre, post = _sides(spec)
     check_same_layout(pre, post)
     if line := mixed_dtypes(pre, post):
         log.warning(line)
     module = _architecture(spec, post)
     transform = transform_of(module, dict(spec.args or ()))
     return live_pair(module, pre, post, spec.device, spec.dtype, transform)
+
+
+def _sides(spec: TimmPair) -> tuple[Checkpoint, Checkpoint]:
+    pre, post = spec.checkpoints
+    return opened(pre, "model.pre"), opened(post, "model.post")
 
 
 def transform_of(module: torch.nn.Module, args: Mapping[str, Any], **changes: Any) -> Any:

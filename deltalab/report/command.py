@@ -8,18 +8,20 @@ For every experiment found in `DIR/records/*.json` it writes `DIR/<experiment>.m
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 from deltalab.commands import command
-from deltalab.report.outcomes import pair_names, rules
+from deltalab.report.outcomes import at_margin, pair_names, rules
 from deltalab.report.reading import TRACKED, read, read_tracked
+from deltalab.store.effects import check_margin
 from deltalab.store.record import Outcome
 
 USAGE = """\
-usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [compare='EDIT;EDIT']
-                       [export=FILE]
+usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [margin=SHARE]
+                       [compare='EDIT;EDIT'] [export=FILE]
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
 DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
@@ -27,11 +29,16 @@ DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one 
   results=DIR      where the records are and the report goes (default: results)
   experiment=NAME  report this experiment alone (default: every one there is)
   from=wandb       read what tracker=wandb has logged, DIR/wandb, instead of DIR/records
+  margin=SHARE     class the points by another margin than that of their records: which share of
+                   post-training's gain in loss counts as no change
   compare='A;B'    instead, compare two points document by document: each named by its key or as
                    the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
   export=FILE      instead, write every field of every point to FILE.jsonl or FILE.csv
 """
-SETTINGS = {"results": "results", "experiment": "", "from": "records", "compare": "", "export": ""}
+SETTINGS = {
+    "results": "results", "experiment": "", "from": "records", "margin": "", "compare": "",
+    "export": "",
+}  # fmt: skip
 SOURCES = {"records": "records/*.json", "wandb": f"{TRACKED}/*/*/*"}
 
 
@@ -40,12 +47,24 @@ LEGEND = (
     " edited one, by the paper's rule (left, Eq. 1) and by an accurate one (gauss), each with its"
     " number of nodes. **Measured change** is the difference of the two losses on the same examples"
     " ± its paired standard error; **error** is each term's distance from it, relative to it."
-    " **Class**: improved or decreased where the change exceeds two standard errors, else"
-    " competitive. **pre** and **post** are the unedited models. A **?** marks a term whose own"
-    " error estimate is larger than was wanted."
+    " **Class**: competitive where the change is shown, by two standard errors to each side, to lie"
+    " within a margin around no change, improved or decreased where it is shown to lie beyond, else"
+    " undecided; the margin is a share of the gap between the losses of pre and post. **pre** and"
+    " **post** are the unedited models. A **?** marks a term whose own error estimate is larger"
+    " than was wanted. An edit that is fitted to the objective reads half of its examples, and its"
+    " losses, terms and class are of the other half."
 )
 
 
+DRAWS = (
+    "What differs in the seed alone, together: the mean change ± its standard error over draws and"
+    " examples, and the class by it. Where draws are few the interval is wider than two errors, as"
+    " Student's t says."
+)
+BOUND = (
+    "\\* The examples' own losses were not kept: the error is an upper bound, the draws' spread and"
+    " the examples' error of one draw together."
+)
 MOST_ROWS = 500
 """Points that the terminal shows; the page has all."""
 
@@ -63,8 +82,8 @@ def _report(arguments: Sequence[str]) -> None:
 def settings(arguments: Sequence[str]) -> dict[str, str]:
     """Read `key=value` arguments over the defaults.
 
-    >>> settings(["results=out"])
-    {'results': 'out', 'experiment': '', 'from': 'records', 'compare': '', 'export': ''}
+    >>> settings(["results=out", "margin=0.05"])["margin"], settings([])["results"]
+    ('0.05', 'results')
     """
     found = dict(SETTINGS)
     for argument in arguments:
@@ -84,15 +103,17 @@ def report(
     compare: str = "",
     export: str = "",
     source: str = "records",
+    margin: str = "",
 ) -> None:
     """Write and print the report of one experiment, or of all (`experiment` empty)."""
+    share = _share(margin)
     directory = Path(results).expanduser()
     if not directory.is_dir():
         raise ValueError(f"results={results}: no such directory")
     points = _points(directory, source)
-    if not points and (
-        experiment or compare or export or not any((directory / "paper").glob("*.json"))
-    ):
+    points = points if share is None else at_margin(points, share)
+    cards = any((directory / "paper").glob("*.json"))
+    if not points and (experiment or compare or export or not cards):
         _no_records(results, directory, source)
     names = sorted({point.experiment for point in points})
     if experiment and experiment not in names:
@@ -102,7 +123,7 @@ def report(
         _compare(own, compare, directory)
         return
     if export:
-        from deltalab.report import exporting
+        from deltalab.store import exporting
 
         own = [point for point in points if experiment in ("", point.experiment)]
         print(f"wrote {exporting.write(own, Path(export).expanduser())}")
@@ -115,6 +136,16 @@ def report(
         _show(own, name)
         print(f"wrote {write(own, name, directory, figures=figures)}")
     _page(points, directory)
+
+
+def _share(margin: str) -> float | None:
+    """Return the margin that was given, if any."""
+    if not margin:
+        return None
+    try:
+        return check_margin(float(margin))
+    except ValueError:
+        raise ValueError(f"margin={margin}: must be a share of the gap, in (0, 1)") from None
 
 
 def _points(directory: Path, source: str) -> list[Outcome]:
@@ -167,7 +198,7 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
     done = [point for point in points if point.failure is None]
     sections = [f"# {experiment}", ""]
     if done:
-        sections += [*_legend(done), _table(done), "", summary(done)]
+        sections += [*_legend(done), _table(done), "", summary(done), *_draws(done, directory)]
     sections += _parts(done)
     if done and figures:
         from deltalab.report.figures import draw
@@ -178,6 +209,28 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
     page = directory / f"{name}.md"
     page.write_text("\n".join(sections).rstrip("\n") + "\n", encoding="utf-8")
     return page
+
+
+def _draws(points: Sequence[Outcome], directory: Path) -> list[str]:
+    """Class the random edits by the mean over their draws."""
+    from deltalab.report.draws import drawn, table
+    from deltalab.report.tables import markdown
+
+    found = drawn(points, partial(_examples, directory))
+    if not found:
+        return []
+    note = DRAWS + ("" if all(each.exact for each in found) else f" {BOUND}")
+    return ["## Classes over the draws", "", note, "", markdown(table(found)), ""]
+
+
+def _examples(directory: Path, point: Outcome) -> list[float] | None:
+    """Return what the examples say of a point's change, None where it was not kept."""
+    from deltalab.report.comparison import documents
+
+    try:
+        return documents(directory, point).get("objective/change")
+    except ValueError:
+        return None
 
 
 def _parts(points: Sequence[Outcome]) -> list[str]:

@@ -6,26 +6,42 @@ This module needs the standard library alone, so that tables, figures and tracke
 import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from deltalab.store import pairs
+from deltalab.store.effects import classify
 from deltalab.store.fields import number, plain
-from deltalab.store.record import Outcome, classify
+from deltalab.store.record import Outcome, class_of
 from deltalab.store.terms import Term
 
-CLASSES = ("competitive", "decreased", "improved")
 RULES = ("left", "gauss")
 """The rules shown first: the paper's own (Eq. 1) and the accurate one."""
 
 
+def at_margin(points: Sequence[Outcome], margin: float) -> list[Outcome]:
+    """Return the points classed anew by another margin, from their numbers.
+
+    >>> at = dict(change=0.03, error=0.001, gap=1.0, gap_error=0.1, classed="decreased")
+    >>> [p.classed for p in at_margin([Outcome("vit", "dare", **at)], 0.05)]
+    ['competitive']
+    """
+    return [replace(p, margin=margin, classed=class_of(p, p.change, margin)) for p in points]
+
+
 def split_classes(point: Outcome) -> dict[str, str]:
-    """Class a point on every task whose metrics hold a loss change with its standard error."""
-    found = {}
+    """Class a point on every task whose metrics hold a loss change with its standard error.
+
+    The gap is that of the unedited models on the same task.
+    """
+    before, found = point.reference.get("pre", {}), dict[str, str]()
     for name, change in point.metrics.items():
         task, _, metric = name.rpartition("/")
         if metric == "loss_change":
-            name = classify(change, point.metrics.get(f"{name}_error")) or ""
-            found.update({task: name} if name else {})
+            error, gap = point.metrics.get(f"{name}_error"), before.get(name)
+            gap_error = before.get(f"{name}_error")
+            if (kind := classify(change, error, gap, gap_error, point.margin)) is not None:
+                found[task] = kind
     return found
 
 
@@ -99,7 +115,8 @@ def references(points: Sequence[Outcome]) -> list[Outcome]:
         metrics: dict[str, float] = {}
         for point in points:
             metrics = {**point.reference.get(name, {}), **metrics}
-        losses = next((p.losses for p in points if {name, "post"} <= p.losses.keys()), None)
+        measured = sorted(points, key=lambda p: p.half is not None)  # of all examples, if any is
+        losses = next((p.losses for p in measured if {name, "post"} <= p.losses.keys()), None)
         if metrics or losses:
             change = None if losses is None else losses[name] - losses["post"]
             own = {each: getattr(first, each) for each in SHARED}

@@ -5,9 +5,10 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from deltalab.report.outcomes import CLASSES, pair_names, rules, spearman, split_classes
+from deltalab.report.outcomes import at_margin, pair_names, rules, spearman, split_classes
 from deltalab.report.tables import NONE, Column, fixed, markdown, percent
-from deltalab.store.record import Outcome, classify
+from deltalab.store.effects import CLASSES, MARGINS, two_errors
+from deltalab.store.record import Outcome, class_of
 from deltalab.store.terms import Term
 
 
@@ -16,6 +17,8 @@ def summary(points: Sequence[Outcome]) -> str:
     lines = ["## Agreement of term and measured change", ""]
     lines.append(markdown(agreement(points)) if rules(points) else "No point has a term.")
     lines += ["", *(f"* {line}" for line in [*_wrong_signs(points), *_counts(points)]), ""]
+    if any(p.classed for p in points):
+        lines += [markdown(margins(points)), ""]
     return "\n".join(lines)
 
 
@@ -53,13 +56,22 @@ def _compared(points: Sequence[Outcome], rule: str) -> Iterator[tuple[Outcome, f
 
 
 def _classes_right(points: Sequence[Outcome], rule: str) -> str:
-    """Count the points that an estimate puts into the measured class, by the measured error."""
+    """Count the points that an estimate puts into the class that the measurement decides."""
     pairs = [
-        (classify(value, point.error), point.classed)
+        (class_of(point, value), point.classed)
         for point, value, _ in _compared(points, rule)
-        if point.error is not None and point.classed
+        if point.classed and point.classed != "undecided"
     ]
     return f"{sum(guess == truth for guess, truth in pairs)} of {len(pairs)}" if pairs else NONE
+
+
+def margins(points: Sequence[Outcome]) -> list[Column]:
+    """Count the classes of some points at every margin, and by whether a change is shown at all."""
+    rules = {f"margin {100 * m:g} %": [p.classed for p in at_margin(points, m)] for m in MARGINS}
+    rules["two standard errors"] = [two_errors(p.change, p.error) for p in points]
+    counts = [Counter(kinds) for kinds in rules.values()]
+    found = [Column(name, [str(c[name]) for c in counts]) for name in CLASSES]
+    return [Column("rule", list(rules), right=False), *found]
 
 
 def _wrong_signs(points: Sequence[Outcome]) -> Iterator[str]:

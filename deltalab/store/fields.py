@@ -239,6 +239,8 @@ def _ends(value: Any, name: str) -> dict[str, dict[str, float]]:
 NUMBER = Kind("a number", lambda value, name: number(value))
 WHOLE = Kind("a whole number", _whole)
 TEXT = Kind("a text", lambda value, name: value if isinstance(value, str) else None)
+ANEW = Kind("nothing: it is worked out from other fields", lambda value, name: None)
+"""What is derived anew whenever a record is read, whatever it says."""
 CHOICE = Kind(
     "a text or a list of texts", lambda value, name: None if value is None else plain(value)
 )

@@ -12,7 +12,9 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from deltalab.store import pairs
+from deltalab.store.effects import MARGIN, classify, two_errors
 from deltalab.store.fields import (
+    ANEW,
     CHOICE,
     ENDS,
     EVERYWHERE,
@@ -78,12 +80,19 @@ class Outcome:
     seed: int | None = held("seed", WHOLE, origin=True, shows=NOT_IN_LINE)
     select: str | None = held("select", CHOICE, spare=4, origin=True, shows=NOT_IN_LINE)
     salt: str = held("salt", TEXT, origin=True, default="", shows=FILES)
-    classed: str | None = held("class", TEXT, spare=1, derive=lambda p: classify(p.change, p.error))
+    classed: str | None = held("class", ANEW, spare=1, derive=lambda p: class_of(p, p.change))
+    class_two_errors: str | None = held(
+        "class_two_errors", ANEW, shows=FILES, derive=lambda p: two_errors(p.change, p.error)
+    )
+    margin: float = held("margin", NUMBER, unit="share of the gap", shows=FILES, default=MARGIN)
     terms: Mapping[str, Term] = held("terms", TERMS, "term", alias="term")
     main: str | None = held("term", MAIN, "main rule", shows=FILES)
     prediction: Mapping[str, float] = held("prediction", NUMBERS, shows=FILES)
     change: float | None = held("loss.change", NUMBER, "measured change")
     error: float | None = held("loss.error", NUMBER, "± error")
+    gap: float | None = held("loss.gap", NUMBER, "gap", shows=FILES)
+    gap_error: float | None = held("loss.gap_error", NUMBER, "± of the gap", shows=FILES)
+    half: str | None = held("loss.half", TEXT, "half of the examples", shows=FILES)
     losses: Mapping[str, float] = held("loss.*", NUMBERS, "loss", shows=FILES)
     loss_name: str | None = held("loss.objective", TEXT, "objective", shows=Shows.TRACKER)
     unit: str | None = held("loss.unit", TEXT, "unit of the loss", shows=FILES)
@@ -228,7 +237,7 @@ def written(**values: Any) -> dict[str, Any]:
 def completed(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with all that can be derived from what it holds.
 
-    >>> completed({"loss": {"change": 0.5, "error": 0.1}})["class"]
+    >>> completed({"loss": {"change": 0.5, "error": 0.1}})["class_two_errors"]
     'decreased'
     """
     full = {name: dict(v) if isinstance(v, Mapping) else v for name, v in record.items()}
@@ -286,17 +295,12 @@ def label(edit: str, settings: Mapping[str, Any]) -> str:
     return " ".join([edit, *(f"{name}={plain(value)}" for name, value in given.items())])
 
 
-def classify(change: float | None, error: float | None) -> str | None:
-    """Class an edit by its loss change, outside two standard errors or not.
-
-    >>> classify(0.03, 0.01), classify(-0.03, 0.01), classify(0.02, 0.01), classify(0.0, None)
-    ('decreased', 'improved', 'competitive', None)
-    """
-    if change is None or error is None or math.isnan(change):
-        return None
-    if abs(change) <= 2 * error:
-        return "competitive"
-    return "improved" if change < 0 else "decreased"
+def class_of(
+    point: Outcome, change: float | None, margin: float | None = None, factor: float = 2.0
+) -> str | None:
+    """Class a change as if it were the point's, with the point's error and gap."""
+    share = point.margin if margin is None else margin
+    return classify(change, point.error, point.gap, point.gap_error, share, factor)
 
 
 def _rounded(value: Any, figures: int | None) -> Any:

@@ -135,7 +135,8 @@ def write_documents(
     """
     if not documents:
         return None
-    text = json.dumps(_finite(documents), allow_nan=False)
+    named = {redacted(name): values for name, values in documents.items()}
+    text = json.dumps(_finite(named), allow_nan=False)
     return files.write(Path(results) / "documents" / f"{key}.json", text + "\n")
 
 

@@ -79,7 +79,7 @@ def numbers(point: Outcome) -> dict[str, float]:
     """Return all results of a point that are numbers, by flat names; metrics keep theirs.
 
     >>> numbers(Outcome("vit", "dare", change=0.5, metrics={"mnist/accuracy": 0.9}))
-    {'loss/change': 0.5, 'mnist/accuracy': 0.9}
+    {'margin': 0.02, 'loss/change': 0.5, 'mnist/accuracy': 0.9}
     """
     found = {k: v for k, v in _flat(point).items() if isinstance(v, int | float)}
     main = point.terms[point.main].value if point.main else None

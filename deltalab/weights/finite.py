@@ -33,7 +33,7 @@ def check_edited(edited: Weights) -> None:
     ValueError: tensor 'w': the edit exceeds float16 in 1 of 2 entries (largest 65504)
     """
     for name, tensor in edited.items():
-        if not _all_finite(tensor):
+        if not all_finite(tensor):
             bad = int((~tensor.isfinite()).sum())
             dtype, largest = str(tensor.dtype)[6:], torch.finfo(tensor.dtype).max
             raise ValueError(
@@ -75,10 +75,10 @@ def checked(pair: ModelPair, nonfinite: str = "error") -> ModelPair:
     return _zeroed(pair, bad, buffers) if bad else pair
 
 
-def _all_finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
     """Whether all entries are finite: the largest bit pattern without sign is below infinity's.
 
-    >>> [_all_finite(torch.tensor([-1.0, x])) for x in (3e38, torch.inf, -torch.nan)]
+    >>> [all_finite(torch.tensor([-1.0, x])) for x in (3e38, torch.inf, -torch.nan)]
     [True, False, False]
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
@@ -117,11 +117,20 @@ def _mask(pre: Tensor, post: Tensor, buffer: bool) -> Tensor:
 
 
 def _complaint(name: str, pre: Tensor, post: Tensor, count: int) -> str:
+    old, new = (int((~tensor.isfinite()).sum()) for tensor in (pre, post))
+    return f"{complaint(name, old, new, count)}; nonfinite=zero sets them to zero"
+
+
+def complaint(name: str, pre: int, post: int, delta: int) -> str:
+    """Return what to say of a tensor with numbers that are none, counted by side.
+
+    >>> complaint("w", 1, 0, 1)
+    "tensor 'w': NaN or infinite entries, 1 in the pre-trained model"
+    """
     sides = {"pre-trained": pre, "post-trained": post}
-    found = {side: int((~tensor.isfinite()).sum()) for side, tensor in sides.items()}
-    where = [f"{n} in the {side} model" for side, n in found.items() if n]
-    text = ", ".join(where) or f"{count} in the delta, which float32 does not hold"
-    return f"tensor {name!r}: NaN or infinite entries, {text}; nonfinite=zero sets them to zero"
+    where = [f"{n} in the {side} model" for side, n in sides.items() if n]
+    text = ", ".join(where) or f"{delta} in the delta, which float32 does not hold"
+    return f"tensor {name!r}: NaN or infinite entries, {text}"
 
 
 def _zeroed(pair: ModelPair, names: list[str], buffers: set[str]) -> ModelPair:

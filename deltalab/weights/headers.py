@@ -193,7 +193,8 @@ def beside(path: Path, file: str, name: str) -> Path:
 def inside(directory: Path, file: Path) -> None:
     """Raise `ValueError` where a link leads out of a directory, the hub's own cache apart."""
     home, real = directory.resolve(), file.resolve()
-    blobs = [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
+    snapshots = [place for place in home.parents if place.name == "snapshots"]
+    blobs = [place.parent / "blobs" for place in snapshots[:1]]  # of a sub-directory too
     if not any(real.is_relative_to(root) for root in (home, *blobs)):
         raise ValueError(
             plain(f"{file}: a link out of its directory, to {real}; name that file itself")

@@ -50,7 +50,9 @@ def read(file: Path) -> dict[str, Tensor]:
     size = file.stat().st_size
     for name, tensor in held.items():
         _check_tensor(file, name, tensor, size)
-    return dict(held)
+    return {
+        name: tensor.detach() for name, tensor in held.items()
+    }  # a parameter asks for gradients
 
 
 def _check(file: Path) -> None:

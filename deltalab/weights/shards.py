@@ -6,7 +6,9 @@ again, so that streaming a checkpoint needs as much memory as one slice.
 """
 
 import json
+import os
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +27,10 @@ DTYPES = {
 go with scales of their own, are carried over as they are."""
 
 
+SLICE = 1 << 22
+"""Entries read, edited and written at once."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor in a file.
@@ -33,8 +39,9 @@ class Entry:
         file: where it is.
         dtype: its dtype if it can be edited, else None.
         shape: its shape.
-        begin: position of its first byte in the file.
+        begin: position of its first byte in the file, or where one is to be written.
         size: its bytes.
+        load: gives its flat entries `start` to `stop` where they do not lie in the file as such.
     """
 
     file: Path
@@ -42,6 +49,7 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     size: int
+    load: Callable[[int, int], Tensor] | None = None
 
 
 def entries(file: Path) -> dict[str, Entry]:
@@ -108,7 +116,9 @@ def read(
     whole = start == 0 and stop is None
     stop = prod(entry.shape) if stop is None else stop
     out = torch.empty(stop - start, dtype=entry.dtype) if out is None else out
-    if stop > start:
+    if entry.load is not None:
+        out.copy_(entry.load(start, stop))
+    elif stop > start:
         with open(entry.file, "rb", buffering=0) as handle:
             handle.seek(entry.begin + start * entry.dtype.itemsize)
             view = out.view(torch.uint8).numpy().data
@@ -119,3 +129,43 @@ def read(
 
 def _short(entry: Entry) -> int:
     raise OSError(f"{entry.file}: ends too early")
+
+
+def pieces(
+    count: int, width: int, size: int | None = None, at: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Yield the entries of every piece of this size or so, `width` of which stay together."""
+    step = max(1, (size or SLICE) // width) * width
+    for start in range(at, at + count, step):
+        yield start, min(start + step, at + count)
+
+
+def keep(source: BinaryIO, target: BinaryIO, entry: Entry, start: int) -> None:
+    """Write the entries from `start` on as they are."""
+    if entry.load is None:
+        copy(source, target, entry.begin + start * item(entry), entry.begin + entry.size)
+        return
+    for first, last in pieces(prod(entry.shape) - start, 1, at=start):
+        put(target, entry.load(first, last), entry.begin + first * item(entry))
+
+
+def item(entry: Entry) -> int:
+    """Return the bytes of one number."""
+    return entry.size // max(1, prod(entry.shape))
+
+
+def put(target: BinaryIO, data: Tensor, place: int) -> None:
+    """Write a tensor's bytes at a place in a file, whatever else is being written to it."""
+    view = data.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    while view:
+        count = os.pwrite(target.fileno(), view, place)
+        view, place = view[count:], place + count
+
+
+def copy(source: BinaryIO, target: BinaryIO, begin: int, end: int | None) -> None:
+    """Copy bytes to the same place; to the end of the source if `end` is None."""
+    end = os.fstat(source.fileno()).st_size if end is None else end
+    while begin < end:
+        block = os.pread(source.fileno(), min(end - begin, 1 << 22), begin)
+        assert block, "the source ended too early"
+        begin += os.pwrite(target.fileno(), block, begin)

@@ -1,6 +1,7 @@
 """Make artefacts from finished points: `python -m experiments.paper fig1 fig2 results=results`.
 
-Without names: all that have been swept. Exit code 1 where points failed or are missing.
+Without names: all that have been swept. Exit code 1 where points failed or are missing. With
+`from=committed` nothing is drawn: the checks judge the points in `DIR/paper/` anew.
 """
 
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from deltalab.report.reading import read
 from deltalab.sweep.sweeps import listed
-from experiments.paper import log
+from experiments.paper import committed, log
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.card import write
 
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
     if unknown := [n for n in names if n not in ARTEFACTS]:
         print(f"{unknown[0]}: no such artefact; there are {', '.join(ARTEFACTS)}", file=sys.stderr)
         return 2
+    if given.get("from") == "committed":
+        return _judge(names or [*ARTEFACTS], results)
     points = read(results, warn=lambda line: print(f"warning: {line}", file=sys.stderr))
     wanted = _wanted(results)
     lacking = False
@@ -40,6 +43,18 @@ def main(arguments: list[str]) -> int:
         print(f"{name}: {found.verdict}. {found.sentence}\n  {path}")
     log.main(results)
     return int(lacking)
+
+
+def _judge(names: list[str], results: Path) -> int:
+    """Judge artefacts by their committed points."""
+    for name in names:
+        try:
+            path, found = committed.judge(name, results)
+            print(f"{name}: {found.verdict}. {found.sentence}\n  {path}")
+        except (OSError, ValueError) as problem:
+            print(f"{name}: left as it is; {problem}", file=sys.stderr)
+    log.main(results)
+    return 0
 
 
 def _wanted(results: Path) -> dict[str, int]:

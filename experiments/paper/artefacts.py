@@ -4,7 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deltalab.store.record import Outcome
-from experiments.paper import alpha, bits, curves, intensity, parts, predict, rules, table1
+from experiments.paper import (
+    alpha,
+    bits,
+    curves,
+    expo,
+    intensity,
+    parts,
+    predict,
+    rules,
+    table1,
+)
+from experiments.paper.evidence import Documents
 from experiments.paper.found import Found
 
 
@@ -14,7 +25,7 @@ class Artefact:
 
     title: str
     claim: str
-    find: Callable[[Sequence[Outcome]], Found]
+    find: Callable[[Sequence[Outcome], Documents | None], Found]
     kind: str = "artefact"
 
 
@@ -51,7 +62,7 @@ ARTEFACTS = {
     "fig6": Artefact(
         "Fig. 6: ExPO's term on the DPO loss",
         "The term falls below 0 as alpha grows, then rises above 0, within alpha = 0 ... .6.",
-        alpha.expo_term,
+        expo.expo_term,
     ),
     "fig7": Artefact(
         "Fig. 7: interpolate or extrapolate, LLaMA-3",

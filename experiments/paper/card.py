@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltalab.report import exporting
 from deltalab.report.figures.style import STYLE
 from deltalab.settings import conf_dir
+from deltalab.store import exporting
 from deltalab.store.record import Outcome
 from experiments.paper.artefacts import ARTEFACTS
-from experiments.paper.found import Found
+from experiments.paper.evidence import Stored
+from experiments.paper.found import Found, deciding, told
 
 FIGURES = 6
 """Significant figures of the numbers in the file of an artefact's points."""
@@ -34,32 +35,23 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
     folder.mkdir(parents=True, exist_ok=True)
     artefact = ARTEFACTS[name]
     figures = []
+    found = artefact.find(points, Stored(results))
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
-        found = artefact.find(points)
-        for suffix, figure, caption in found.figures:
+        shown, drawn = found.show()
+        for suffix, figure, caption in drawn:
             path = folder / f"{name}{suffix}.png"
             figure.savefig(path, dpi=160, metadata={"Software": None})
             svg = path.with_suffix(".svg")
             figure.savefig(svg, metadata={"Date": None, "Creator": None})
             figures.append({"file": svg.name, "png": path.name, "caption": caption})
     exporting.write(points, folder / f"{name}.jsonl", FIGURES)
-    tables = [
-        {"title": t.title, "columns": [*t.columns], "rows": [[*r] for r in t.rows]}
-        for t in found.tables
-    ]
-    if found.checks:
-        rows = [[c.claim, c.held, c.cases] for c in found.checks]
-        tables.insert(
-            0, {"title": "What was checked", "columns": ["check", "holds in", "of"], "rows": rows}
-        )
+    tables = [{"title": t.title, "columns": [*t.columns], "rows": [*t.rows]} for t in shown]
     card = {
         "name": name,
         "title": artefact.title,
         "kind": artefact.kind,
         "claim": artefact.claim,
-        "verdict": found.verdict,
-        "sentence": found.sentence,
-        "notes": [*found.notes],
+        **judged(name, found, tables),
         "command": f"make {name}" + ("" if scale == "demo" else f" SCALE={scale}"),
         "paper_command": f"make {name} SCALE=paper",
         "paper_hours": _paper_hours(name),
@@ -68,12 +60,34 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
         "seeds": sorted({p.seed for p in points if p.seed is not None}),
         **_origin(points, results),
         "figures": figures,
-        "tables": tables,
         "lines": f"{name}.jsonl",
     }
-    path = folder / f"{name}.json"
+    return save(folder / f"{name}.json", card), found
+
+
+def judged(name: str, found: Found, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the part of a card that judging decides, the table of its checks first.
+
+    A study asks a question and has no verdict; its checks have.
+    """
+    study = ARTEFACTS[name].kind == "study"
+    worst = deciding(found.checks)
+    rows = [[c.claim, c.verdict, c.held, c.failed, c.cases] for c in found.checks]
+    columns = ["check", "verdict", "shown in", "shown not to be so in", "of"]
+    checks = {"title": "What was checked", "columns": columns, "rows": rows}
+    return {
+        "verdict": "finding" if study else found.verdict,
+        "deciding": None if study or worst.verdict == "agrees" else told(worst),
+        "sentence": found.sentence,
+        "notes": [*found.notes],
+        "tables": [checks, *tables],
+    }
+
+
+def save(path: Path, card: Mapping[str, Any]) -> Path:
+    """Write a card."""
     path.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path, found
+    return path
 
 
 def _paper_hours(name: str) -> str | None:

@@ -1,19 +1,26 @@
-"""What an artefact's points say: checks, a verdict, tables, figures."""
+"""What an artefact's points say: checks, a verdict, tables, figures.
 
+A check is a claim about some cases, each of which is shown to hold, shown not to hold, or neither,
+at a level of 5 % for the check as a whole. What chance makes of the points it must not take for the
+claim: `experiments.paper.nulls` declares for every check what that is, and a test draws it.
+"""
+
+import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deltalab.report.outcomes import by_pair, pair_names
 from deltalab.report.tables import is_lenient, is_score
+from deltalab.store.means import Mean, holm
 from deltalab.store.record import Outcome
 
 NEAR = 0.02
 """How far from the post-trained model's a score may be to count as kept."""
 
-ENOUGH = 0.95
-"""The share of a check's cases that must hold for the check to hold."""
+LEVEL = 0.05
+"""How often a check may agree, or disagree, by chance."""
 
 LOSSES = ("nats",)
 """Metrics that are losses: shown beside the scores, the lower the better, and not checked."""
@@ -21,40 +28,143 @@ LOSSES = ("nats",)
 PRIMARY = ("exact_match_strict", "acc_norm", "pass@1", "prompt_level_strict_acc", "acc", "accuracy")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One part of a claim, and in how many of its cases it holds.
+VERDICTS = ("agrees", "undecided", "partly", "disagrees")
+"""From the best to the worst: a claim is worth what the worst of its checks is."""
 
-    >>> Check("DARE's term is smaller", 3, 4).share
-    0.75
+
+@dataclass(frozen=True)
+class Cell:
+    """One case of a check.
+
+    Attributes:
+        holds: how likely points that speak so much for the claim are where it is just not true.
+        fails: how likely points that speak so much against it are where it is just true.
     """
 
+    holds: float
+    fails: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One part of a claim, and in how many of its cases it is shown to hold and not to hold."""
+
+    name: str
     claim: str
+    verdict: str
     held: int
+    failed: int
     cases: int
 
-    @property
-    def share(self) -> float:
-        """The share of cases that hold."""
-        return self.held / self.cases if self.cases else 0.0
+
+def every(name: str, claim: str, cells: Iterable[Cell], overall: Cell | None = None) -> Check:
+    """Check a claim that is made of every case.
+
+    It agrees where each case is shown to hold: as all must, no case profits from their number. It
+    disagrees where it is shown not to hold of the average over the cases, or of at least half of
+    them, partly where of fewer. Holm's correction keeps chance at the level where single cases are
+    counted.
+
+    Args:
+        name: of the check.
+        claim: in words.
+        cells: the cases.
+        overall: the case of their average, where they have one.
+
+    >>> every("a", "small", [Cell(0.01, 0.9)] * 3).verdict
+    'agrees'
+    >>> every("a", "small", [Cell(0.01, 0.9), Cell(0.3, 0.3)]).verdict
+    'undecided'
+    >>> every("a", "small", [Cell(0.01, 0.9), Cell(0.01, 0.9), Cell(1.0, 0.001)]).verdict
+    'partly'
+    """
+    found = list(cells)
+    failed = sum(p <= LEVEL / 2 for p in holm([c.fails for c in found]))
+    if found and all(c.holds <= LEVEL for c in found):
+        return Check(name, claim, "agrees", len(found), failed, len(found))
+    held = sum(p <= LEVEL for p in holm([c.holds for c in found]))
+    against = overall is not None and overall.fails <= LEVEL / 2
+    against = against or (bool(failed) and 2 * failed >= len(found))
+    kind = "disagrees" if against else "partly" if failed else "undecided"
+    return Check(name, claim, kind, held, failed, len(found))
 
 
-def check(claim: str, cases: Iterable[bool]) -> Check:
-    """Count the cases of a check."""
-    found = list(cases)
-    return Check(claim, sum(found), len(found))
+def average(means: Sequence[Mean]) -> Mean:
+    """Return the mean of some means, its error an upper bound: as if all erred together.
+
+    >>> average([Mean(1.0, 0.1), Mean(2.0, 0.3)])
+    Mean(value=1.5, error=0.2, freedom=inf)
+    """
+    count = len(means)
+    inverse = sum(1 / m.freedom for m in means) / count
+    error = sum(m.error for m in means) / count
+    return Mean(mean([m.value for m in means]), error, 1 / inverse if inverse else math.inf)
+
+
+def some(name: str, claim: str, cells: Iterable[Cell]) -> Check:
+    """Check a claim that is made of some case.
+
+    It agrees where a case is shown to hold, by Holm's correction for their number, and disagrees
+    where each is shown not to.
+
+    >>> some("a", "gains", [Cell(0.01, 0.9), Cell(0.4, 0.3)]).verdict
+    'agrees'
+    >>> some("a", "gains", [Cell(0.03, 0.9), Cell(0.4, 0.3)]).verdict
+    'undecided'
+    >>> some("a", "gains", [Cell(0.9, 0.01), Cell(0.9, 0.02)]).verdict
+    'disagrees'
+    """
+    found = list(cells)
+    held = sum(p <= LEVEL for p in holm([c.holds for c in found]))
+    failed = sum(c.fails <= LEVEL for c in found)
+    none = bool(found) and failed == len(found)
+    kind = "agrees" if held else "disagrees" if none else "undecided"
+    return Check(name, claim, kind, held, failed, len(found))
+
+
+def above(value: Mean, bound: float = 0.0) -> Cell:
+    """Return the case that a mean lies above a bound."""
+    return Cell(value.above(bound), value.below(bound))
+
+
+def kept(difference: Mean, margin: float) -> Cell:
+    """Return the case that a score is not below another by the margin; a gain is no loss."""
+    return above(difference, -margin)
+
+
+def nearer(distances: Sequence[tuple[float, float]]) -> Cell:
+    """Return the case that the first of two distances is the smaller one, by the exact sign test.
+
+    >>> nearer([(0.0, 1.0)] * 5)
+    Cell(holds=0.03125, fails=1.0)
+    """
+    first, second = sum(a < b for a, b in distances), sum(a > b for a, b in distances)
+    total = first + second
+
+    def tail(count: int) -> float:
+        return sum(math.comb(total, k) for k in range(count, total + 1)) / 2**total
+
+    return Cell(tail(first), tail(second))
+
+
+def deciding(checks: Sequence[Check]) -> Check:
+    """Return the check that decides the verdict: the first of the worst."""
+    return max(checks, key=lambda each: VERDICTS.index(each.verdict))
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """Judge a claim: it agrees where every check holds, and disagrees where none does.
+    """Judge a claim, all of whose parts it makes: by the worst of its checks."""
+    return deciding(checks).verdict
 
-    >>> verdict([Check("a", 10, 10), Check("b", 5, 10)])
-    'partly'
+
+def told(found: Check) -> str:
+    """Say in words what came of a check.
+
+    >>> told(Check("a", "the score is kept", "partly", 15, 3, 18))
+    'the score is kept: shown in 15 of 18, not so in 3'
     """
-    held = [each.share >= ENOUGH for each in checks]
-    if all(held):
-        return "agrees"
-    return "partly" if any(held) or any(c.share >= 0.5 for c in checks) else "disagrees"
+    against = f", not so in {found.failed}" if found.failed else ""
+    return f"{found.claim}: shown in {found.held} of {found.cases}{against}"
 
 
 @dataclass(frozen=True)
@@ -66,27 +176,35 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
 
+Figure = tuple[str, Any, str]
+"""The end of a figure's file name, the figure, its caption."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What was found.
 
     Attributes:
-        sentence: the verdict in one sentence, with its numbers.
-        checks: the parts of the claim; a study has none and no verdict.
+        sentence: what was found in one sentence, with its numbers.
+        checks: the parts of the claim.
+        show: makes the tables and figures, which judging alone does not need.
         notes: further sentences.
-        figures: the end of the file's name, the figure, its caption.
     """
 
     sentence: str
-    checks: Sequence[Check] = ()
+    checks: Sequence[Check]
+    show: Callable[[], tuple[Sequence[Table], Sequence[Figure]]]
     notes: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    figures: Sequence[tuple[str, Any, str]] = field(default=())
 
     @property
     def verdict(self) -> str:
-        """The verdict of all checks, or `finding` for a study."""
-        return verdict(self.checks) if self.checks else "finding"
+        """The verdict of all checks."""
+        return verdict(self.checks)
+
+    @property
+    def tables(self) -> Sequence[Table]:
+        """The tables, made anew."""
+        return self.show()[0]
 
 
 def mean(values: Sequence[float]) -> float:

@@ -19,19 +19,45 @@ from deltalab.report.outcomes import spearman
 from deltalab.store.fields import number
 from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend
-from experiments.paper.found import Found, Table, end, mean, metrics, pairs, scored
+from experiments.paper.evidence import Documents, Evidence
+from experiments.paper.found import (
+    Cell,
+    Found,
+    Table,
+    above,
+    end,
+    every,
+    mean,
+    metrics,
+    pairs,
+    scored,
+)
 
 EDITS = {"dare": Dare, "noise": Noise, "sign_flip": SignFlip}
 TITLES = {"noise": "noise", "sign_flip": "sign flips (biased)"}
+ALIKE = 2.0
+"""Two changes are alike where neither is more than so many times the other."""
+
+SAME = 1e-3
+"""How far apart, relatively, two intensities are the same."""
+
 Place = tuple[float, float, float | None]
 """Intensity, mean change over the seeds, mean score where there is one."""
 
+Groups = dict[tuple[str, float], list[Outcome]]
+"""The points of every series, by its name and their intensity."""
 
-def intensity(points: Sequence[Outcome]) -> Found:
+
+def intensity(points: Sequence[Outcome], documents: Documents | None = None) -> Found:
     """Put measured change and score over intensity, for every pair."""
-    rows, notes, curves = [], [], {}
+    rows, notes, curves, evidence = [], [], {}, Evidence(points, documents or {})
+    alike: list[Cell] = []
+    grows: list[Cell] = []
     for model, own in pairs(points).items():
-        by = _series(own)
+        groups = _groups(own)
+        by = _series(groups, own)
+        alike += _alike(evidence, groups)
+        grows.append(_grows(evidence, groups))
         curves[model] = by, own
         plain = [place for name, places in by.items() if name != "sign_flip" for place in places]
         dare = [place for name, places in by.items() if name.startswith("k = ") for place in places]
@@ -59,23 +85,55 @@ def intensity(points: Sequence[Outcome]) -> Found:
         " intensity does not count. Where v is small and the delta too, a change is mostly the"
         " first-order term of the very draw, so that factors there are also those of chance."
     )
+    caption = (
+        "Measured loss change (above) and score (below) against editing intensity v: DARE for all p"
+        " and k, noise, and sign flips; means over the seeds. A score's line is the post-trained"
+        " model's."
+    )
     return Found(
         sentence="Rank correlation of intensity and loss change, and how far DARE lies from noise"
                  f" of the same intensity: {told}.",
+        checks=[
+            every("grows", "the change of noise grows from the least intensity to the most, pair"
+                  " by pair", grows),
+            every("alike", f"DARE changes the loss by no more than {ALIKE:g} times, and no less"
+                  f" than 1/{ALIKE:g} of, what noise of the same intensity does", alike),
+        ],
         notes=notes,
-        tables=[Table("Does intensity alone tell the change?", columns, rows)],
-        figures=[("", _figure(curves), (
-            "Measured loss change (above) and score (below) against editing intensity v: DARE for"
-            " all p and k, noise, and sign flips; means over the seeds. A score's line is the"
-            " post-trained model's."
-        ))],
+        show=lambda: (
+            [Table("Does intensity alone tell the change?", columns, rows)],
+            [("", _figure(curves), caption)],
+        ),
     )  # fmt: skip
 
 
-def _series(points: Sequence[Outcome]) -> dict[str, list[Place]]:
-    """Return the places of every series: DARE by its k, noise, sign flips."""
-    metric = next(iter(scored(points)), None)
-    same: dict[tuple[str, float], list[Outcome]] = {}
+def _alike(evidence: Evidence, groups: Groups) -> list[Cell]:
+    """Return the cases of DARE and noise of the same intensity: within a factor of each other."""
+    cells = []
+    for (name, v), own in groups.items():
+        noise = next((g for (n, u), g in groups.items() if n == "noise" and _same(u, v)), None)
+        if name.startswith("k = ") and noise is not None:
+            sides = [
+                above(evidence.change((ALIKE, noise), (-1, own))),
+                above(evidence.change((ALIKE, own), (-1, noise))),
+            ]
+            fails = min(1.0, 2 * min(c.fails for c in sides))
+            cells.append(Cell(max(c.holds for c in sides), fails))
+    return cells
+
+
+def _grows(evidence: Evidence, groups: Groups) -> Cell:
+    at = sorted(v for name, v in groups if name == "noise")
+    return above(evidence.change((1, groups["noise", at[-1]]), (-1, groups["noise", at[0]])))
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=SAME)
+
+
+def _groups(points: Sequence[Outcome]) -> Groups:
+    """Group points by series, DARE by its k, noise, sign flips, and by their intensity."""
+    same: Groups = {}
     for point in points:
         if point.edit not in EDITS:
             continue
@@ -84,8 +142,14 @@ def _series(points: Sequence[Outcome]) -> dict[str, list[Place]]:
         name = point.edit if k is None else f"k = {k:g}"
         if found is not None and found[1] > 0:
             same.setdefault((name, round(found[1], 9)), []).append(point)
+    return dict(sorted(same.items(), key=lambda item: item[0][1]))
+
+
+def _series(groups: Groups, points: Sequence[Outcome]) -> dict[str, list[Place]]:
+    """Return the places of every series, means over the draws."""
+    metric = next(iter(scored(points)), None)
     series: dict[str, list[Place]] = {}
-    for (name, v), group in sorted(same.items(), key=lambda item: item[0][1]):
+    for (name, v), group in groups.items():
         change = mean([p.change for p in group if p.change is not None])
         values = metrics(group, metric) if metric else []
         series.setdefault(name, []).append((v, change, mean(values) if values else None))
@@ -102,7 +166,7 @@ def _factor(place: Place, noise: Sequence[Place]) -> float | None:
     v, change, _ = place
     at = [n[0] for n in noise]
     i = bisect_left(at, v)
-    if i < len(at) and math.isclose(at[i], v, rel_tol=1e-3):
+    if i < len(at) and _same(at[i], v):
         other = noise[i][1]
     elif 0 < i < len(at):
         (v0, c0, _), (v1, c1, _) = noise[i - 1], noise[i]

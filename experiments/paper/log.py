@@ -31,7 +31,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return markdown([
         column("artefact", *figures),
         column("claim", *(c["claim"] for c in found)),
-        column("verdict", *(f"**{c['verdict']}**" for c in found)),
+        column("verdict", *(_verdict(c) for c in found)),
         column("in one sentence", *(c["sentence"] for c in found)),
         column("points", *(str(c["points"]) for c in found), right=True),
         column("core minutes", *(f"{c['minutes']:.1f}" for c in found), right=True),
@@ -39,6 +39,12 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         column("hardware", *(c["hardware"] for c in found)),
         column("date", *(c["date"] for c in found)),
     ])  # fmt: skip
+
+
+def _verdict(card: Mapping[str, Any]) -> str:
+    """Write a verdict, with the check that decides it where it is not that all agree."""
+    reason = f": {card['deciding']}" if card.get("deciding") else ""
+    return f"**{card['verdict']}**{reason}"
 
 
 def with_table(page: str, found: Sequence[Mapping[str, Any]]) -> str:

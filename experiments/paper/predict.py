@@ -6,7 +6,8 @@ from typing import Any
 from deltalab.report.figures.style import looks, panels
 from deltalab.report.outcomes import spearman
 from deltalab.store.record import Outcome
-from experiments.paper.found import Found, Table, pairs
+from experiments.paper.evidence import Documents
+from experiments.paper.found import Check, Found, Table, every, nearer, pairs
 
 ACCOUNTS = {
     "first_order": "first order",
@@ -14,32 +15,55 @@ ACCOUNTS = {
     "closed_form": "closed form (random edits)",
     "adaptive": "Riemann term (adaptive)",
 }
+FIRST, SECOND = ("second_order", "first_order"), ("adaptive", "second_order")
+"""What the checks compare: an account and a cheaper one."""
+
 LEAST, MODERATE = 1e-3, 0.5
 
 
-def predict(points: Sequence[Outcome]) -> Found:
+def predict(points: Sequence[Outcome], documents: Documents | None = None) -> Found:
     """Compare first order, second order, closed form and the term with the measured change."""
     rows = [_row("all", points, name) for name in ACCOUNTS]
     for model, own in pairs(points).items():
         rows += [_row(model, own, name) for name in ACCOUNTS]
     told = "; ".join(f"{row[1]} Spearman {row[3]}, sign right on {row[4]}, median error {row[5]}"
                      for row in rows[: len(ACCOUNTS)])  # fmt: skip
+    heads = ["pair", "account", "points", "Spearman", "right sign", "median error", "9 of 10 below"]
+    caption = (
+        "Predicted against measured loss change of every edit of every pair, in nats. On the"
+        " diagonal they agree."
+    )
     return Found(
         sentence=f"{len(points)} edits of {len(pairs(points))} pairs: {told}.",
+        checks=[_check(points, *pair) for pair in (FIRST, SECOND)],
         notes=[
             f"Errors are relative, of changes of {LEAST} to {MODERATE} nats; ranks and signs are of"
             " all points that move the loss. First and second order come from the gradient and one"
             " Hessian product at the post-trained model; the closed form needs no edit at all and"
             " predicts the mean over all random draws, here set beside one draw."
         ],
-        tables=[Table("Predictions against the measured change", [
-            "pair", "account", "points", "Spearman", "right sign", "median error", "9 of 10 below",
-        ], rows)],
-        figures=[("", _figure(points), (
-            "Predicted against measured loss change of every edit of every pair, in nats. On the"
-            " diagonal they agree."
-        ))],
-    )  # fmt: skip
+        show=lambda: (
+            [Table("Predictions against the measured change", heads, rows)],
+            [("", _figure(points), caption)],
+        ),
+    )
+
+
+def _check(points: Sequence[Outcome], better: str, worse: str) -> Check:
+    """Check that one account is nearer to the measured change than another, in every pair."""
+    cells = []
+    for own in pairs(points).values():
+        both = [p for p in own if {better, worse} <= p.terms.keys()]
+        known = [
+            (a, b, p.change)
+            for p in both
+            if (a := p.terms[better].value) is not None and (b := p.terms[worse].value) is not None
+        ]
+        cells.append(nearer([(abs(a - c), abs(b - c)) for a, b, c in known if c]))
+    claim = (
+        f"{ACCOUNTS[better]} is nearer to the measured change than {ACCOUNTS[worse]}, pair by pair"
+    )
+    return every(better, claim, cells)
 
 
 def _both(points: Sequence[Outcome], name: str) -> list[tuple[float, float]]:

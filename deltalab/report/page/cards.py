@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VERDICTS = ("agrees", "partly", "disagrees", "finding")
+VERDICTS = ("agrees", "undecided", "partly", "disagrees", "finding")
 Warn = Callable[[str], None]
 
 

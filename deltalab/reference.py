@@ -1,0 +1,119 @@
+"""What every edit of a pair shares: the live module, and both of its ends measured."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltalab.data import splits
+from deltalab.evaluators.scores import Scores
+from deltalab.loss.artifacts import Store
+from deltalab.loss.engine import Engine
+from deltalab.loss.objectives import Loss, Measured, change, measure
+from deltalab.store import latest
+from deltalab.store.effects import two_errors
+from deltalab.weights import finite
+from deltalab.weights.mapping import ModelPair, loaded
+
+log = logging.getLogger(__name__)
+OPENED = ("model", "objective", "evaluator")
+"""What stays open from one point to the next."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """The objective that points are judged by, and both ends of the pair measured by it.
+
+    Attributes:
+        half: which half of the objective's examples; None: all of them.
+        total: how many examples the whole objective has.
+    """
+
+    loss: Loss
+    engine: Engine
+    pre: Measured
+    post: Measured
+    half: splits.Half | None
+    total: int
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """Return values of the judged examples in their places among all, NaN elsewhere."""
+        found = torch.full((self.total,), math.nan, dtype=values.dtype)
+        found[splits.places(self.total, self.half)] = values
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What every edit of a pair shares: the live module, and both of its ends measured."""
+
+    pair: ModelPair
+    whole: Judge
+    score: Callable[[nn.Module], Scores]
+    pre_scores: Scores
+    post_scores: Scores
+    store: Callable[[str | None], Store]
+    _halves: dict[str, Judge] = field(default_factory=dict)
+
+    def judge(self, half: splits.Half | None) -> Judge:
+        """Return the objective on one half of its examples, or on all of them."""
+        if half is None:
+            return self.whole
+        if half not in self._halves:
+            loss, total = splits.halved(self.whole.loss, half), self.whole.total
+            rows = splits.places(total, half)
+            pre, post = (
+                Measured(m.losses[rows], m.weights[rows]) for m in (self.whole.pre, self.whole.post)
+            )
+            engine = Engine(self.pair, loss, self.store(half))
+            self._halves[half] = Judge(loss, engine, pre, post, half, total)
+        return self._halves[half]
+
+
+@latest.latest("reference", *OPENED)
+def opened(
+    model: Any,
+    objective: Any,
+    evaluator: Any,
+    nonfinite: str,
+    artifacts: str,
+    artifacts_gb: float | None,
+    shared: Mapping[str, Any],
+) -> Reference:
+    """Open a pair with its objective and evaluator, and measure both of its ends, once.
+
+    Args:
+        model: spec of the pair.
+        objective: spec of the loss.
+        evaluator: spec of the scores; None: none.
+        nonfinite: what becomes of NaN and infinities in the weights.
+        artifacts: where gradients and slopes are kept.
+        artifacts_gb: how much of them; None: all.
+        shared: what decides them, ready for JSON.
+    """
+    pair = finite.checked(model.open(), nonfinite)
+    most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
+
+    def store(half: str | None) -> Store:
+        return Store(artifacts, {**shared, **({"half": half} if half else {})}, most)
+
+    loss = objective.open(pair, store(None))
+    score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
+    post, post_scores = measure(pair.module, loss), score(pair.module)
+    with loaded(pair.module, pair.pre, restore=pair.post):
+        pre, pre_scores = measure(pair.module, loss), score(pair.module)
+    if two_errors(*change(pre, post)) == "decreased":
+        log.warning(
+            "the pre-trained model has a lower loss than the post-trained one, %.4f < %.4f %s:"
+            " are model.pre and model.post swapped?",
+            pre.mean,
+            post.mean,
+            loss.unit,
+        )
+    engine = Engine(pair, loss, store(None))
+    whole = Judge(loss, engine, pre, post, None, len(post.losses))
+    return Reference(pair, whole, score, pre_scores, post_scores, store)

@@ -1,0 +1,74 @@
+"""A checkpoint opened as a model: adapters and quantised weights are told apart from weights.
+
+`weights.Checkpoint` reads any file of tensors. Whoever edits one asks here, so that every path,
+live or from disk to disk, refuses the same and in the same words.
+"""
+
+import logging
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from deltalab.weights import quantised
+from deltalab.weights.mapping import Checkpoint
+
+log = logging.getLogger(__name__)
+_ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_\w|"
+                      r"hada_w\d_\w|ia3_l|prompt_embeddings|boft_R|oft_r)(\.|$)")  # fmt: skip
+_MERGE = "an adapter; merge it into its model and save that"
+_MODEL = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+
+def opened(path: Path, setting: str) -> Checkpoint:
+    """Return a checkpoint that holds a model's weights.
+
+    Args:
+        path: as for `weights.Checkpoint`.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        ValueError: it is an adapter or quantised.
+        FileNotFoundError: as for `weights.Checkpoint`.
+    """
+    check_no_adapter(path, setting)
+    found = Checkpoint(path)
+    if name := next((n for n in found if _ADAPTER.search(n)), None):
+        raise ValueError(f"{setting}={path}: {_MERGE} (tensor {name!r})")
+    if sign := quantised.sign(found):
+        raise _quantised(path, setting, sign)
+    return found
+
+
+def check_declared(directory: Path, setting: str) -> None:
+    """Raise `ValueError` where configuration files say of weights that they are quantised."""
+    if sign := quantised.declared(directory):
+        raise _quantised(directory, setting, sign)
+
+
+def _quantised(path: Path, setting: str, sign: str) -> ValueError:
+    return ValueError(
+        f"{setting}={path}: its weights are quantised ({sign}), which no edit applies to; name the"
+        " checkpoint that was quantised"
+    )
+
+
+def check_local(source: str, setting: str) -> None:
+    """Raise `ValueError` as `opened` does, where a source is a local path with weights in it.
+
+    For plans, which need no weights: what a run would refuse is refused by its plan.
+    """
+    if (path := Path(source).expanduser()).exists():
+        with suppress(FileNotFoundError):
+            opened(path, setting)
+
+
+def check_no_adapter(path: Path, setting: str) -> None:
+    """Raise `ValueError` where there is an adapter in place of a model; warn where beside one."""
+    if path.is_file() and path.name.startswith("adapter_model."):
+        raise ValueError(f"{setting}={path}: {_MERGE}")
+    if not (path / "adapter_config.json").is_file():
+        return
+    files = {file.name for pattern in _MODEL for file in path.glob(pattern)}
+    if not any(name for name in files if not name.startswith("adapter_")):
+        raise ValueError(f"{setting}={path}: {_MERGE} (adapter_config.json)")
+    log.warning("%s=%s: there is an adapter beside the model, which is not applied", setting, path)

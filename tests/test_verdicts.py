@@ -1,0 +1,129 @@
+"""Verdicts that can fail: what chance makes of an artefact's points is not taken for its claim."""
+
+import math
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from deltalab.data import splits
+from experiments.paper import alpha, bits, curves, expo, intensity, parts, patterns, table1
+from experiments.paper.artefacts import ARTEFACTS
+from experiments.paper.nulls import DECLARED, drawn
+from experiments.paper.simulate import World
+
+RUNS = 1000
+BY_CHANCE = 0.05 + 2 * math.sqrt(0.05 * 0.95 / RUNS)
+FINDS = {f"{find.__module__.rpartition('.')[2]}.{find.__name__}": find for find in DECLARED}
+NULLS = [(name, check) for name, find in FINDS.items() for check in DECLARED[find].nulls]
+
+
+def verdicts(find, draw, count, name, only=None):
+    """Count the verdicts of every check over a thousand data sets."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    found = Counter()
+    for _ in range(RUNS):
+        world = drawn(draw, rng, count)
+        for check in find(world.points, world.documents).checks:
+            if only in (None, check.name):
+                found[check.name, check.verdict] += 1
+    return found
+
+
+def test_every_check_of_every_artefact_declares_its_null():
+    assert {artefact.find for artefact in ARTEFACTS.values()} == set(DECLARED)
+    for find, declared in DECLARED.items():
+        world = drawn(declared.pattern, np.random.default_rng(0), declared.count)
+        checks = find(world.points, world.documents).checks
+        assert [c.name for c in checks] == list(declared.nulls), find
+        assert all(words for words, _ in declared.nulls.values())
+
+
+@pytest.mark.parametrize(("name", "check"), NULLS)
+def test_no_check_agrees_by_chance(name, check):
+    declared = DECLARED[FINDS[name]]
+    _, null = declared.nulls[check]
+    found = verdicts(FINDS[name], null, declared.count, f"{name} {check}", only=check)
+    assert found[check, "agrees"] / RUNS <= BY_CHANCE
+    assert found.total() == RUNS
+
+
+@pytest.mark.parametrize("name", FINDS)
+def test_every_check_sees_the_papers_pattern(name):
+    declared = DECLARED[FINDS[name]]
+    found = verdicts(FINDS[name], declared.pattern, declared.count, name)
+    for check in declared.nulls:
+        assert found[check, "agrees"] / RUNS >= 0.9, check
+        assert found[check, "disagrees"] / RUNS <= BY_CHANCE, check
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["documents", "scores alone"])
+def test_a_maximum_over_many_alphas_and_tasks_is_no_gain(kept):
+    """Figs. 7 and 13 agreed in 98 % of such data: eight tasks of 100 documents, twenty alphas."""
+    rng, agreed, runs = np.random.default_rng(0), Counter(), 100
+    for _ in range(runs):
+        world = World(rng, 100, churn=0.03)
+        for a in range(-10, 11):
+            gains = {f"task{i}/acc": 0.0 for i in range(8)}
+            world.scored("expo", {"alpha": a / 10}, gains)
+        checks = alpha.gains(world.points, world.documents if kept else None).checks
+        agreed.update(c.name for c in checks if c.verdict == "agrees")
+    assert agreed["gains"] / runs <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
+    assert not agreed["depends"]
+
+
+def test_without_documents_chance_is_no_proof_either():
+    """Scores alone: wider errors, never a verdict that the documents would not bear."""
+    rng, agreed, runs = np.random.default_rng(0), Counter(), 200
+    for _ in range(runs):
+        world = drawn(patterns.plane((0.3,), (0.3, 0.0), -0.02), rng, 3000)
+        agreed.update(c.name for c in curves.text(world.points).checks if c.verdict == "agrees")
+    assert agreed["small"] / runs <= 0.05
+    assert agreed["small_negative"] / runs >= 0.9, "3,000 documents are enough without pairing"
+
+
+def test_a_gain_is_no_loss():
+    world = drawn(patterns.plane((0.3,), (0.3, 0.0), 0.1), np.random.default_rng(0), 1000)
+    assert [c.verdict for c in curves.text(world.points, world.documents).checks] == ["agrees"] * 2
+
+
+def test_a_hundred_documents_cannot_show_a_loss_below_two_points():
+    """Not one document differs, and yet one of 100 in 50 would be missed in 13 % of all draws."""
+    for count, wanted in ((100, "undecided"), (300, "agrees")):
+        world = World(np.random.default_rng(0), count, churn=0.0)
+        patterns.plane((0.3,))(world)
+        checks = curves.text(world.points, world.documents).checks
+        assert [c.verdict for c in checks] == [wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("find", "draw", "name", "wanted"),
+    [
+        (curves.text, patterns.plane((0.3,), (0.3, 0.0), -0.2), "small", "disagrees"),
+        (table1.table, patterns.ways(product=-0.1), "biased_product", "disagrees"),
+        (parts.terms, patterns.terms(alone=-0.1), "positive", "disagrees"),
+        (expo.expo_term, patterns.along(lambda a: -a), "rises", "disagrees"),
+        (bits.blocks, patterns.magnitudes(four=-0.12), "back", "disagrees"),
+        (bits.statistic, patterns.multiples({0.5: 0.2, 1.0: 0.0, 2.0: 0.0}), "best", "disagrees"),
+        (intensity.intensity, patterns.intensities(dare=8.0), "alike", "disagrees"),
+    ],
+)  # fmt: skip
+def test_disagreement_is_within_reach(find, draw, name, wanted):
+    world = drawn(draw, np.random.default_rng(0), 1000)
+    found = find(world.points, world.documents)
+    assert {c.name: c.verdict for c in found.checks}[name] == wanted
+    assert found.verdict == "disagrees", "a claim is worth what its worst part is"
+
+
+def test_the_best_setting_is_judged_by_documents_that_it_was_not_chosen_by():
+    """A score that is high on half A by chance, at one alpha, gains nothing."""
+    world = World(np.random.default_rng(0), 400, churn=0.0)
+    for a in (-0.2, 0.0, 0.2):
+        world.scored("expo", {"alpha": a}, {"task/acc": 0.0})
+    lucky = next(p for p in world.points if p.settings["alpha"] == 0.2)
+    scores = world.documents[lucky.key]["task/acc"]
+    scores[splits.places(400, "A")] = 1.0
+    assert alpha.gains(world.points, world.documents).checks[0].held == 0
+    scores[:] = 1.0
+    assert alpha.gains(world.points, world.documents).checks[0].verdict == "agrees"
