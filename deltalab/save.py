@@ -22,15 +22,20 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from deltalab import console
+    from deltalab.sweep import stopping
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
     try:
-        manifest = save(sys.argv[1:])
+        with stopping.ending():
+            manifest = save(sys.argv[1:])
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         console.fail(console.one_line(error))
         sys.exit(2)
+    except stopping.Stopped:
+        console.fail("stopped; nothing was written")
+        sys.exit(143)
     except KeyboardInterrupt:
         console.fail("interrupted; nothing was written")
         sys.exit(130)
@@ -55,8 +60,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import edits
-    from deltalab.apply import stream
+    from deltalab.apply import extras, stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
     from deltalab.weights import select
@@ -88,7 +92,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
             " only error"
         )
     edit = build(settings["edit"], "edit")
-    edits.needs_of(edit)
+    extras.check_needs(edit)
     out = Path(own["out"]).expanduser()
     pre, post = _checkpoints(settings["model"])
     manifest = stream.stream(

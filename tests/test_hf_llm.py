@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from deltalab import save
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
-from deltalab.edits import needs_of
 from deltalab.edits.dare import Dare
 from deltalab.edits.discard import Discard
 from deltalab.edits.ties import Ties
@@ -118,7 +117,7 @@ def logits(module):
 
 
 def edited(found, edit, select="all", seed=0):
-    extras = Extras(needs_of(edit), seed)
+    extras = Extras(edit.needs, seed)
     return dict(editing.edited(found.pre, found.post, edit, select, extras))
 
 

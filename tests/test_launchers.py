@@ -20,7 +20,7 @@ APP = """
 import os, signal, sys, time
 from pathlib import Path
 import hydra
-from deltalab import console
+from deltalab import cli, console
 from deltalab.settings import conf_dir
 from deltalab.sweep import composing
 
@@ -229,7 +229,7 @@ def test_a_process_keeps_the_gpu_that_it_has(three_gpus, monkeypatch):
     assert gpus.claim(["GPU-cc"]) == "GPU-cc"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-cc"
     assert gpus.claim(["GPU-aa"]) == "GPU-cc"
-    os.close(gpus._claimed["GPU-cc"])
+    gpus._claimed["GPU-cc"].release()
 
 
 def test_every_worker_of_a_sweep_sees_a_gpu_of_its_own(three_gpus, tmp_path, monkeypatch):

@@ -44,6 +44,9 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
         rng: the random numbers of the tensor, or None.
         out: of post's length and dtype.
 
+    Raises:
+        ValueError: a tensor is not on the CPU, where alone its address can be read.
+
     >>> from deltalab.edits.expo import Expo
     >>> from deltalab.kernels.translation import program
     >>> add = lambda pre, post, edit, needs: pre + edit(post - pre)
@@ -53,6 +56,9 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
     >>> out
     tensor([1.5000, 3.0000, 6.0000])
     """
+    for tensor in (*tensors, out):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"an edit in C takes tensors on the CPU, not on {tensor.device}")
     library, whole = _library(program), out.numel()
     numbers = _doubles(program.numbers)
 

@@ -3,15 +3,61 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deltalab.data import splits
 from deltalab.edits.bitdelta import mean_magnitude
 from deltalab.loss.objectives import Loss, evaluating
-from deltalab.weights.mapping import Weights
+from deltalab.weights.mapping import ModelPair, Weights, meta
+
+PROVIDED = ("grad", "acts", "scale")
+"""What `providers` provides."""
+
+
+def providers(
+    pair: ModelPair, loss: Loss, gradient: Callable[[], Weights]
+) -> dict[str, Callable[[str, Weights], Any]]:
+    """Return the providers of what an edit may ask for of a live model on an objective.
+
+    Args:
+        pair: the open pair.
+        loss: the opened objective; what is fitted to its examples is given half A of them alone.
+        gradient: the gradient at W_post, computed when it is first asked for.
+
+    Returns:
+        For `extras.Extras`, by need; what is learned or averaged is so once for all tensors.
+    """
+
+    @cache
+    def examples() -> Loss:
+        return splits.halved(loss, "A")
+
+    @cache
+    def inputs() -> dict[str, Tensor]:
+        return mean_inputs(pair.module, examples())
+
+    learned: dict[tuple[int, float], dict[str, Tensor]] = {}
+
+    def scale(name: str, deltas: Weights) -> Callable[[int, float], Tensor | None]:
+        def learn(steps: int, lr: float) -> Tensor | None:
+            if (steps, lr) not in learned:
+                learned[steps, lr] = scales(
+                    pair.module, pair.pre, deltas, examples(), steps=steps, lr=lr
+                )
+            return learned[steps, lr].get(name)
+
+        return learn
+
+    return {
+        "grad": lambda name, _: gradient()[name],
+        "acts": lambda name, _: inputs().get(name),
+        "scale": scale,
+    }
 
 
 class _Watched(nn.Module):
@@ -53,12 +99,13 @@ def scales(
         A float32 scalar for each tensor of at least two dimensions; mean |D| throughout if learning
         did not lower the difference over all batches.
     """
-    names = [name for name in deltas if deltas[name].ndim > 1 and deltas[name].numel()]
+    shapes = {name: meta(deltas, name).shape for name in deltas}
+    names = [name for name, shape in shapes.items() if len(shape) > 1 and 0 not in shape]
     start = {name: mean_magnitude(deltas[name], "tensor") for name in names}
     if not steps or not names:
         return start
     watched = _Watched(module)
-    with evaluating(module):
+    with evaluating(module), torch.enable_grad():  # an edit asks for it without
         factors = {n: torch.ones((), device=start[n].device, requires_grad=True) for n in names}
         optimiser = torch.optim.Adam(factors.values(), lr=lr)
         begin = _distance(watched, pre, deltas, start, loss)
@@ -136,7 +183,9 @@ def mean_inputs(module: nn.Module, loss: Loss) -> dict[str, Tensor]:
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 axis = -1 if isinstance(layer, nn.Linear) else 1
-                handle = layer.register_forward_pre_hook(watch(f"{name}.weight", axis))
+                handle = layer.register_forward_pre_hook(
+                    watch(f"{name}.weight".removeprefix("."), axis)
+                )
                 hooks.callback(handle.remove)
         for batch in loss.batches:
             loss(module, batch)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltalab.edits import Edit
 from deltalab.loss.artifacts import Store
-from deltalab.loss.lines import Lines, approximate, line_of
+from deltalab.loss.lines import Lines, approximate
 from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import gradient
 from deltalab.loss.prediction import Predict, Predictor
 from deltalab.loss.riemann import Riemann, Term
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, delta
+from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, delta, meta
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +72,12 @@ class Engine:
 
     def changes(
         self,
-        edit: Any,
+        edit: Edit,
         shift: Weights,
         selection: Mapping[str, Any],
         settings: Riemann,
         predict: Predict,
+        post: Weights | None = None,
     ) -> Changes:
         """Return the terms and predictions of one edit.
 
@@ -85,13 +87,15 @@ class Engine:
             selection: what determines the shift beside pair and edit, ready for JSON: select, seed.
             settings: the rules.
             predict: what to predict.
+            post: the pair's post-trained weights as far as the edit shifts them, where they are in
+                memory: every node of the path starts from them.
 
         Raises:
             ValueError: as for `riemann.terms`.
         """
-        module, post = self.pair.module, self.pair.post
+        module, post = self.pair.module, self.pair.post if post is None else post
         first = self.gradient if settings.starts_at_post or predict.enabled else None
-        line = line_of(edit) if _exact(post, shift) else None
+        line = edit.line() if _exact(post, shift) else None
         if settings.rule is not None and not _exact(post, shift) and not self._told:
             self._told.append(True)
             log.warning(
@@ -138,4 +142,4 @@ def _exact(post: Weights, shift: Weights) -> bool:
 
     In 16 bits, rounding moves every point off the line by as much as a small delta.
     """
-    return all(post[name].dtype in (torch.float32, torch.float64) for name in shift)
+    return all(meta(post, name).dtype in (torch.float32, torch.float64) for name in shift)

@@ -4,13 +4,15 @@ Only light imports here: `deltalab --help` and tab completion load this module.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from deltalab import settings
+from deltalab.store import eviction
 
 
 @contextmanager
@@ -28,6 +30,7 @@ def guarded() -> Iterator[None]:
         cfg = original(self, *args, **kwargs)
         settings.check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
         settings.check_results(cfg.get("results"))
+        check_store(cfg.get("artifacts"))
         check_optional(cfg.hydra.runtime.choices, self)
         return cfg
 
@@ -36,6 +39,13 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         ConfigLoaderImpl.load_configuration = original  # type: ignore[method-assign]
+
+
+def check_store(artifacts: Any) -> None:
+    """Raise `ValueError` where a store of artefacts would lie among things of somebody else."""
+    if isinstance(artifacts, str) and artifacts:
+        with suppress(OSError):
+            eviction.check(Path(artifacts))
 
 
 def check_optional(choices: Any, loader: Any) -> None:

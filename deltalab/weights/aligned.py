@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.weights.headers import plain
-from deltalab.weights.mapping import Checkpoint, LazyWeights, Weights, part_of
+from deltalab.weights.mapping import Checkpoint, LazyWeights, Meta, Weights, cast, part_of
 
 MISMATCH = ("error", "keep_post")
 _FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
@@ -22,19 +22,30 @@ class Aligned(LazyWeights):
     Args:
         saved: every name listed, with all names under which the checkpoint has the tensor.
         load: as for `LazyWeights`, called with the name listed.
+        meta: likewise.
 
-    >>> tied = Aligned({"table": ("table", "head")}, lambda name: torch.ones(1))
+    >>> one = Meta((1,), torch.float32)
+    >>> tied = Aligned({"table": ("table", "head")}, lambda name: torch.ones(1), lambda name: one)
     >>> list(tied), tied["head"], saved_names(tied, "table")
     (['table'], tensor([1.]), ('table', 'head'))
     """
 
-    def __init__(self, saved: Mapping[str, tuple[str, ...]], load: Callable[[str], Tensor]) -> None:
-        super().__init__(saved, load)
+    def __init__(
+        self,
+        saved: Mapping[str, tuple[str, ...]],
+        load: Callable[[str], Tensor],
+        meta: Callable[[str], Meta],
+    ) -> None:
+        super().__init__(saved, load, meta)
         self.saved = saved
         self._listed = {alias: name for name, aliases in saved.items() for alias in aliases}
 
     def __getitem__(self, name: str) -> Tensor:
         return super().__getitem__(self._listed.get(name, name))
+
+    def meta(self, name: str) -> Meta:
+        """Return a tensor's shape and dtype, by any of its names."""
+        return super().meta(self._listed.get(name, name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._listed or super().__contains__(name)
@@ -137,14 +148,11 @@ def paired(pre: Side, post: Side, mismatch: str, dtype: torch.dtype) -> tuple[Al
     names = {name: saved for name, saved in post.names.items() if name not in kept}
     listed = {saved[0]: saved for saved in names.values()}
     origin = {saved[0]: pre.names[name][0] for name, saved in names.items()}
+    old, new = cast(pre.checkpoint, dtype), cast(post.checkpoint, dtype)
     return (
-        Aligned(listed, lambda name: _as(dtype, pre.checkpoint[origin[name]])),
-        Aligned(listed, lambda name: _as(dtype, post.checkpoint[name])),
+        Aligned(listed, lambda name: old[origin[name]], lambda name: old.meta(origin[name])),
+        Aligned(listed, new.__getitem__, new.meta),
     )
-
-
-def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _fits(pre: Side, post: Side, name: str, mismatch: str) -> bool:
