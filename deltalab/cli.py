@@ -15,10 +15,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console
-from deltalab import flags
-from deltalab import keys
-from deltalab import settings
+from deltalab import console, flags, keys, settings
 from deltalab.report.columns import describe
 from deltalab.settings import conf_dir
 from deltalab.store import locks, records
