@@ -23,8 +23,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from deltalab.models import embedded, hub
-from deltalab.settings import conf_dir
-from deltalab.store import digests
+from deltalab.settings import option_file
+from deltalab.store import digests, pairs
 from deltalab.store.classes import described
 from deltalab.weights import contents
 
@@ -109,6 +109,29 @@ def determinants(
     }
 
 
+def pair_id(found: Mapping[str, Any]) -> str:
+    """Return a digest of what decides how the unedited models score, as far as more than rounding.
+
+    Points that have it in common were made of one pair and measured on the same contents.
+
+    Args:
+        found: a point's `determinants`; empty where they are not known.
+
+    >>> small, large = ({"objective": {"class": "Answers", "limit": n}} for n in (64, 128))
+    >>> pair_id(small) != pair_id(large), pair_id({})
+    (True, '')
+    """
+    own = {name: found[name] for name in pairs.MEASURED if name in found}
+    return digests.key_of({"measured": _lasting(own)})[:8] if own else ""
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {name: each for name, each in value.items() if name not in pairs.ROUNDING}
+        return {name: _lasting(each) for name, each in kept.items()}
+    return [_lasting(each) for each in value] if isinstance(value, list) else value
+
+
 def canonical(value: Any) -> Any:
     """Return nested data with every number written one way.
 
@@ -164,8 +187,8 @@ def _option(group: str, step: Any, where: str, full: bool) -> Any:
     given: Mapping[str, Any] = {}
     if isinstance(step, Mapping) and len(step) == 1:
         name, given = next(iter(step.items()))
-    file = conf_dir() / group / f"{name}.yaml"
-    if not file.is_file():
+    file = option_file(group, str(name))
+    if file is None:
         return canonical(step)  # building says what is wrong with it
     option: Any = OmegaConf.to_container(OmegaConf.load(file))
     settings = {**option, **(given or {})}

@@ -20,23 +20,24 @@ from torch import Tensor
 from deltalab import settings as checks
 from deltalab.apply import editing
 from deltalab.apply.audit import audit
-from deltalab.apply.extras import Extras
+from deltalab.apply.extras import Extras, check_needs
+from deltalab.console import one_line
 from deltalab.data import splits
-from deltalab.edits import needs_of
 from deltalab.evaluators.scores import Scores
-from deltalab.keys import BESIDE, Choices, determinants, salt_of
+from deltalab.keys import BESIDE, Choices, determinants, pair_id, salt_of
 from deltalab.loss import distill
-from deltalab.loss.objectives import Loss, Measured, change, influences, measure
+from deltalab.loss.objectives import Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
 from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.reference import OPENED, Reference, opened
+from deltalab.reference import OPENED, Reference, Unopened, opened
 from deltalab.store import eviction, latest, locks, records
 from deltalab.store.digests import key_of
-from deltalab.store.effects import check_margin, classify, two_errors
+from deltalab.store.effects import check_margin
+from deltalab.store.record import SCHEMA, completed, written
 from deltalab.weights import finite, select
-from deltalab.weights.mapping import Weights, loaded
+from deltalab.weights.mapping import Weights, difference, loaded
 
 log = logging.getLogger(__name__)
 BUILT = ("objective", "evaluator", "riemann", "prediction")
@@ -108,18 +109,20 @@ def run(
         done = records.finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:
             return done, True  # another process has just finished it
-        record = records.redacted(header(point, settings, choices))
+        record = records.redacted(completed(header(point, settings, choices)))
         try:
             found, documents = evaluate(point)
             if lock.lost():  # this process was stopped for so long that another took over
                 raise locks.Busy(lock.path, locks.owner(lock.path) or locks.UNKNOWN)
             records.write_documents(results, point.key, documents)
-            record |= {"status": "ok", "error": None, **found}
+            record = completed(record | {"status": "ok", "error": None, **found})
         except Exception as error:
-            failure = {"type": type(error).__name__, "message": str(error)}
+            failed = written(
+                status="error", kind_of_failure=type(error).__name__, message=str(error)
+            )
             if not isinstance(error, locks.Busy):
                 with suppress(OSError):  # what went wrong first is what the user must hear
-                    records.write(results, record | {"status": "error", "error": failure})
+                    records.write(results, record | failed)
             raise
         records.write(results, record)
     if tracker is not None:
@@ -129,26 +132,11 @@ def run(
 
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
-    checks.check_top(settings)
-    finite.check(settings["nonfinite"])
+    chosen, parts = validated(settings, choices)
     margin = check_margin(settings["margin"])
-    edit_settings = dict(settings["edit"])
-    chosen = edit_settings.pop("select")
-    chosen = settings["select"] or chosen
-    select.check(chosen)
-    edit = build(edit_settings, "edit")
-    needs_of(edit)
-    model = build(settings["model"], "model")
-    parts = {name: build(settings[name], name) for name in BUILT}
-    parts |= {"edit": edit, "model": model}
-    found = _determined(settings, choices, model)
+    found = _determined(settings, choices, parts["model"])
     return Point(
-        model=model,
-        edit=edit,
-        objective=parts["objective"],
-        evaluator=parts["evaluator"],
-        riemann=parts["riemann"],
-        prediction=parts["prediction"],
+        **parts,
         select=chosen,
         seed=settings["seed"],
         nonfinite=settings["nonfinite"],
@@ -162,16 +150,40 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     )
 
 
+def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[str, Any]]:
+    """Return the tensors to edit and the parts of a point by name, each built; touches no file.
+
+    Raises:
+        ValueError: a setting of the wrong type, out of range, or unknown.
+    """
+    checks.check_top(settings)
+    salt_of(settings, choices)
+    finite.check(settings["nonfinite"])
+    check_margin(settings["margin"])
+    edit_settings = dict(settings["edit"])
+    chosen = edit_settings.pop("select")
+    chosen = settings["select"] or chosen
+    select.check(chosen)
+    edit = build(edit_settings, "edit")
+    check_needs(edit, distill.PROVIDED)
+    parts = {name: build(settings[name], name) for name in ("model", *BUILT)}
+    return chosen, {"edit": edit, **parts}
+
+
 def _determined(settings: Mapping[str, Any], choices: Choices, model: Any) -> dict[str, Any]:
-    """Return what decides a point; empty in a plan where the models cannot be asked for."""
+    """Return what decides a point; empty in a plan where the models cannot be asked for.
+
+    Raises:
+        Unopened: the model's files are missing or damaged.
+    """
     try:
         if hasattr(model, "ready"):
             model.ready()
         return determinants(settings, choices, settings.get("verify") == "full")
-    except Absent:
-        if not settings["plan"]:
-            raise
-        return {}
+    except (ValueError, OSError) as error:
+        if settings["plan"] and isinstance(error, Absent):
+            return {}
+        raise Unopened(one_line(error)) from error
 
 
 def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
@@ -185,21 +197,26 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         known = reference(point)
         pair = known.pair
         # What was fitted to half A of the objective's examples is judged on half B.
-        judge = known.judge("B" if splits.tunes(needs_of(point.edit)) else None)
+        judge = known.judge("B" if splits.tunes(point.edit.needs) else None)
     with clock("edit"):
         extras = provide(known, point.edit, point.seed, point.salt)
-        edited = dict(editing.edited(pair.pre, pair.post, point.edit, point.select, extras))
+        post = {name: pair.post[name] for name in editing.chosen(pair.post, point.select)}
+        device = next(pair.module.parameters()).device
+        edited = dict(
+            editing.edited(pair.pre, post, point.edit, point.select, extras, device=device)
+        )
         finite.check_edited(edited)
-        touched = audit(pair, point.edit, extras, edited)
+        touched = audit(pair, post, point.edit, extras, edited)
     with clock("term"):
         changes = judge.engine.changes(
             point.edit,
-            shift_from(pair.post, edited),
+            shift_from(post, edited),
             point.drawn,
             point.riemann,
             point.prediction,
+            post,
         )
-    with loaded(pair.module, edited, restore=pair.post):
+    with loaded(pair.module, edited, restore=post):
         with clock("loss"):
             measured = measure(pair.module, judge.loss)
         with clock("evaluate"):
@@ -207,35 +224,29 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     value, error = change(judge.post, measured)
     gap, gap_error = change(judge.post, judge.pre)
     terms = {name: term.as_record() for name, term in changes.terms.items()}
-    found = {
-        "touched": touched,
-        "term": next(iter(terms.values()), None),
-        "terms": terms,
-        "prediction": changes.prediction,
-        "loss": {
-            "objective": point.objective_name,
-            "unit": judge.loss.unit,
-            "half": judge.half,
-            "pre": judge.pre.mean,
-            "post": judge.post.mean,
-            "edited": measured.mean,
-            "change": value,
-            "error": error,
-            "gap": gap,
-            "gap_error": gap_error,
-        },
-        "metrics": {**scores.metrics, **paired(known.post_scores, scores)},
-        "reference": {
+    found = written(
+        **touched,
+        main=next(iter(terms.values()), None),
+        terms=terms,
+        prediction=changes.prediction,
+        loss_name=point.objective_name,
+        unit=judge.loss.unit,
+        half=judge.half,
+        losses={"pre": judge.pre.mean, "post": judge.post.mean, "edited": measured.mean},
+        change=value,
+        error=error,
+        gap=gap,
+        gap_error=gap_error,
+        margin=point.margin,
+        metrics={**scores.metrics, **paired(known.post_scores, scores)},
+        reference={
             "pre": {**known.pre_scores.metrics, **paired(known.post_scores, known.pre_scores)},
             "post": dict(known.post_scores.metrics),
         },
-        "class": classify(value, error, gap, gap_error, point.margin),
-        "class_two_errors": two_errors(value, error),
-        "margin": point.margin,
-        "gradient_evaluations": changes.gradient_evaluations,
-        "seconds": clock.seconds(),
-        "peak_memory_bytes": peak_memory(),
-    }
+        gradient_evaluations=changes.gradient_evaluations,
+        stages=clock.seconds(),
+        peak_memory_bytes=peak_memory(),
+    )
     return found, kept_documents(known, scores, judge.of_all(influences(judge.post, measured)))
 
 
@@ -271,27 +282,14 @@ def provide(known: Reference, edit: Any, seed: int, salt: str = "") -> Extras:
 
     What is fitted to the objective's examples (`splits.TUNED`) is given half A of them alone.
     """
-    module, pre, whole = known.pair.module, known.pair.pre, known.whole
-
-    def examples() -> Loss:
-        return splits.halved(whole.loss, "A")
-
-    return Extras.of(
-        edit,
-        known.pair,
-        seed=seed,
-        salt=salt,
-        gradient=lambda: whole.engine.gradient,
-        acts=lambda: distill.mean_inputs(module, examples()),
-        scales=lambda deltas: distill.scales(
-            module, pre, deltas, examples(), steps=edit.steps, lr=edit.lr
-        ),
-    )
+    gradient = lambda: known.whole.engine.gradient  # noqa: E731
+    providers = distill.providers(known.pair, known.whole.loss, gradient)
+    return Extras.of(edit, known.pair, seed=seed, salt=salt, providers=providers)
 
 
 def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:
     """Return W_edit - W_post in float32, of the weights as they are evaluated."""
-    return {name: edited[name].float() - post[name].float() for name in edited}
+    return {name: difference(post[name], edited[name]) for name in edited}
 
 
 def paired(post: Scores, edited: Scores) -> dict[str, float]:
@@ -317,22 +315,25 @@ def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> recor
     hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
     kept = ("data", "draws", "label")
     config = {k: v for k, v in settings.items() if k not in BESIDE or k in kept}
-    return {
-        "schema": records.SCHEMA,
-        "key": point.key,
-        "status": "error",
-        "error": None,
-        "experiment": choices.experiment,
-        "model": choices.model,
-        "edit": {"name": choices.edit, **hyper},
-        "seed": point.seed,
-        "salt": point.salt,
-        "select": point.select,
-        "versions": versions(),
-        "git": commit(),
-        "device": device_name(getattr(point.model, "device", "cpu")),
-        "config": config,
-    }
+    return written(
+        schema=SCHEMA,
+        key=point.key,
+        status="error",
+        experiment=choices.experiment,
+        model=choices.model,
+        pair=settings.get("label"),
+        setup=pair_id(point.parts),
+        objective=choices.objective,
+        edit=choices.edit,
+        settings=hyper,
+        seed=point.seed,
+        salt=point.salt,
+        select=point.select,
+        versions=versions(),
+        git=commit(),
+        device=device_name(getattr(point.model, "device", "cpu")),
+        config=config,
+    )
 
 
 def build(node: Any, setting: str) -> Any:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from deltalab.apply import editing, stream
 from deltalab.apply.extras import Extras, Memo
-from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -56,6 +55,7 @@ STREAMED = [
     Della(p=0.5, window=0.4),
     Breadcrumbs(beta=0.3, gamma=0.1),
     ONE_BIT,
+    BitDelta(multiple=1.5, magnitudes="uniform", cv=0.4, axis="row"),
     Multibit(bits=2, blocks="equal_count"),
     Ties(keep=0.2, scope="model"),
     Ties(keep=0.2, scope="tensor"),
@@ -82,7 +82,7 @@ def test_compiled_and_eager_give_the_same_bits(edit, dtype: torch.dtype, monkeyp
     post[0, :50] = pre[0, :50]
     pre[1, :50], post[1, :50] = 1e-40, 3e-40
     needs = {"rng": Rng(3, "w"), "grad": tensor((241, 173), seed=2)}
-    needs = {k: v for k, v in needs.items() if k in needs_of(edit)}
+    needs = {k: v for k, v in needs.items() if k in edit.needs}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
@@ -102,7 +102,7 @@ def test_the_order_of_tensors_does_not_matter(edit) -> None:
     gradient = {n: tensor((12, 16), seed=5) for n in pre}
 
     def run(names: str) -> dict[str, Tensor]:
-        extras = Extras(needs_of(edit), 7, gradient=lambda: gradient, memo=Memo())
+        extras = Extras(edit.needs, 7, {"grad": lambda name, _: gradient[name]}, memo=Memo())
         given = ({n: w[n] for n in names} for w in (pre, post))
         return dict(editing.edited(*given, edit, "all", extras))
 
@@ -194,7 +194,7 @@ def test_streaming_equals_editing_in_memory(
     monkeypatch.setattr(shards, "SLICE", slice_size)
     stream.stream(*pair, tmp_path / "out", edit, select="matrices", seed=3, kernel=kernel)
     pre, post, out = loaded(pair[0]), loaded(pair[1]), loaded(tmp_path / "out")
-    edited = editing.edited(pre, post, edit, "matrices", Extras(needs_of(edit), 3), "eager")
+    edited = editing.edited(pre, post, edit, "matrices", Extras(edit.needs, 3), "eager")
     assert set(edited) == {n for n in post if post[n].ndim > 1}
     for name, tensor_ in post.items():
         expected = edited.get(name, tensor_)
@@ -367,14 +367,14 @@ def test_killed_at_work_out_is_absent(pair, tmp_path) -> None:
 
 SLOW = """
 import sys, time
-from deltalab import save
+from deltalab import applying
 from deltalab.apply import stream
 verify = stream._verify
 def slow(*arguments):
     print("written", flush=True)
     time.sleep(60)
 stream._verify = slow
-save.main()
+applying.main()
 """
 
 
@@ -444,7 +444,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(pair, tmp_path, monkeypatch) 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "deltalab.save", *map(str, arguments)],
+        [sys.executable, "-m", "deltalab.applying", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -14,6 +14,7 @@ ORDER = (
     *(
         "settings",
         "allowed",
+        "flags",
         "commands",
         "rng",
         "provenance",
@@ -32,6 +33,7 @@ ORDER = (
         "kernels",
         "apply",
         "loss",
+        "api",
         "evaluators",
     ),
     *(
@@ -44,14 +46,14 @@ ORDER = (
         "plan",
         "sweep",
         "cli",
-        "save",
+        "applying",
         "cache",
     ),
     *("plugins", "__main__", "testing", "__init__", "experiments"),
 )
 """Packages and single modules of deltalab, and those that are to come; nothing else has a place."""
 WITHOUT_TORCH = ("store", "report")
-MOST_FLOORS, MOST_LINES = 9, 2800  # lines of a package
+MOST_FLOORS, MOST_LINES = 9, 2600  # lines of a package
 ROOT = Path(deltalab.__file__).parents[1]
 
 

@@ -10,7 +10,7 @@ from test_apply import FUSED, bits, tensor
 from torch import Tensor
 
 from deltalab.apply import editing
-from deltalab.edits import needs_of
+from deltalab.edits import Edit
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -44,7 +44,7 @@ def pair(dtype: torch.dtype, other: torch.dtype | None = None) -> tuple[Tensor, 
 
 def needed(edit, dtype: torch.dtype = F32) -> dict:
     needs = {"rng": Rng(3, "w"), "grad": tensor((241, 173), seed=2).to(dtype)}
-    return {k: v for k, v in needs.items() if k in needs_of(edit)}
+    return {k: v for k, v in needs.items() if k in edit.needs}
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F16), (F64, F64), (F32, BF16)], ids=str)
@@ -52,7 +52,7 @@ def needed(edit, dtype: torch.dtype = F32) -> dict:
 def test_c_and_eager_give_the_same_bits(edit, dtypes) -> None:
     (pre, post), needs = pair(*dtypes), needed(edit, dtypes[0])
     dtypes = (*dtypes, *(t.dtype for name, t in needs.items() if name == "grad"))
-    matrix = getattr(edit, "unit", "") != "entry"
+    matrix = edit.unit != "entry"
     assert fused._program(edit, dtypes, matrix, editing._edited, {}), "not translated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -116,7 +116,7 @@ def between_files(directory, edit, pre: Tensor, post: Tensor, rng: Rng) -> Tenso
     try:
         dtypes = (pre.dtype, post.dtype)
         kernel = "compiled"
-        needs = {"rng": rng} if "rng" in needs_of(edit) else {}
+        needs = {"rng": rng} if "rng" in edit.needs else {}
         done = editing.edited_files(edit, dtypes, tuple(files), post.shape, kernel, **needs)
     finally:
         for file, _ in files:
@@ -133,8 +133,8 @@ def test_from_file_to_file(edit, dtypes, tmp_path, monkeypatch) -> None:
     """Also in several pieces, across a page of random indices, with sums over the tensor."""
     pre, post = (tensor((1153, 1001), seed=i).to(dtype) for i, dtype in enumerate(dtypes))
     rng = Rng(3, "w", start=2**32 - 300_000)
-    needs = {"rng": rng} if "rng" in needs_of(edit) else {}
-    if "grad" in needs_of(edit):
+    needs = {"rng": rng} if "rng" in edit.needs else {}
+    if "grad" in edit.needs:
         assert between_files(tmp_path, edit, pre, post, rng) is None
         return
     expected = editing.edited_tensor(pre, post, edit, "compiled", **needs)
@@ -210,29 +210,65 @@ def test_what_has_no_translation_is_refused(body, reason: str) -> None:
         translation.program(None, (), body, (F32, F32), matrix=True)
 
 
-def test_what_has_no_translation_is_left_to_torch() -> None:
-    edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row")
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_what_has_no_translation_runs_as_it_is(axis: str, monkeypatch) -> None:
+    edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis=axis)
     (pre, post), needs = pair(F32), needed(edit)
     assert fused._program(edit, (F32, F32), True, editing._edited, {}) is None
+    monkeypatch.delattr(torch, "compile")
     compiled = editing.edited_tensor(pre, post, edit, "compiled", **needs)
-    assert torch.equal(compiled, editing.edited_tensor(pre, post, edit, "eager", **needs))
+    assert torch.equal(bits(compiled), bits(editing._edited(pre, post, edit, needs)))
 
 
 @pytest.mark.parametrize(
     "compiler", ["/no/such/compiler", "false", "sh -c 'echo wrong >&2; exit 1'"]
 )
-def test_without_a_compiler_edits_run_eagerly_with_one_warning(compiler, monkeypatch) -> None:
-    monkeypatch.setenv("CC", compiler)
-    monkeypatch.setattr(fused, "_broken", [])
+def test_a_program_that_does_not_compile_runs_eagerly_with_one_warning(
+    compiler: str, monkeypatch
+) -> None:
+    """It alone: other edits and other dtypes are compiled as soon as that can be done."""
+    own = native.COMPILER
+    monkeypatch.setattr(native, "COMPILER", compiler)
+    monkeypatch.setattr(fused, "_failed", {})
     native._compiled.cache_clear()
     pre, post = tensor((50, 50)), tensor((50, 50), seed=1)
     reason = "wrong" if "wrong" in compiler else compiler
-    with pytest.warns(UserWarning, match=f"edits run uncompiled.*{reason}"):
+    text = f"edit Expo .float32, float32. runs uncompiled, because compiling its C failed.*{reason}"
+    with pytest.warns(UserWarning, match=text):
         out = editing.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
     assert torch.equal(out, editing.edited_tensor(pre, post, Expo(alpha=0.5), "eager"))
+    monkeypatch.setattr(native, "COMPILER", own)
+    ran, original = [], native.edit
+    noting = lambda made, *rest: ran.append(made.dtypes) or original(made, *rest)  # noqa: E731
+    monkeypatch.setattr(native, "edit", noting)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        editing.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
+        editing.edited_tensor(pre, post, Expo(alpha=0.25), "compiled")
+        assert ran == [], "remembered"
+        editing.edited_tensor(pre, post, Dare(p=0.5, k=0.5), "compiled", rng=Rng(0, "w"))
+        editing.edited_tensor(pre.half(), post.half(), Expo(alpha=0.5), "compiled")
+    assert ran == [(F32, F32), (F16, F16)]
+
+
+def test_what_an_edit_raises_is_raised_and_concerns_it_alone(tmp_path, monkeypatch) -> None:
+    class Angry(Edit):
+        unit = "entry"
+
+        def __call__(self, delta: Tensor) -> Tensor:
+            raise ValueError("edit.c=3: must be below 2")
+
+    monkeypatch.setattr(fused, "_failed", {})
+    pre, post = tensor((300, 300)), tensor((300, 300), seed=1)
+    ran, original = [], native.edit
+    monkeypatch.setattr(native, "edit", lambda *given: ran.append(1) or original(*given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="^edit.c=3: must be below 2$"):
+            editing.edited_tensor(pre, post, Angry())
+        assert between_files(tmp_path, Angry(), pre, post, Rng(0, "w")) is None
+        editing.edited_tensor(pre, post, Expo(alpha=0.5))
+    assert ran == [1]
+    assert fused._failed == {}
 
 
 def test_small_tensors_do_not_compile() -> None:
@@ -289,7 +325,7 @@ def test_a_model_wide_threshold_enters_as_a_number(monkeypatch) -> None:
     kept = 0
     for name in pre:
         needs = {"quantile": lambda keep, name=name: limits[name]}
-        known = fused._known(edit, needs)
+        known = fused._known(editing._found(edit, needs))
         program = fused._program(edit, (F32, F32), True, editing._edited, known)
         assert (program is None) == (limits[name].ties > 0)
         compiled = editing.edited_tensor(pre[name], post[name], edit, "compiled", **needs)
@@ -319,3 +355,14 @@ def test_counting_in_pieces_finds_what_sorting_finds(threads: int, monkeypatch) 
                 assert least == ranked[-count]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_addresses_of_another_device_are_never_read(place: int) -> None:
+    """A gradient on a GPU, handed over by its address, ended the process without a word."""
+    edit = BiasedProduct(k=0.5, p=0.3)
+    given = [tensor((100,), seed=i) for i in range(4)]  # pre, post, grad, out
+    made = translation.program(edit, edit.needs, editing._edited, (F32, F32, F32))
+    given[place] = given[place].to("meta")
+    with pytest.raises(ValueError, match="an edit in C takes tensors on the CPU, not on meta"):
+        native.edit(made, given[:3], None, given[3])

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from deltalab import console
 from deltalab.apply import editing, layout
-from deltalab.apply.extras import Extras, Memo
+from deltalab.apply.extras import Extras, Memo, thresholds
 from deltalab.apply.layout import Written
-from deltalab.edits import needs_of
+from deltalab.edits import Edit
 from deltalab.store import files
 from deltalab.weights import contents, finite
-from deltalab.weights.mapping import PIECE, LazyWeights, part_of
+from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
 from deltalab.weights.select import selected
 from deltalab.weights.shards import Buffers, Entry, copy, item, keep, pieces, put, read
 
@@ -61,7 +61,7 @@ def stream(
     pre: Path,
     post: Path,
     out: Path,
-    edit: Any,
+    edit: Edit,
     *,
     select: Any,
     seed: int,
@@ -96,7 +96,7 @@ def stream(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    extras = Extras(needs_of(edit), seed, memo=Memo(limit=0))
+    extras = Extras(edit.needs, seed, memo=Memo(limit=0))
     plan = planned(pre, post, select, mismatch)
     manifest = {
         "edit": describe,
@@ -189,7 +189,7 @@ def _equal(a: Entry, b: Entry) -> bool:
     return all(torch.equal(read(a, *p), read(b, *p)) for p in pieces(prod(a.shape), 1))
 
 
-def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> None:
+def _write(plan: Plan, out: Path, edit: Edit, extras: Extras, kernel: str) -> None:
     """Write all files: headers and untouched tensors as bytes, edited tensors piece by piece.
 
     Pieces are independent: each worker reads one, edits it with one thread and writes it to its
@@ -197,9 +197,9 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
     """
     names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
     deltas = _Deltas(plan, names)
-    if getattr(edit, "scope", None) == "model" and names:
+    if edit.whole_model and "quantile" in edit.needs and names:
         with console.steps("ranking", 2 * len(names)) as deltas.step:
-            extras.for_tensor(names[0], deltas)["quantile"](edit.keep)
+            thresholds(edit, extras.for_tensor(names[0], deltas))
     workers = torch.get_num_threads()
     with (
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -239,7 +239,7 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
 def _edit_piece(
     plan: Plan,
     name: str,
-    edit: Any,
+    edit: Edit,
     given: dict[str, Any],
     kernel: str,
     target: BinaryIO,
@@ -295,7 +295,7 @@ def _blame(plan: Plan, name: str) -> None:
     old, new, bad = plan.pre[name], plan.post[name], [0, 0, 0]
     for piece in pieces(plan.rows[name], 1):
         a, b = read(old, *piece), read(new, *piece)
-        for index, held in enumerate((a, b, editing.difference(a, b))):
+        for index, held in enumerate((a, b, difference(a, b))):
             bad[index] += int((~held.isfinite()).sum())
     if any(bad):
         raise ValueError(finite.complaint(name, *bad))
@@ -320,12 +320,11 @@ def _dtype(entry: Entry) -> torch.dtype:
     return entry.dtype
 
 
-def _width(edit: Any, entry: Entry) -> int:
+def _width(edit: Edit, entry: Entry) -> int:
     """Return the entries that must stay together, or 0 for a whole tensor."""
-    unit = getattr(edit, "unit", "tensor")
-    if unit == "row":
+    if edit.unit == "row":
         return prod(entry.shape[1:]) if len(entry.shape) > 1 else 0
-    return 1 if unit == "entry" else 0
+    return 1 if edit.unit == "entry" else 0
 
 
 def _shape(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:
@@ -337,17 +336,21 @@ class _Deltas(LazyWeights):
     """The deltas of the tensors that are edited, for edits that need more than a piece of one."""
 
     def __init__(self, plan: Plan, names: list[str]) -> None:
-        super().__init__(names, self._whole)
+        super().__init__(names, self._whole, self._meta_of)
         self._plan = plan
         self.step: Callable[[], None] = lambda: None
 
     def _whole(self, name: str) -> Tensor:
         """Return one delta: the rows that both sides have."""
         new, count = self._plan.post[name], self._plan.rows[name]
-        flat = editing.difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
+        flat = difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
         if not finite.all_finite(flat):
             _blame(self._plan, name)
         return flat.reshape(_shape(new.shape, count, 0))
+
+    def _meta_of(self, name: str) -> Meta:
+        shape = _shape(self._plan.post[name].shape, self._plan.rows[name], 0)
+        return Meta(shape, torch.float32)
 
     def pieces(self, name: str) -> Iterator[Callable[[], Tensor]]:
         """Yield what `weights.pieces` does, without the whole delta."""
@@ -361,7 +364,7 @@ class _Deltas(LazyWeights):
             read(entry, start, stop, _buffers.take(side, _dtype(entry), stop - start))
             for side, entry in sides.items()
         )
-        delta = editing.difference(a, b)
+        delta = difference(a, b)
         if not finite.all_finite(delta):
             _blame(self._plan, name)
         return delta

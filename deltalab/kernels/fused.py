@@ -1,38 +1,36 @@
 """Edits as one compiled pass over memory: read W_pre and W_post, edit, write W_edit.
 
-On the CPU the edit is written in C (`translation`, `native`), which takes a tenth of a second;
-elsewhere, and where it takes operations that have no translation, `torch.compile` does the work.
-The compiled function is the eager one, so that all give the same bits. Numbers in an edit's fields
-and the random keys enter as values, so that a sweep over hyper-parameters compiles once.
+On the CPU an edit is written in C (`translation`, `native`), which takes a tenth of a second and
+gives the bits of the edit's own operations; what has no translation, and what is on another device,
+is left to those. Numbers in an edit's fields and the random keys enter as values, so that a sweep
+over hyper-parameters compiles once.
 """
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from math import prod
-from subprocess import CalledProcessError
+from subprocess import CalledProcessError, SubprocessError
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltalab.edits import needs_of
+from deltalab.edits import Edit
 from deltalab.kernels import native, translation
 from deltalab.kernels.translation import Body, Program
-from deltalab.rng import Keyed
 
 KERNELS = ("auto", "eager", "compiled")
 SMALLEST = 1 << 16
 """Elements from which `auto` compiles: below, eager slices cost less than a compiler ever saves."""
-_STREAMS = 4
-_broken: list[str] = []
-_translating = Lock()
+_failed: dict[tuple[type[Edit], tuple[torch.dtype, ...]], str] = {}
+"""Why the C of an edit and its dtypes could not be compiled; others are compiled all the same."""
+_translating, _compiling = Lock(), Lock()
 _programs: deque[tuple[Any, Any, Program | None]] = deque(maxlen=16)
 
 
-def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
+def wanted(edit: Edit, count: int, kernel: str, device: str = "cpu") -> bool:
     """Return whether to run an edit of one tensor compiled.
 
     Args:
@@ -47,16 +45,16 @@ def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel}: must be one of {', '.join(KERNELS)}")
-    fusible = getattr(edit, "unit", None) == "entry" or getattr(edit, "fuses", False)
-    able = fusible and set(needs_of(edit)) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
+    fusible = edit.unit == "entry" or edit.fuses
+    able = fusible and set(edit.needs) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
     large = count >= SMALLEST and device == "cpu"
-    return able and not _broken and (kernel == "compiled" or (kernel == "auto" and large))
+    return able and (kernel == "compiled" or (kernel == "auto" and large))
 
 
 def edited(
     pre: Tensor,
     post: Tensor,
-    edit: Any,
+    edit: Edit,
     needs: Mapping[str, Any],
     body: Body,
     out: Tensor,
@@ -67,32 +65,26 @@ def edited(
         pre: pre-trained tensor.
         post: post-trained tensor.
         edit: the edit.
-        needs: its keyword arguments, `rng`, `grad` and `quantile` at most.
+        needs: its keyword arguments, `rng`, `grad` and `quantile` at most; the last looks up what
+            has been found, for the edit is recorded while it asks.
         body: the eager function of (pre, post, edit, needs) to compile.
         out: where to put the result, contiguous.
     """
     grads = [t for name, t in needs.items() if name == "grad"]
-    dtypes = tuple(t.dtype for t in (pre, post, *grads))
-    known = _known(edit, needs)
-    try:
-        cpu = post.device.type == "cpu"
-        matrix = _sees_matrix(edit, post.shape)
-        program = _program(edit, dtypes, matrix, body, known) if cpu else None
-        if program is None and known:
-            return False
-        if program is None:
-            out.copy_(_by_torch(pre, post, edit, needs, body))
-        else:
-            flat = [t.detach().contiguous().view(-1) for t in (pre, post, *grads)]
-            native.edit(program, flat, needs.get("rng"), out.view(-1))
-    except Exception as error:
-        _give_up(error)
+    inputs = (pre, post, *grads)
+    if any(t.device.type != "cpu" for t in (*inputs, out)):
         return False
+    matrix = _sees_matrix(edit, post.shape)
+    program = _program(edit, tuple(t.dtype for t in inputs), matrix, body, _known(needs))
+    if program is None or not _compiles(edit, program):
+        return False
+    flat = [t.detach().contiguous().view(-1) for t in inputs]
+    native.edit(program, flat, needs.get("rng"), out.view(-1))
     return True
 
 
 def edited_files(
-    edit: Any,
+    edit: Edit,
     dtypes: tuple[torch.dtype, torch.dtype],
     files: tuple[native.Place, native.Place, native.Place],
     shape: tuple[int, ...],
@@ -106,42 +98,52 @@ def edited_files(
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result.
         shape: of the whole tensor; or for an edit of unit "entry" of any part of it.
-        needs: its keyword arguments, `rng` of the first entry and `quantile` at most.
+        needs: its keyword arguments, `rng` of the first entry and `quantile` at most, as there.
         body: as for `edited`.
     """
-    known, rng = _known(edit, needs), needs.get("rng")
-    try:
-        program = _program(edit, dtypes, _sees_matrix(edit, shape), body, known)
-        return program is not None and native.edit_files(program, files, prod(shape), rng)
-    except Exception as error:
-        _give_up(error)
+    program = _program(edit, dtypes, _sees_matrix(edit, shape), body, _known(needs))
+    if program is None or not _compiles(edit, program):
         return False
+    return native.edit_files(program, files, prod(shape), needs.get("rng"))
 
 
-def _give_up(error: Exception) -> None:
-    """Say once why edits run eagerly from here on."""
+def _compiles(edit: Edit, program: Program) -> bool:
+    """Whether the C of an edit can be compiled here; where not, that is said once."""
+    key = type(edit), program.dtypes
+    with _compiling:  # a stream's threads all come for the same one
+        if key in _failed:
+            return False
+        try:
+            native.load(program)
+        except (OSError, SubprocessError) as error:
+            _failed[key] = reason = _reason(error)
+            types = ", ".join(str(dtype).removeprefix("torch.") for dtype in program.dtypes)
+            warnings.warn(
+                f"edit {type(edit).__name__} ({types}) runs uncompiled, because compiling its C"
+                f" failed: {reason}",
+                stacklevel=4,
+            )
+            return False
+    return True
+
+
+def _reason(error: Exception) -> str:
     said = error.stderr.decode(errors="replace") if isinstance(error, CalledProcessError) else ""
-    reason = (said.strip() or str(error).strip() or type(error).__name__).splitlines()[0]
-    if not _broken:
-        warnings.warn(f"edits run uncompiled, because compiling failed: {reason}", stacklevel=3)
-    _broken.append(reason)
+    return (said.strip() or str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _sees_matrix(edit: Any, shape: Sequence[int]) -> bool:
+def _sees_matrix(edit: Edit, shape: Sequence[int]) -> bool:
     """Whether the edit is shown a tensor of this shape as a matrix, and not entry by entry."""
-    return getattr(edit, "unit", None) != "entry" and len(shape) > 1
+    return edit.unit != "entry" and len(shape) > 1
 
 
-def _known(edit: Any, needs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is the same for all entries of a tensor: its share in a model-wide threshold."""
-    if "quantile" not in needs:
-        return {}
-    limit = needs["quantile"](edit.keep)  # found now, not while the edit is being recorded
-    return {"quantile": lambda keep: limit}
+def _known(needs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is the same for all entries of a tensor: its share in model-wide thresholds."""
+    return {name: need for name, need in needs.items() if name == "quantile"}
 
 
 def _program(
-    edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body, known: Mapping[str, Any]
+    edit: Edit, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body, known: Mapping[str, Any]
 ) -> Program | None:
     """Return the edit in C, or None if it has no translation; for one tensor if more is known."""
     setting = (dtypes, matrix, body)
@@ -150,39 +152,9 @@ def _program(
             if edited_ is edit and its == setting and not known:
                 return program
         try:
-            program = translation.program(edit, needs_of(edit), body, dtypes, matrix, known)
+            program = translation.program(edit, edit.needs, body, dtypes, matrix, known)
         except translation.Untranslatable:
             program = None
         if not known:
             _programs.append((edit, setting, program))
         return program
-
-
-def _by_torch(pre: Tensor, post: Tensor, edit: Any, needs: Mapping[str, Any], body: Body) -> Tensor:
-    shape, rng = post.shape, needs.get("rng")
-    if _sees_matrix(edit, shape):
-        flat = [t.detach().contiguous().flatten(1) for t in (pre, post)]
-    else:
-        flat = [t.detach().reshape(-1) for t in (pre, post)]
-    keys = rng.keys(_STREAMS).to(post.device) if rng is not None else None
-    grad = needs["grad"].detach().reshape(flat[1].shape) if "grad" in needs else None
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
-        made: Tensor = _compiled(body, torch.get_num_threads())(*flat, edit, keys, grad)
-    return made.reshape(shape)
-
-
-@lru_cache(maxsize=4)
-def _compiled(body: Callable[..., Tensor], threads: int) -> Callable[..., Tensor]:
-    """Return the compiled body; the number of threads is a constant of the code."""
-
-    def traced(
-        pre: Tensor, post: Tensor, edit: Any, keys: Tensor | None, grad: Tensor | None
-    ) -> Tensor:
-        needs: dict[str, Any] = {}
-        if keys is not None:
-            needs["rng"] = Keyed(keys)
-        if grad is not None:
-            needs["grad"] = grad
-        return body(pre, post, edit, needs)
-
-    return torch.compile(traced, dynamic=True, fullgraph=True, options={"cpp.threads": threads})

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deltalab.kernels.translation import Program
 from deltalab.rng import Rng
+from deltalab.settings import COMPILER
 
 Place = tuple[int, int]
 """A file descriptor and the position in it of the first byte."""
@@ -44,6 +45,9 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
         rng: the random numbers of the tensor, or None.
         out: of post's length and dtype.
 
+    Raises:
+        ValueError: a tensor is not on the CPU, where alone its address can be read.
+
     >>> from deltalab.edits.expo import Expo
     >>> from deltalab.kernels.translation import program
     >>> add = lambda pre, post, edit, needs: pre + edit(post - pre)
@@ -53,7 +57,10 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
     >>> out
     tensor([1.5000, 3.0000, 6.0000])
     """
-    library, whole = _library(program), out.numel()
+    for tensor in (*tensors, out):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"an edit in C takes tensors on the CPU, not on {tensor.device}")
+    library, whole = load(program), out.numel()
     numbers = _doubles(program.numbers)
 
     def run(stage: int, sums: Any, piece: tuple[int, int]) -> float:
@@ -82,7 +89,7 @@ def edit_files(
         Whether it was done: false if a file ends early or cannot be written, or if an entry of any
         of the three is not finite.
     """
-    library, numbers = _library(program), _doubles(program.numbers)
+    library, numbers = load(program), _doubles(program.numbers)
     pre, post = program.dtypes
     sizes = (pre.itemsize, post.itemsize, post.itemsize)
 
@@ -142,8 +149,12 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="edit")
 
 
-def _library(program: Program) -> Any:
-    """Return the loaded program, compiled by the first thread that asks for it."""
+def load(program: Program) -> Any:
+    """Return the loaded program, compiled by the first thread that asks for it.
+
+    Raises:
+        OSError, subprocess.SubprocessError: there is no compiler, or it refuses the program.
+    """
     with _compiling:
         return _compiled(program.source)
 
@@ -155,7 +166,7 @@ def _compiled(source: str) -> Any:
     Raises:
         OSError, subprocess.SubprocessError: there is no working compiler.
     """
-    compiler = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-shared", "-fPIC", *_EXACT]
+    compiler = [*shlex.split(COMPILER), "-O3", "-shared", "-fPIC", *_EXACT]
     with TemporaryDirectory(prefix="deltalab-") as directory:
         code, library = Path(directory, "edit.c"), Path(directory, "edit.so")
         code.write_text(source)

@@ -18,6 +18,18 @@ class Stopped(BaseException):
     """The process was asked to stop, and nothing is half done."""
 
 
+class Ended(BaseException):
+    """No further point of a sweep can be run.
+
+    Attributes:
+        why: what stands in the way.
+    """
+
+    def __init__(self, why: Exception) -> None:
+        self.why = why
+        super().__init__(str(why))
+
+
 @contextmanager
 def working() -> Iterator[None]:
     """Do one unit of work, which SIGTERM does not interrupt; a second SIGTERM ends the process.

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 POINTS, KEY, FAILURE = "points.json", "key", "failure"
@@ -46,10 +47,40 @@ def note(folder: str | Path, name: str, text: str) -> None:
         (Path(folder) / name).write_text(text)
 
 
+def setting(override: str) -> str:
+    """Return the name of the setting that an override gives.
+
+    >>> setting("+edit.p=0.5")
+    'edit.p'
+    """
+    return override.lstrip("+").partition("=")[0]
+
+
+@lru_cache(maxsize=1)
+def varied(folder: Path) -> frozenset[str]:
+    """Return the settings that are not the same in all points of a sweep; none if it has no list.
+
+    Args:
+        folder: the sweep's; its list of points is written before the first of them begins.
+    """
+    try:
+        points = json.loads((folder / POINTS).read_text())["points"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+    every = {override for point in points for override in point}
+    common = every.intersection(*points)
+    return frozenset(setting(override) for override in every - common)
+
+
 def keys(folder: Path) -> list[str]:
     """Return the keys of all points that a sweep has begun, by number."""
     begun = [file for file in folder.glob(f"*/{KEY}") if file.parent.name.isdigit()]
     return [file.read_text().strip() for file in sorted(begun, key=lambda f: int(f.parent.name))]
+
+
+def begun(folder: Path) -> int:
+    """Return how many points of a sweep have begun, those that failed before their key included."""
+    return len({file.parent for name in (KEY, FAILURE) for file in folder.glob(f"*/{name}")})
 
 
 def listed(results: Path) -> Iterator[Listed]:

@@ -13,9 +13,10 @@ from typing import Any
 from deltalab.edits.dare import Dare
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
-from deltalab.loss.prediction import moments
 from deltalab.report.figures.style import looks, panels
-from deltalab.report.outcomes import Outcome, number, spearman
+from deltalab.report.outcomes import spearman
+from deltalab.store.fields import number
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (
@@ -27,7 +28,7 @@ from experiments.paper.found import (
     every,
     mean,
     metrics,
-    models,
+    pairs,
     scored,
 )
 
@@ -51,8 +52,7 @@ def intensity(points: Sequence[Outcome], documents: Documents | None = None) -> 
     rows, notes, curves, evidence = [], [], {}, Evidence(points, documents or {})
     alike: list[Cell] = []
     grows: list[Cell] = []
-    for model in models(points):
-        own = [p for p in points if p.model == model]
+    for model, own in pairs(points).items():
         groups = _groups(own)
         by = _series(groups, own)
         alike += _alike(evidence, groups)
@@ -136,7 +136,7 @@ def _groups(points: Sequence[Outcome]) -> Groups:
     for point in points:
         if point.edit not in EDITS:
             continue
-        found = moments(EDITS[point.edit](**point.settings))
+        found = EDITS[point.edit](**point.settings).moments()
         k = number(point.settings.get("k"))
         name = point.edit if k is None else f"k = {k:g}"
         if found is not None and found[1] > 0:

@@ -1,0 +1,130 @@
+"""The `deltalab-apply` command: write an edited checkpoint, streamed from disk to disk.
+
+    deltalab-apply model=timm_vit model.name=... model.pre=DIR model.post=DIR edit=dare out=OUT
+
+takes the settings of `deltalab` that choose a model and an edit (model, edit, select, seed), and
+
+    out=DIR                               directory to write; it must not exist
+    mismatch=error|truncate|keep_post     what to do where the two checkpoints differ
+    kernel=auto|eager|compiled            whether to compile the edit; the bits are the same
+"""
+
+import gc
+import sys
+from typing import Any
+
+OWN = {"out": None, "mismatch": "error", "kernel": "auto"}
+
+
+def main() -> None:
+    """Entry point of the `deltalab-apply` command. Exit code 0 on success, 2 for a mistake."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from deltalab import console
+    from deltalab.sweep import stopping
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    try:
+        with stopping.ending():
+            manifest = save(sys.argv[1:])
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        console.fail(console.one_line(error))
+        sys.exit(2)
+    except stopping.Stopped:
+        console.fail("stopped; nothing was written")
+        sys.exit(143)
+    except KeyboardInterrupt:
+        console.fail("interrupted; nothing was written")
+        sys.exit(130)
+    edited = manifest["edited"]
+    print(
+        f"{edited['tensors']} tensors, {edited['parameters']} parameters edited: {manifest['out']}"
+    )
+
+
+def save(arguments: list[str]) -> dict[str, Any]:
+    """Compose the settings, write the checkpoint and return its manifest with `out`.
+
+    Args:
+        arguments: `name=value` overrides, as on the command line.
+
+    Raises:
+        ValueError: a mistake in them.
+    """
+    from pathlib import Path
+
+    gc.disable()  # what imports leave is never collected: a quarter of the start, most of the exit
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from deltalab.apply import extras, stream
+    from deltalab.run import build
+    from deltalab.settings import conf_dir
+    from deltalab.sweep import composing
+    from deltalab.weights import select
+
+    gc.freeze()
+    gc.enable()
+
+    own: dict[str, Any] = dict(OWN)
+    overrides = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in OWN:
+            own[name] = value
+        else:
+            overrides.append(argument)
+    if not own["out"]:
+        raise ValueError("out=: name the directory to write")
+    where = initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()))
+    with composing.guarded(), where:
+        cfg = compose("config", overrides)
+    settings: Any = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("edit", "model")}
+    described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
+    given = cfg.select or settings["edit"]["select"]
+    settings["edit"].pop("select", None)
+    chosen: Any = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
+    select.check(chosen)
+    if cfg.nonfinite != "error":
+        raise ValueError(
+            f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
+            " only error"
+        )
+    edit = build(settings["edit"], "edit")
+    extras.check_needs(edit)
+    out = Path(own["out"]).expanduser()
+    pre, post = _checkpoints(settings["model"])
+    manifest = stream.stream(
+        pre,
+        post,
+        out,
+        edit,
+        select=chosen,
+        seed=cfg.seed,
+        mismatch=own["mismatch"],
+        kernel=own["kernel"],
+        describe={"name": type(edit).__module__.rpartition(".")[2], **described},
+    )
+    return {**manifest, "out": str(out)}
+
+
+def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the paths of the pre- and the post-trained checkpoint, fetched if need be."""
+    from deltalab.run import build
+
+    spec: Any = None
+    missing = [side for side in ("pre", "post") if model.get(side, "") in (None, "???")]
+    if not missing:  # what else is not given concerns the module, of which there is none here
+        spec = build({k: "" if v == "???" else v for k, v in model.items()}, "model")
+    if not hasattr(spec, "checkpoints"):
+        side = missing[0] if missing else "pre"
+        raise ValueError(f"model.{side}=: name the checkpoint (a file, a directory, a hub id)")
+    pre, post = spec.checkpoints
+    return pre, post
+
+
+if __name__ == "__main__":
+    main()
