@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltalab import console, flags, keys, settings
-from deltalab.report.point_line import describe
+from deltalab.report.columns import describe
 from deltalab.settings import conf_dir
 from deltalab.store import locks, records
 from deltalab.store.digests import key_of
@@ -58,7 +58,7 @@ def point(cfg: DictConfig) -> str | None:
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
         raise
-    console.point_done(describe(record, skipped))
+    console.point_done(describe(record, skipped, _swept(hydra) if sweeping else ()))
     return None
 
 
@@ -81,6 +81,12 @@ def check(cfg: DictConfig, hydra: Any) -> None:
 
         validated(values, choices)
         build(values["tracker"], "tracker")
+
+
+def _swept(hydra: Any) -> list[str]:
+    """Return the overrides that set a point apart from others of its sweep."""
+    varied = sweeps.varied(Path(hydra.sweep.dir))
+    return [each for each in hydra.overrides.task if sweeps.setting(each) in varied]
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:

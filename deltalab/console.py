@@ -1,4 +1,4 @@
-"""What the terminal shows: one line per point, a bar over a sweep, errors in one line."""
+"""What the terminal shows: lines above a bar over a sweep, errors in one line."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

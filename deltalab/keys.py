@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from deltalab.models import embedded, hub
 from deltalab.settings import option_file
-from deltalab.store import digests
+from deltalab.store import digests, pairs
 from deltalab.store.classes import described
 from deltalab.weights import contents
 
@@ -107,6 +107,29 @@ def determinants(
         "names": {kind: getattr(choices, kind) for kind in ("model", "edit", "objective")},
         "reads": {name: READERS[name] for name in ALWAYS},
     }
+
+
+def pair_id(found: Mapping[str, Any]) -> str:
+    """Return a digest of what decides how the unedited models score, as far as more than rounding.
+
+    Points that have it in common were made of one pair and measured on the same contents.
+
+    Args:
+        found: a point's `determinants`; empty where they are not known.
+
+    >>> small, large = ({"objective": {"class": "Answers", "limit": n}} for n in (64, 128))
+    >>> pair_id(small) != pair_id(large), pair_id({})
+    (True, '')
+    """
+    own = {name: found[name] for name in pairs.MEASURED if name in found}
+    return digests.key_of({"measured": _lasting(own)})[:8] if own else ""
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {name: each for name, each in value.items() if name not in pairs.ROUNDING}
+        return {name: _lasting(each) for name, each in kept.items()}
+    return [_lasting(each) for each in value] if isinstance(value, list) else value
 
 
 def canonical(value: Any) -> Any:

@@ -22,6 +22,7 @@ from deltalab.models import clip_heads, embedded, hub
 from deltalab.settings import conf_dir
 from deltalab.store import records
 from deltalab.store.digests import key_of
+from deltalab.store.record import completed
 from deltalab.weights import contents, headers
 
 USAGE = "usage: python -m deltalab.rekey DIR\n\nDIR is a results directory; its records are kept.\n"
@@ -58,13 +59,15 @@ def rekey(results: Path) -> tuple[int, int]:
         if record is None or "salt" in record or record.get("digest") == "sampled":
             continue
         try:
-            new = new_key(record) if old_key(record) == file.stem else None
+            found = determinants(record) if old_key(record) == file.stem else None
         except (OSError, ValueError, KeyError, TypeError):
-            new = None
-        if new is None:
+            found = None
+        if found is None:
             left += 1
             continue
-        records.write(results, {**record, "key": new, "salt": "", "digest": "sampled"})
+        new, pair = key_of(found), {**(record.get("pair") or {}), "id": keys.pair_id(found)}
+        about = {"key": new, "salt": "", "digest": "sampled", "pair": pair}
+        records.write(results, completed({**record, **about}))
         documents = results / "documents" / f"{file.stem}.json"
         if documents.is_file():
             records.write_documents(results, new, json.loads(documents.read_text()))
@@ -76,10 +79,10 @@ def rekey(results: Path) -> tuple[int, int]:
     return done, left
 
 
-def new_key(record: Mapping[str, Any]) -> str:
-    """Return the key under which this version looks for a point."""
+def determinants(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides a point as this version sees it; its digest is the point's key."""
     choices = keys.Choices(record["model"], record["edit"]["name"], record["loss"]["objective"])
-    return key_of(keys.determinants(_today(record["config"]), choices))
+    return keys.determinants(_today(record["config"]), choices)
 
 
 def old_key(record: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from deltalab.apply.extras import Extras, check_needs
 from deltalab.console import one_line
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
-from deltalab.keys import BESIDE, Choices, determinants, salt_of
+from deltalab.keys import BESIDE, Choices, determinants, pair_id, salt_of
 from deltalab.loss import distill
 from deltalab.loss.objectives import Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
@@ -34,7 +34,8 @@ from deltalab.provenance import commit, device_name, peak_memory, versions
 from deltalab.reference import OPENED, Reference, Unopened, opened
 from deltalab.store import eviction, latest, locks, records
 from deltalab.store.digests import key_of
-from deltalab.store.effects import check_margin, classify, two_errors
+from deltalab.store.effects import check_margin
+from deltalab.store.record import SCHEMA, completed, written
 from deltalab.weights import finite, select
 from deltalab.weights.mapping import Weights, difference, loaded
 
@@ -108,18 +109,20 @@ def run(
         done = records.finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:
             return done, True  # another process has just finished it
-        record = records.redacted(header(point, settings, choices))
+        record = records.redacted(completed(header(point, settings, choices)))
         try:
             found, documents = evaluate(point)
             if lock.lost():  # this process was stopped for so long that another took over
                 raise locks.Busy(lock.path, locks.owner(lock.path) or locks.UNKNOWN)
             records.write_documents(results, point.key, documents)
-            record |= {"status": "ok", "error": None, **found}
+            record = completed(record | {"status": "ok", "error": None, **found})
         except Exception as error:
-            failure = {"type": type(error).__name__, "message": str(error)}
+            failed = written(
+                status="error", kind_of_failure=type(error).__name__, message=str(error)
+            )
             if not isinstance(error, locks.Busy):
                 with suppress(OSError):  # what went wrong first is what the user must hear
-                    records.write(results, record | {"status": "error", "error": failure})
+                    records.write(results, record | failed)
             raise
         records.write(results, record)
     if tracker is not None:
@@ -221,35 +224,29 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     value, error = change(judge.post, measured)
     gap, gap_error = change(judge.post, judge.pre)
     terms = {name: term.as_record() for name, term in changes.terms.items()}
-    found = {
-        "touched": touched,
-        "term": next(iter(terms.values()), None),
-        "terms": terms,
-        "prediction": changes.prediction,
-        "loss": {
-            "objective": point.objective_name,
-            "unit": judge.loss.unit,
-            "half": judge.half,
-            "pre": judge.pre.mean,
-            "post": judge.post.mean,
-            "edited": measured.mean,
-            "change": value,
-            "error": error,
-            "gap": gap,
-            "gap_error": gap_error,
-        },
-        "metrics": {**scores.metrics, **paired(known.post_scores, scores)},
-        "reference": {
+    found = written(
+        **touched,
+        main=next(iter(terms.values()), None),
+        terms=terms,
+        prediction=changes.prediction,
+        loss_name=point.objective_name,
+        unit=judge.loss.unit,
+        half=judge.half,
+        losses={"pre": judge.pre.mean, "post": judge.post.mean, "edited": measured.mean},
+        change=value,
+        error=error,
+        gap=gap,
+        gap_error=gap_error,
+        margin=point.margin,
+        metrics={**scores.metrics, **paired(known.post_scores, scores)},
+        reference={
             "pre": {**known.pre_scores.metrics, **paired(known.post_scores, known.pre_scores)},
             "post": dict(known.post_scores.metrics),
         },
-        "class": classify(value, error, gap, gap_error, point.margin),
-        "class_two_errors": two_errors(value, error),
-        "margin": point.margin,
-        "gradient_evaluations": changes.gradient_evaluations,
-        "seconds": clock.seconds(),
-        "peak_memory_bytes": peak_memory(),
-    }
+        gradient_evaluations=changes.gradient_evaluations,
+        stages=clock.seconds(),
+        peak_memory_bytes=peak_memory(),
+    )
     return found, kept_documents(known, scores, judge.of_all(influences(judge.post, measured)))
 
 
@@ -318,22 +315,25 @@ def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> recor
     hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
     kept = ("data", "draws", "label")
     config = {k: v for k, v in settings.items() if k not in BESIDE or k in kept}
-    return {
-        "schema": records.SCHEMA,
-        "key": point.key,
-        "status": "error",
-        "error": None,
-        "experiment": choices.experiment,
-        "model": choices.model,
-        "edit": {"name": choices.edit, **hyper},
-        "seed": point.seed,
-        "salt": point.salt,
-        "select": point.select,
-        "versions": versions(),
-        "git": commit(),
-        "device": device_name(getattr(point.model, "device", "cpu")),
-        "config": config,
-    }
+    return written(
+        schema=SCHEMA,
+        key=point.key,
+        status="error",
+        experiment=choices.experiment,
+        model=choices.model,
+        pair=settings.get("label"),
+        setup=pair_id(point.parts),
+        objective=choices.objective,
+        edit=choices.edit,
+        settings=hyper,
+        seed=point.seed,
+        salt=point.salt,
+        select=point.select,
+        versions=versions(),
+        git=commit(),
+        device=device_name(getattr(point.model, "device", "cpu")),
+        config=config,
+    )
 
 
 def build(node: Any, setting: str) -> Any:

@@ -23,7 +23,7 @@ _MAPPINGS = dict.fromkeys((dict, Mapping), "a mapping")
 _WANTED: dict[Any, str] = {**_SIMPLE, NoneType: "null", **_LISTS, **_MAPPINGS}
 _TOP: dict[str, Any] = {
     "seed": int, "force": bool, "results": str, "nonfinite": str, "most_points": int,
-    "artifacts_gb": float | None, "device_tflops": float, "margin": float,
+    "artifacts_gb": float | None, "device_tflops": float, "label": str | None, "margin": float,
 }  # fmt: skip
 _REQUIRED = (*_TOP, "select", "tracker", "evaluator", "objective", "riemann", "edit", "model")
 

@@ -11,9 +11,10 @@ from scipy import stats
 from deltalab.loss.objectives import Measured, change, influences
 from deltalab.report import command, draws
 from deltalab.report.comparison import compare
-from deltalab.report.outcomes import Outcome, at_margin
+from deltalab.report.outcomes import at_margin
 from deltalab.report.reading import parse
 from deltalab.store import effects, means
+from deltalab.store.record import Outcome
 
 RUNS = 1000
 MOST = 0.03 + 2 * math.sqrt(0.03 * 0.97 / RUNS)  # 2.3 % is meant; few draws may make it 3 %

@@ -1,4 +1,3 @@
-import csv
 import json
 import re
 import shutil
@@ -14,7 +13,7 @@ from deltalab.report import page, reading
 from deltalab.report.page.chart import chart, is_symlog
 from deltalab.report.page.parsing import read_cards
 from deltalab.report.page.plain import without_card
-from deltalab.report.page.points import gather, read_csv, tabulate
+from deltalab.report.page.points import gather, tabulate
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">{{7*7}}\''
@@ -56,25 +55,23 @@ def card(folder: Path, name: str, /, **more: Any) -> dict:
                 "rows": [[9, "76.4 ± 0.3"], [10, "-0.5 ± 0.1"], [11, "-2 of 20"], [12, "-"]],
             }
         ],
-        "csv": None,
+        "lines": None,
     }
     made |= more
     (folder / f"{name}.json").write_text(json.dumps(made))
     return made
 
 
-def points_csv(path: Path, keys: list[str], **more: Any) -> None:
+def points_lines(path: Path, keys: list[str], **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for index, key in enumerate(keys):
-        line = {"key": key, "experiment": path.stem, "model": "tiny_llm", "edit": "dare"}
-        line |= {"seed": index, "select": "all", "settings": "p=0.5 k=0", "class": "decreased"}
-        line |= {"change": 0.5, "error": 0.01, "term_left": 0.4, "term_gauss": ""} | more
-        lines.append(line)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
+        line = {"key": key, "experiment": path.stem, "model": "tiny_llm", "status": "ok"}
+        line |= {"edit": {"name": "dare", "p": 0.5, "k": 0}, "seed": index, "select": "all"}
+        line |= {"class": "decreased", "loss": {"change": 0.5, "error": 0.01}}
+        line |= {"terms": {"left": {"rule": "left", "value": 0.4}}} | more
+        lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(lines))
 
 
 def refuse(line: str) -> None:
@@ -115,12 +112,12 @@ def held(text: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory) -> Path:
-    """A page with everything: records, a report's figures, cards with CSV files."""
+    """A page with everything: records, a report's figures, cards with files of points."""
     folder = save(tmp_path_factory.mktemp("full"), demo_records())
     for name, minutes in (("fig10", 3.5), ("table1", 20), ("fig2", 10), ("rules", 1)):
         kind = {"kind": "study", "verdict": "finding"} if name == "rules" else {}
-        card(folder, name, minutes=minutes, csv=f"{name}.csv", **kind)
-        points_csv(folder / "paper" / f"{name}.csv", [f"{name}{i}" for i in range(3)])
+        card(folder, name, minutes=minutes, lines=f"{name}.jsonl", **kind)
+        points_lines(folder / "paper" / f"{name}.jsonl", [f"{name}{i}" for i in range(3)])
     (folder / "demo.md").write_text("# demo\n")
     (folder / "demo_term.svg").write_text(SVG)
     written(folder)
@@ -137,7 +134,7 @@ def test_cards_stand_in_the_order_of_the_paper(full: Path) -> None:
         assert told in text
 
 
-def test_points_come_from_records_and_csv_files(full: Path) -> None:
+def test_points_come_from_records_and_files_of_points(full: Path) -> None:
     rows = held((full / "index.html").read_text())
     records = demo_records()
     assert len(rows) == len(records) + 12
@@ -158,25 +155,18 @@ def test_points_come_from_records_and_csv_files(full: Path) -> None:
 def test_a_point_is_there_once_and_names_all_its_experiments(tmp_path: Path) -> None:
     one = record("dare", 0.1)
     save(tmp_path, [one])
-    card(tmp_path, "fig1", csv="fig1.csv")
-    points_csv(tmp_path / "paper" / "fig1.csv", [one["key"], "other"])
+    card(tmp_path, "fig1", lines="fig1.jsonl")
+    points_lines(tmp_path / "paper" / "fig1.jsonl", [one["key"], "other"])
     (first,) = reading.read(tmp_path, refuse)
     twice = [first, reading.replace(first, experiment="fig7")]
     found = gather(twice, read_cards(tmp_path, refuse), refuse)
     assert {(p.key, p.experiment) for p in found} == {(one["key"], "demo, fig7"), ("other", "fig1")}
 
 
-def test_settings_of_a_csv_file_read_as_in_a_record(tmp_path: Path) -> None:
-    for settings in ("", "p=0.5 k=-1", "of=[1,2] text=two words on=true", "a=b=c"):
-        points_csv(tmp_path / "a.csv", ["a"], settings=settings)
-        (point,) = read_csv(tmp_path / "a.csv")
-        assert point.label == f"dare {settings}".strip()
-
-
 def test_cards_alone_and_records_alone_and_nothing(tmp_path: Path) -> None:
     alone = tmp_path / "alone"
-    card(alone, "fig1", csv="fig1.csv")
-    points_csv(alone / "paper" / "fig1.csv", ["a", "b"])
+    card(alone, "fig1", lines="fig1.jsonl")
+    points_lines(alone / "paper" / "fig1.jsonl", ["a", "b"])
     assert len(held(written(alone))) == 2
     text = written(save(tmp_path / "records-alone", [record("dare", 0.1)]))
     assert "1 point:" in text
@@ -255,7 +245,7 @@ def test_broken_cards_are_skipped_with_a_warning(
 )
 def test_a_card_shows_no_file_but_its_own(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.svg").write_text("<svg>secret</svg>")
-    card(tmp_path, "fig1", figures=[{"file": name}], csv=name)
+    card(tmp_path, "fig1", figures=[{"file": name}], lines=name)
     lines: list[str] = []
     text = written(tmp_path, lines.append)
     assert len(lines) == 2
@@ -274,17 +264,21 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [({"change": "x"}, "could not convert"), ({"seed": "inf"}, "invalid literal")],
+    [
+        ({"loss": 3}, "line 1: loss 3, must be an object"),
+        ({"edit": "dare"}, "line 1: edit 'dare'"),
+        ({"status": "?"}, "line 1: status '?'"),
+    ],
 )
-def test_broken_csv_files_are_skipped_with_a_warning(tmp_path: Path, more, message) -> None:
-    card(tmp_path, "fig1", csv="fig1.csv")
-    points_csv(tmp_path / "paper" / "fig1.csv", ["a"], **more)
+def test_broken_files_of_points_are_skipped_with_a_warning(tmp_path: Path, more, message) -> None:
+    card(tmp_path, "fig1", lines="fig1.jsonl")
+    points_lines(tmp_path / "paper" / "fig1.jsonl", ["a"], **more)
     lines: list[str] = []
     assert held(written(tmp_path, lines.append)) == []
     assert message in lines[0]
-    (tmp_path / "paper" / "fig1.csv").write_text("key,model\na,b\n")
+    (tmp_path / "paper" / "fig1.jsonl").write_text('{"key": "a",\n')
     written(tmp_path, lines.append)
-    assert "no column edit, change" in lines[1]
+    assert "line 1: " in lines[1]
 
 
 def hostile(folder: Path) -> Path:
@@ -298,7 +292,7 @@ def hostile(folder: Path) -> Path:
     )
     made = card(folder, "fig1")
     for name, value in made.items():
-        if isinstance(value, str) and name != "csv":
+        if isinstance(value, str) and name != "lines":
             made[name] = HOSTILE
     made |= {"notes": [HOSTILE], "seeds": [HOSTILE], "versions": {HOSTILE: HOSTILE}}
     made["figures"][0]["caption"] = HOSTILE

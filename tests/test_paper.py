@@ -1,6 +1,5 @@
 """The paper's artefacts: their checks judge as they should, and what is committed is theirs."""
 
-import csv
 import json
 import os
 import re
@@ -12,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltalab.report.outcomes import Outcome, Term
+from deltalab.report import reading
 from deltalab.settings import conf_dir
+from deltalab.store.record import Outcome
+from deltalab.store.terms import Term
 from experiments.paper import (
     alpha,
     bits,
@@ -39,7 +40,8 @@ COUNT = 3000
 def point(edit, score=0.9, seed=0, change=0.1, terms=(), **settings):
     found = {name: Term(name, 5, value, {"mlp": value}) for name, value in dict(terms).items()}
     metrics = {GSM: score, f"{GSM}_error": 0.005}
-    return Outcome("m", edit, settings, "fig", f"{edit}{settings}{seed}", seed, metrics=metrics,
+    return Outcome("m", edit, settings, experiment="fig", key=f"{edit}{settings}{seed}", seed=seed,
+                   metrics=metrics,
                    reference=ENDS, change=change, error=0.001, terms=found, unit="nats per token",
                    gradient_evaluations=3)  # fmt: skip
 
@@ -248,9 +250,10 @@ def test_every_artefact_has_an_experiment_that_says_what_it_is():
 @pytest.mark.parametrize("name", ARTEFACTS)
 def test_every_artefact_is_committed_with_its_numbers(name):
     card = json.loads((RESULTS / "paper" / f"{name}.json").read_text())
-    with open(RESULTS / "paper" / f"{name}.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert card["points"] == len(rows) > 5
+    points = reading.lines(RESULTS / "paper" / card["lines"])
+    assert card["points"] == len(points) > 5
+    assert {point.experiment for point in points} == {name}
+    assert all(point.change is not None and point.terms and point.data for point in points)
     for figure in card["figures"]:
         for kind in ("file", "png"):
             assert (RESULTS / "paper" / figure[kind]).stat().st_size > 1000
@@ -262,7 +265,7 @@ def test_every_artefact_is_committed_with_its_numbers(name):
 def test_every_verdict_is_what_the_checks_say_of_the_committed_points(name, tmp_path):
     """Without a model: `python -m experiments.paper NAME from=committed` writes the same cards."""
     (tmp_path / "paper").mkdir()
-    for kind in ("json", "csv"):
+    for kind in ("json", "jsonl"):
         kept = RESULTS / "paper" / f"{name}.{kind}"
         (tmp_path / "paper" / kept.name).write_bytes(kept.read_bytes())
     path, _ = committed.judge(name, tmp_path)
@@ -301,7 +304,7 @@ def test_fig4_comes_out_as_committed(tmp_path):
     made, kept = (json.loads((d / "paper" / "fig4.json").read_text()) for d in (tmp_path, RESULTS))
     assert made["verdict"] == kept["verdict"]
     assert [t["columns"] for t in made["tables"]] == [t["columns"] for t in kept["tables"]]
-    made, kept = (numbers(d / "paper" / "fig4.csv") for d in (tmp_path, RESULTS))
+    made, kept = (numbers(d / "paper" / "fig4.jsonl") for d in (tmp_path, RESULTS))
     assert made.keys() == kept.keys()
     for at, (changes, score) in kept.items():
         assert made[at][0] == pytest.approx(changes, rel=1e-2, abs=1e-5), at
@@ -310,11 +313,10 @@ def test_fig4_comes_out_as_committed(tmp_path):
 
 def numbers(path):
     """Return change, term and score of every point of a summary, by what the point is."""
-    with open(path) as file:
-        return {
-            (row["model"], row["settings"]): (
-                [float(row["change"]), float(row["term_adaptive"])],
-                float(row["tiny_gsm/exact_match_strict"]),
-            )
-            for row in csv.DictReader(file)
-        }
+    return {
+        (p.pair, p.label): (
+            [p.change, p.terms["adaptive"].value],
+            p.metrics["tiny_gsm/exact_match_strict"],
+        )
+        for p in reading.lines(path)
+    }

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from deltalab.report import outcomes, reading, summary, tables
+from deltalab.report import columns, outcomes, reading, summary, tables
 from deltalab.report.command import main
 from deltalab.report.figures import accuracy, agreement, parts
 from deltalab.store import effects
+from deltalab.store.record import Outcome
 
 PARTS = {"attention": 0.3, "mlp": 0.6, "norm": 0.02, "embedding": 0.03, "head": 0.05, "other": 0.0}
 PRE = {"mnist/accuracy": 0.52, "mnist/loss": 1.61}
@@ -117,7 +118,7 @@ def save(directory: Path, records: list[dict]) -> Path:
     return directory
 
 
-def parsed(records: list[dict]) -> list[outcomes.Outcome]:
+def parsed(records: list[dict]) -> list[Outcome]:
     return sorted(map(reading.parse, records), key=outcomes.sort_key)
 
 
@@ -171,10 +172,10 @@ def test_rows_are_in_the_order_of_the_numbers() -> None:
 
 def test_columns_that_never_vary_are_left_out() -> None:
     same = [record("dare", 0.1, settings={"p": p}) for p in (0.1, 0.2)]
-    titles = [column.title for column in tables.columns(parsed(same))]
+    titles = [column.title for column in columns.columns(parsed(same))]
     assert not {"seed", "select"} & set(titles)
     other = [*same, record("dare", 0.1, settings={"p": 0.1}, seed=1, select="linear")]
-    assert {"seed", "select"} < {column.title for column in tables.columns(parsed(other))}
+    assert {"seed", "select"} < {column.title for column in columns.columns(parsed(other))}
 
 
 def test_per_class_metrics_and_losses_are_no_scores() -> None:
@@ -185,7 +186,7 @@ def test_per_class_metrics_and_losses_are_no_scores() -> None:
         "a/loss": 1.0,
         "a/acc_stderr": 0.1,
     }
-    point = outcomes.Outcome("vit", "dare", metrics=metrics)
+    point = Outcome("vit", "dare", metrics=metrics)
     assert tables.scores([point]) == ["a/top1", "a/top5"]
 
 
@@ -372,8 +373,8 @@ def test_terminal_table_leaves_out_columns_until_it_fits(width: int) -> None:
     from rich.console import Console
 
     points = parsed([r for r in demo_records() if r["seed"] == 0 and r["model"] == "mnist_vit"])
-    whole = tables.terminal(points, "demo", None)
-    table = tables.terminal(points, "demo", width)
+    whole = columns.terminal(points, "demo", None)
+    table = columns.terminal(points, "demo", width)
     assert 5 <= len(table.columns) < len(whole.columns)
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(table)

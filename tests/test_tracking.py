@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from deltalab.store.record import parse
 from deltalab.tracking import runs, trackers
 
 BLOCK = 32768
@@ -108,7 +109,14 @@ def record(p: float, seed: int) -> dict[str, Any]:
         "term": terms["gauss"],
         "terms": terms,
         "prediction": {"first_order": 0.02, "second_order": None},
-        "loss": {"unit": "nats per example", "post": 0.1, "change": 0.11 * p, "error": 0.004},
+        "loss": {
+            "unit": "nats per example",
+            "post": 0.1,
+            "change": 0.11 * p,
+            "error": 0.004,
+            "gap": 1.0,
+            "gap_error": 0.1,
+        },
         "metrics": {"mnist/accuracy": 0.95, "mnist/loss": 0.2},
         "class": "decreased",
         "seconds": {"total": 4.5, "term": 2.0},
@@ -265,7 +273,7 @@ def test_nothing_is_written_when_disabled_or_absent(tmp_path: Path) -> None:
 def test_secrets_stay_at_home() -> None:
     config = {"model": {"hub_token": "s1", "tokenizer": "bpe"}, "api_key": "s2", "PASSWORD": "s3"}
     full = record(0.5, 0) | {"config": config}
-    found = runs.config(full)
+    found = runs.config(parse(full))
     assert found["model/tokenizer"] == "bpe"
     assert not {"s1", "s2", "s3"} & {str(value) for value in found.values()}
     assert found["key"] == f"{0:016x}"

@@ -136,9 +136,15 @@ def thresholds(edit: Edit, needs: Mapping[str, Any]) -> dict[float, Threshold]:
     """
     found: dict[float, Threshold] = {}
 
+    problems: list[Exception] = []
+
     def quantile(fraction: float) -> Threshold:
         if fraction not in found:
-            found[fraction] = needs["quantile"](fraction)
+            try:
+                found[fraction] = needs["quantile"](fraction)
+            except Exception as problem:
+                problems.append(problem)
+                raise
         return found[fraction]
 
     few = torch.ones(2, 2)
@@ -146,7 +152,8 @@ def thresholds(edit: Edit, needs: Mapping[str, Any]) -> dict[float, Threshold]:
     try:
         edit(few, **given | {"quantile": quantile})
     except Exception:  # on so few entries; what is wrong with it will be said on the real ones
-        return found
+        if problems:  # with the model, not with the edit
+            raise problems[0] from None
     return found
 
 

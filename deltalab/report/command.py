@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from deltalab.commands import command
-from deltalab.report.outcomes import Outcome, at_margin, rules
-from deltalab.report.reading import read
-from deltalab.store import files, placing
+from deltalab.report.outcomes import at_margin, pair_names, rules
+from deltalab.report.reading import TRACKED, read, read_tracked
+from deltalab.store import exporting, files, placing
 from deltalab.store.effects import check_margin
+from deltalab.store.record import Outcome
 
 USAGE = """\
 usage: deltalab-report [results=DIR] [into=DIR] [experiment=NAME] [from=wandb] [margin=SHARE]
-                       [compare='EDIT;EDIT']
+                       [compare='EDIT;EDIT'] [export=FILE]
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
 DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
@@ -31,17 +32,18 @@ DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one 
   into=DIR         where the report goes instead; without it nothing that git tracks is overwritten:
                    a report goes to DIR/report where git tracks one of its files in DIR
   experiment=NAME  report this experiment alone (default: every one there is)
-  from=wandb       read what tracker=wandb has logged, DIR/wandb/*run-*, instead of DIR/records
+  from=wandb       read what tracker=wandb has logged, DIR/wandb, instead of DIR/records
   margin=SHARE     class the points by another margin than that of their records: which share of
                    post-training's gain in loss counts as no change
   compare='A;B'    instead, compare two points document by document: each named by its key or as
                    the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
+  export=FILE      instead, write every field of every point to FILE.jsonl or FILE.csv
 """
 SETTINGS = {
     "results": "results", "into": "", "experiment": "", "from": "records", "margin": "",
-    "compare": "",
+    "compare": "", "export": "",
 }  # fmt: skip
-SOURCES = {"records": "records/*.json", "wandb": "wandb/*run-*/run-*.wandb"}
+SOURCES = {"records": "records/*.json", "wandb": f"{TRACKED}/*/*/*"}
 
 
 LEGEND = (
@@ -84,8 +86,8 @@ def _report(arguments: Sequence[str]) -> None:
 def settings(arguments: Sequence[str]) -> dict[str, str]:
     """Read `key=value` arguments over the defaults.
 
-    >>> settings(["results=out"])
-    {'results': 'out', 'into': '', 'experiment': '', 'from': 'records', 'margin': '', 'compare': ''}
+    >>> settings(["results=out", "margin=0.05"])["margin"], settings([])["results"]
+    ('0.05', 'results')
     """
     found = dict(SETTINGS)
     for argument in arguments:
@@ -103,6 +105,7 @@ def report(
     results: str,
     experiment: str = "",
     compare: str = "",
+    export: str = "",
     source: str = "records",
     margin: str = "",
     into: str = "",
@@ -114,7 +117,8 @@ def report(
         raise ValueError(f"results={results}: no such directory")
     points = _points(directory, source)
     points = points if share is None else at_margin(points, share)
-    if not points and (experiment or compare or not any((directory / "paper").glob("*.json"))):
+    cards = any((directory / "paper").glob("*.json"))
+    if not points and (experiment or compare or export or not cards):
         _no_records(results, directory, source)
     names = sorted({point.experiment for point in points})
     if experiment and experiment not in names:
@@ -122,6 +126,10 @@ def report(
     if compare:
         own = [p for p in points if p.failure is None and experiment in ("", p.experiment)]
         _compare(own, compare, directory)
+        return
+    if export:
+        own = [point for point in points if experiment in ("", point.experiment)]
+        print(f"wrote {exporting.write(own, Path(export).expanduser())}")
         return
     chosen = [experiment] if experiment else names
     place = _place(directory, into, chosen)
@@ -170,9 +178,7 @@ def _points(directory: Path, source: str) -> list[Outcome]:
         raise ValueError(f"from={source}: must be one of {', '.join(SOURCES)}")
     if source == "records":
         return read(directory, _warn)
-    from deltalab.report import offline
-
-    return offline.read(directory, _warn)
+    return read_tracked(directory, _warn)
 
 
 def _warn(line: str) -> None:
@@ -257,17 +263,18 @@ def _parts(points: Sequence[Outcome]) -> list[str]:
     split = [(p, p.terms[p.main].by_part) for p in points if p.main and p.terms[p.main].by_part]
     if not split:
         return []
-    names = dict.fromkeys(name for _, parts in split for name, value in parts.items() if value)
+    heads = dict.fromkeys(name for _, parts in split for name, value in parts.items() if value)
+    pairs = pair_names([p for p, _ in split])
     table = [
-        Column("model", [p.model for p, _ in split], right=False),
+        Column("model", [pairs[p.of] for p, _ in split], right=False),
         Column("edit", [p.label for p, _ in split], right=False),
-        *(Column(name, [signed(parts.get(name)) for _, parts in split]) for name in names),
+        *(Column(name, [signed(parts.get(name)) for _, parts in split]) for name in heads),
     ]
     return ["## The term by part of the model", "", markdown(table), ""]
 
 
 def _table(points: Sequence[Outcome]) -> str:
-    from deltalab.report.tables import points_table
+    from deltalab.report.columns import points_table
 
     return points_table(points)
 
@@ -276,7 +283,11 @@ def _legend(points: Sequence[Outcome]) -> list[str]:
     """Say what the table's columns mean, and in which unit."""
     measures = sorted({(p.objective or "", p.unit) for p in points if p.unit})
     units = "; ".join(f"{unit} ({name})" if name else f"{unit}" for name, unit in measures)
-    lines = [f"{_count(points)}. Losses and terms are in {units}." if units else ""]
+    from deltalab.report.columns import common_data
+
+    where = common_data(points)
+    told = f"{_count(points)}{where}."
+    lines = [f"{told} Losses and terms are in {units}." if units else told * bool(where)]
     lines.append(LEGEND)
     return [line for text in lines if text for line in (text, "")]
 
@@ -290,8 +301,9 @@ def _failures(points: Sequence[Outcome]) -> list[str]:
         return []
     from deltalab.report.tables import Column, markdown
 
+    pairs = pair_names(points)
     table = [
-        Column("model", [p.model for p in points], right=False),
+        Column("model", [pairs[p.of] for p in points], right=False),
         Column("edit", [p.label for p in points], right=False),
         Column("seed", [str(p.seed) for p in points]),
         Column("failure", [p.failure or "" for p in points], right=False),
@@ -303,8 +315,8 @@ def _failures(points: Sequence[Outcome]) -> list[str]:
 def _show(points: Sequence[Outcome], title: str) -> None:
     from rich.console import Console
 
+    from deltalab.report.columns import terminal
     from deltalab.report.summary import agreement
-    from deltalab.report.tables import terminal
 
     console = Console()
     width = console.width if console.is_terminal else None

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltalab.report.outcomes import Outcome
+from deltalab.report.outcomes import pair_names
 from deltalab.report.tables import Column
+from deltalab.store.fields import plain
+from deltalab.store.record import Outcome
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,28 @@ def chosen(points: Sequence[Outcome], name: str) -> Outcome:
     Raises:
         ValueError: no such point, or several of them.
     """
-    found = [p for p in points if name in (p.key, p.label, f"{p.model} {p.label}")]
+    found = [
+        p for p in points if name in (p.key, p.label, f"{p.model} {p.label}", f"{p.pair} {p.label}")
+    ]
     if len(found) == 1:
         return found[0]
     if found:
-        keys = ", ".join(p.key for p in found)
+        keys = ", ".join(f"{p.key} ({told})" for p, told in zip(found, _apart(found), strict=True))
         raise ValueError(f"compare={name!r}: several points, name one by its key: {keys}")
     known = ", ".join(repr(p.label) for p in points[:5]) + ("..." if len(points) > 5 else "")
     raise ValueError(f"compare={name!r}: no such point; there are {known}")
+
+
+def _apart(points: Sequence[Outcome]) -> list[str]:
+    """Say of every point what sets it apart from the others."""
+    pairs = pair_names(points)
+    varying = [
+        n for n in ("seed", "select", "experiment") if len({getattr(p, n) for p in points}) > 1
+    ]
+    words = [[f"{name}={plain(getattr(point, name))}" for name in varying] for point in points]
+    if len(pairs) > 1:
+        words = [[pairs[p.of], *own] for p, own in zip(points, words, strict=True)]
+    return [" ".join(own) or "no known difference" for own in words]
 
 
 def documents(directory: Path, point: Outcome) -> dict[str, list[float]]:

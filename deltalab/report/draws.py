@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deltalab.report.outcomes import Outcome
+from deltalab.report.outcomes import pair_names
 from deltalab.report.tables import NONE, Column, measured
 from deltalab.store.effects import CLASSES, MARGINS, classify
 from deltalab.store.means import Mean, factor, over_draws, two_way
+from deltalab.store.record import Outcome
 
 Examples = Callable[[Outcome], Sequence[float] | None]
 """Gives what every example of the objective says of a point's loss change, where it was kept."""
@@ -50,7 +51,7 @@ def drawn(points: Sequence[Outcome], examples: Examples = lambda point: None) ->
     same: dict[tuple[object, ...], list[Outcome]] = {}
     for p in points:
         if p.change is not None and p.error is not None and p.seed is not None:
-            at = p.model, p.label, p.select, p.objective, p.losses.get("post")
+            at = p.of, p.label, p.select, p.half, p.losses.get("post")
             same.setdefault(at, []).append(p)
     return [_join(own, examples) for own in same.values() if len({p.seed for p in own}) > 1]
 
@@ -67,8 +68,9 @@ def _join(points: Sequence[Outcome], examples: Examples) -> Drawn:
 def table(found: Sequence[Drawn]) -> list[Column]:
     """Return the columns of a table of edits over their draws, classed at several margins."""
     one = [each.points[0] for each in found]
+    pairs = pair_names(one)
     columns = [
-        Column("model", [p.model for p in one], right=False),
+        Column("model", [pairs[p.of] for p in one], right=False),
         Column("edit", [p.label for p in one], right=False),
     ]
     if len({p.select for p in one}) > 1:

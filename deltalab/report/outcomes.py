@@ -1,101 +1,22 @@
-"""The outcome of one point as its record tells it, and what follows from its numbers.
+"""What follows from the numbers of some points: classes, errors, ranks, order, unedited models.
 
 This module needs the standard library alone, so that tables, figures and trackers start fast.
 """
 
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from deltalab.store.effects import MARGIN, classify
+from deltalab.store import pairs
+from deltalab.store.effects import classify
+from deltalab.store.fields import number, plain
+from deltalab.store.record import Outcome, class_of
+from deltalab.store.terms import Term
 
 RULES = ("left", "gauss")
 """The rules shown first: the paper's own (Eq. 1) and the accurate one."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """The Riemann approximation of one point's loss change by one rule, in the loss's unit."""
-
-    rule: str
-    points: int | None
-    value: float | None
-    by_part: Mapping[str, float] = field(default_factory=dict)
-    converged: bool | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a record says of one edit of one pair; what the run did not compute is None or empty.
-
-    Attributes:
-        settings: the edit's hyper-parameters, in the order of its yaml.
-        terms: rule name -> term; `main` names the rule of the record's own `term`.
-        change: measured loss change and `error` its standard error, in `unit`.
-        gap: pre's loss minus post's on the same examples, and `gap_error` its standard error.
-        half: of the objective's examples, that the losses are of; None: all.
-        margin: which share of the gap `classed` takes for no change.
-        metrics: `<task>/<metric>` -> value; accuracies are fractions.
-        reference: metrics of the unedited models, by `pre` and `post`.
-        failure: the message of a point that failed.
-    """
-
-    model: str
-    edit: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    experiment: str = "runs"
-    key: str = ""
-    seed: int | None = None
-    select: str | None = None
-    terms: Mapping[str, Term] = field(default_factory=dict)
-    main: str | None = None
-    change: float | None = None
-    error: float | None = None
-    gap: float | None = None
-    gap_error: float | None = None
-    half: str | None = None
-    margin: float = MARGIN
-    losses: Mapping[str, float] = field(default_factory=dict)
-    objective: str | None = None
-    unit: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    classed: str | None = None
-    gradient_evaluations: float | None = None
-    seconds: float | None = None
-    failure: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The edit with its hyper-parameters, as in `dare p=0.5 k=0`."""
-        return label(self.edit, self.settings)
-
-
-def label(edit: str, settings: Mapping[str, Any]) -> str:
-    """Name an edit with its hyper-parameters, those that are set, for a person.
-
-    >>> label("dare", {"p": 0.5, "k": 0.0}), label("twin", {"rank": 4, "rate": None})
-    ('dare p=0.5 k=0', 'twin rank=4')
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    return " ".join([edit, *(f"{name}={plain(value)}" for name, value in given.items())])
-
-
-def plain(value: Any) -> str:
-    """Write one setting as a person would.
-
-    >>> plain(0.30000000000000004), plain(None), plain(True), plain([1, 2.0])
-    ('0.3', 'none', 'true', '[1,2]')
-    """
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(plain(each) for each in value) + "]"
-    return str(value)
 
 
 def at_margin(points: Sequence[Outcome], margin: float) -> list[Outcome]:
@@ -106,14 +27,6 @@ def at_margin(points: Sequence[Outcome], margin: float) -> list[Outcome]:
     ['competitive']
     """
     return [replace(p, margin=margin, classed=class_of(p, p.change, margin)) for p in points]
-
-
-def class_of(
-    point: Outcome, change: float | None, margin: float | None = None, factor: float = 2.0
-) -> str | None:
-    """Class a change as if it were the point's, with the point's error and gap."""
-    share = point.margin if margin is None else margin
-    return classify(change, point.error, point.gap, point.gap_error, share, factor)
 
 
 def split_classes(point: Outcome) -> dict[str, str]:
@@ -181,18 +94,21 @@ def rules(points: Sequence[Outcome]) -> dict[str, str]:
 
 
 def sort_key(point: Outcome) -> tuple[Any, ...]:
-    """Order points by model, edit, hyper-parameters (numbers by value), selection and seed."""
+    """Order points by pair, edit, hyper-parameters (numbers by value), selection and seed."""
     settings = [(name, *_ordered(value)) for name, value in point.settings.items()]
-    return point.model, point.edit, settings, point.select or "", point.seed or 0, point.key
+    return *point.of, point.edit, settings, point.select or "", point.seed or 0, point.key
 
 
-def _ordered(value: Any) -> tuple[int, float, str]:
-    found = number(value)
-    return (0, found, "") if found is not None else (1, 0.0, plain(value))
+def by_pair(points: Sequence[Outcome]) -> list[list[Outcome]]:
+    """Put points together that are of one pair and were measured alike (`Outcome.of`)."""
+    found: dict[Any, list[Outcome]] = {}
+    for point in points:
+        found.setdefault(point.of, []).append(point)
+    return list(found.values())
 
 
 def references(points: Sequence[Outcome]) -> list[Outcome]:
-    """Return the unedited models of some points of one pair, as points called `pre` and `post`."""
+    """Return the unedited models of points of one pair, as points called `pre` and `post`."""
     first = points[0]
     found = []
     for name in ("pre", "post"):
@@ -203,16 +119,58 @@ def references(points: Sequence[Outcome]) -> list[Outcome]:
         losses = next((p.losses for p in measured if {name, "post"} <= p.losses.keys()), None)
         if metrics or losses:
             change = None if losses is None else losses[name] - losses["post"]
-            blank = Outcome(first.model, name, experiment=first.experiment)
-            found.append(replace(blank, metrics=metrics, change=change))
+            own = {each: getattr(first, each) for each in SHARED}
+            found.append(type(first)(first.model, name, metrics=metrics, change=change, **own))
     return found
 
 
-def number(value: Any) -> float | None:
-    """Return a value of JSON as a number, or None if it is none.
+SHARED = ("pair", "data", "objective", "evaluator", "setup", "experiment", "unit", "config")
+"""What an unedited model has in common with the edits of its pair."""
 
-    >>> number(3), number("3"), number(True)
-    (3.0, None, None)
+
+def is_reference(point: Outcome) -> bool:
+    """Tell whether a point is one of `references`."""
+    return point.edit in ("pre", "post") and not point.key
+
+
+def pair_names(points: Sequence[Outcome], beside: Sequence[str] = ()) -> dict[Any, str]:
+    """Name every pair of some points (`Outcome.of`), no two of them alike.
+
+    Pairs of one label are told apart by their data, objective or evaluator, else by the settings
+    in which they differ.
+
+    Args:
+        points: some points.
+        beside: of `data`, `objective` and `evaluator` those that are shown beside the names.
+
+    >>> some = [Outcome("vit", "dare", data=data) for data in ("mnist", "fashion")]
+    >>> list(pair_names(some).values()), list(pair_names(some, ["data"]).values())
+    (['vit (mnist)', 'vit (fashion)'], ['vit', 'vit'])
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number else None
+    firsts = {point.of: point for point in points}
+    found = {}
+    for of, point in firsts.items():
+        alike = [other for other in firsts.values() if other.pair == point.pair]
+        told = [
+            getattr(point, name) or "none"
+            for name in ("data", "objective", "evaluator")
+            if len({getattr(other, name) for other in alike}) > 1 and name not in beside
+        ]
+        twins = [other for other in alike if other.of[:-1] == of[:-1]]
+        told += _differing(point, twins) if len(twins) > 1 else []
+        found[of] = f"{point.pair} ({', '.join(told)})" if told else point.pair
+    return found
+
+
+def _differing(point: Outcome, twins: Sequence[Outcome]) -> list[str]:
+    """Return the settings that set a point apart from others of the same names."""
+    every = [pairs.settings(twin.config) for twin in twins]
+    own = pairs.settings(point.config)
+    keys = dict.fromkeys(name for each in every for name in each)
+    apart = [name for name in keys if len({plain(each.get(name)) for each in every}) > 1]
+    return [f"{name}={plain(own.get(name))}" for name in apart[:3]] or [point.setup or "?"]
+
+
+def _ordered(value: Any) -> tuple[int, float, str]:
+    found = number(value)
+    return (0, found, "") if found is not None else (1, 0.0, plain(value))

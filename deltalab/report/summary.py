@@ -5,17 +5,11 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from deltalab.report.outcomes import (
-    Outcome,
-    Term,
-    at_margin,
-    class_of,
-    rules,
-    spearman,
-    split_classes,
-)
+from deltalab.report.outcomes import at_margin, pair_names, rules, spearman, split_classes
 from deltalab.report.tables import NONE, Column, fixed, markdown, percent
 from deltalab.store.effects import CLASSES, MARGINS, two_errors
+from deltalab.store.record import Outcome, class_of
+from deltalab.store.terms import Term
 
 
 def summary(points: Sequence[Outcome]) -> str:
@@ -81,9 +75,10 @@ def margins(points: Sequence[Outcome]) -> list[Column]:
 
 
 def _wrong_signs(points: Sequence[Outcome]) -> Iterator[str]:
+    pairs = pair_names(points)
     for rule, title in rules(points).items():
         wrong = [p for p, value, change in _compared(points, rule) if value * change < 0]
-        named = ", ".join(f"{p.label} on {p.model}" for p in wrong[:5])
+        named = ", ".join(f"{p.label} on {pairs[p.of]}" for p in wrong[:5])
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         if wrong:
             yield f"Wrong sign by {title}: {named}{more}."

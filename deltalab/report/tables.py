@@ -1,15 +1,12 @@
-"""The table of an experiment's points, for Markdown and the terminal."""
+"""What a table is, how numbers are written in it, and which metrics are scores."""
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from deltalab.report.outcomes import Outcome, Term, references, relative_error, rules, split_classes
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from deltalab.store.record import Outcome
+from deltalab.store.terms import Term
 
 NONE = "-"
 _SCORE = re.compile(
@@ -104,59 +101,6 @@ def percent(fraction: float | None) -> str:
     return f"{100 * fraction:.2g} %" if fraction < 0.1 else f"{100 * fraction:.0f} %"
 
 
-def columns(points: Sequence[Outcome]) -> list[Column]:
-    """Build the table's columns over some points in order; what never varies or occurs has none."""
-
-    def column(title: str, cell: Callable[[Outcome], str], spare: int = 0, **kw: bool) -> Column:
-        return Column(title, [cell(point) for point in points], spare, **kw)
-
-    def metric(name: str) -> Callable[[Outcome], str]:
-        return lambda p: f"{p.metrics[name]:.3f}" if name in p.metrics else NONE
-
-    def value(rule: str) -> Callable[[Outcome], str]:
-        return lambda p: term(p.terms.get(rule))
-
-    def error(rule: str) -> Callable[[Outcome], str]:
-        return lambda p: percent(relative_error(p.terms.get(rule), p))
-
-    def split(task: str) -> Callable[[Outcome], str]:
-        return lambda p: split_classes(p).get(task, NONE)
-
-    found = [
-        column("model", lambda p: p.model, right=False),
-        column("edit", lambda p: p.label, right=False),
-    ]
-    edits = [p for p in points if not _is_reference(p)]
-    if len({p.seed for p in edits}) > 1:
-        found.append(column("seed", lambda p: NONE if p.seed is None else str(p.seed)))
-    if len({p.select for p in edits}) > 1:
-        found.append(column("select", lambda p: p.select or NONE, 4, right=False))
-    found.append(column("class", lambda p: p.classed or NONE, 1, right=False))
-    tasks = sorted({task for p in points for task in split_classes(p)})
-    found += [column(f"class, {task} test", split(task), 3, right=False) for task in tasks]
-    titles = rules(points)
-    found += [column(f"term {title}", value(rule)) for rule, title in titles.items()]
-    found.append(column("measured change", lambda p: measured(p.change, p.error)))
-    found += [column(f"error {title}", error(rule), 2) for rule, title in titles.items()]
-    found += [column(name, metric(name), 4 * is_lenient(name)) for name in scores(points)]
-    found.append(column("gradient evaluations", lambda p: fixed(p.gradient_evaluations, ".0f"), 6))
-    found.append(column("seconds", lambda p: fixed(p.seconds, ".1f"), 5))
-    return found
-
-
-def rows(points: Sequence[Outcome]) -> list[Outcome]:
-    """Put the unedited models on top of the points of each pair; points are in order."""
-    found: list[Outcome] = []
-    for model in dict.fromkeys(p.model for p in points):
-        own = [p for p in points if p.model == model]
-        found += [*references(own), *own]
-    return found
-
-
-def _is_reference(point: Outcome) -> bool:
-    return point.edit in ("pre", "post") and not point.key
-
-
 def fixed(value: float | None, spec: str) -> str:
     """Write a number by a format, or a dash where there is none."""
     return NONE if value is None else format(value, spec)
@@ -179,45 +123,3 @@ def markdown(table: Sequence[Column], bold: Sequence[bool] = ()) -> str:
     text = [f"| {' | '.join(line)} |" for line in lines]
     rule = "|".join("---:" if c.right else ":---" for c in table)
     return "\n".join([text[0], f"|{rule}|", *text[1:]])
-
-
-def points_table(points: Sequence[Outcome]) -> str:
-    """Write the Markdown table of an experiment, its unedited models on top in bold."""
-    shown = rows(points)
-    return markdown(columns(shown), [_is_reference(p) for p in shown])
-
-
-def terminal(points: Sequence[Outcome], title: str, width: int | None) -> "Table":
-    """Build the compact table of the same rows for a terminal.
-
-    Args:
-        points: all points of an experiment, in order.
-        title: set above the table.
-        width: characters that the table may take; it leaves out columns until it fits. None: all.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = rows(points)
-    table = columns(shown)
-    models = {point.model for point in shown}
-    if len(models) == 1:
-        title, table = f"{title}, {models.pop()}", table[1:]
-    while True:
-        drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-        drawn.padding = (0, 1 if width is None else 0, 0, 0)
-        for column in table:
-            side = "right" if column.right else "left"
-            head = column.title.replace(" ", "\n", 1).replace("/", "/\n")
-            drawn.add_column(head, justify=side, overflow="fold")  # type: ignore[arg-type]
-        for index, point in enumerate(shown):
-            style = "bold" if _is_reference(point) else _STYLES.get(point.classed or "")
-            drawn.add_row(*(column.cells[index] for column in table), style=style)
-        most = max(column.spare for column in table)
-        if width is None or most == 0 or Console(width=1000).measure(drawn).maximum <= width:
-            return drawn
-        table = [column for column in table if column.spare < most]
-
-
-_STYLES = {"improved": "green", "decreased": "yellow"}

@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from deltalab.store import files
+from deltalab.store.record import SCHEMA
 
-SCHEMA = 1
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSW(OR)?D|CREDENTIALS?)S?$", re.IGNORECASE)

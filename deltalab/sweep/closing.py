@@ -16,8 +16,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from deltalab.report.outcomes import Outcome, label, relative_error, sort_key
-from deltalab.report.reading import parse
+from deltalab.report.outcomes import relative_error, sort_key
+from deltalab.store import exporting
+from deltalab.store.record import Outcome, parse
 from deltalab.store.records import Record, path_of
 from deltalab.sweep import sweeps
 from deltalab.tracking.trackers import Sheet
@@ -70,27 +71,14 @@ def sheet(points: Sequence[Outcome], figures: Sequence[tuple[Path, str]] = ()) -
     """Return the table of some points, their classes counted, and each rule's median error.
 
     >>> found = sheet([Outcome("vit", "dare", {"p": 0.5}, seed=0, change=0.1, classed="improved")])
-    >>> dict(zip(found.columns, found.rows[0]))["settings"], dict(found.numbers)
-    ('p=0.5', {'count': 1, 'failed': 0, 'class/improved': 1})
+    >>> dict(zip(found.columns, found.rows[0]))["edit/p"], dict(found.numbers)
+    (0.5, {'count': 1, 'failed': 0, 'class/improved': 1})
     """
     rules = list(dict.fromkeys(rule for p in points for rule in p.terms))
-    metrics = list(dict.fromkeys(name for p in points for name in p.metrics))
-    rows = [
-        [
-            *(p.model, p.edit, label("", p.settings).strip(), p.seed, p.select),
-            *(p.terms[rule].value if rule in p.terms else None for rule in rules),
-            *(p.change, p.error, p.classed),
-            *(p.metrics.get(name) for name in metrics),
-            *(p.seconds, p.failure, p.key),
-        ]
-        for p in points
-    ]
-    columns = ["model", "edit", "settings", "seed", "select", *(f"term/{rule}" for rule in rules)]
-    columns += ["change", "error", "class", *metrics, "seconds", "failure", "key"]
     failed = sum(p.failure is not None for p in points)
     classes = Counter(f"class/{p.classed}" for p in points if p.classed)
     numbers = {"count": len(points), "failed": failed, **classes, **dict(_medians(points, rules))}
-    return Sheet(columns, rows, numbers, figures)
+    return Sheet(*exporting.sheet(points), numbers, figures)
 
 
 def _medians(points: Sequence[Outcome], rules: Sequence[str]) -> Iterator[tuple[str, float]]:

@@ -6,11 +6,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltalab.commands import command
 from deltalab.store import locks
+from deltalab.store.record import peek
 from deltalab.sweep import sweeps
 
 USAGE = """\
@@ -20,7 +21,7 @@ Say how many points of a sweep are done, running, failed and missing, and what r
 
   results=DIR      where the records are (default: results)
   sweep=NAME       a folder of DIR/logs (default: the latest sweep)
-  list=STATE       also list every point that is done, running, failed or missing
+  list=STATE       list every point that is done, with what came out, running, failed or missing
   --retry-failed   run the failed points again, one after another, and nothing else
 
 The command of the sweep itself, given again, runs all that failed or is missing.
@@ -37,6 +38,7 @@ class Point:
     state: str
     note: str = ""
     seconds: float | None = None
+    key: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +90,7 @@ def status(results: str, sweep: str = "", list_: str = "", retry: str = "") -> i
     for state in [list_] if list_ else ["running", "failed"]:
         found = [point for point in points if point.state == state]
         for point in found if list_ else found[:SHOWN]:
+            point = _outcome(directory, point)
             print(f"  {'' if list_ else f'{state} '}{told(point, common)}")
         if not list_ and len(found) > SHOWN:
             print(f"  and {len(found) - SHOWN} more: list={state}")
@@ -108,14 +111,15 @@ def look(directory: Path, sweep: sweeps.Listed, known: Iterable[sweeps.Listed]) 
     for number, overrides in enumerate(sweep.points):
         key = sweep.keys.get(number) or elsewhere.get(tuple(sorted(overrides)), "")
         record = _record(directory, key) if key else {}
-        error = record.get("error")
-        if record.get("status") == "ok":
-            found.append(Point(overrides, "done", seconds=_seconds(record)))
+        if (state := peek(record, "status")) == "ok":
+            seconds = peek(record, "seconds")
+            found.append(Point(overrides, "done", seconds=seconds, key=key))
         elif key in held:
             found.append(Point(overrides, "running", _holder(held[key])))
-        elif isinstance(error, Mapping):
-            why = " ".join(f"{error.get('type')}: {error.get('message')}".split())
-            found.append(Point(overrides, "failed", why))
+        elif state == "error":
+            kind, message = (peek(record, name) for name in ("kind_of_failure", "message"))
+            why = f"{kind or 'Error'}: {message or ''}"
+            found.append(Point(overrides, "failed", " ".join(why.split())))
         elif number in sweep.failures:
             found.append(Point(overrides, "failed", sweep.failures[number]))
         else:
@@ -137,10 +141,16 @@ def _record(directory: Path, key: str) -> Mapping[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _seconds(record: Mapping[str, object]) -> float | None:
-    seconds = record.get("seconds")
-    total = seconds.get("total") if isinstance(seconds, Mapping) else None
-    return float(total) if isinstance(total, int | float) else None
+def _outcome(directory: Path, point: Point) -> Point:
+    """Return a point with what came out of it as its note, if it is done."""
+    if point.state != "done":
+        return point
+    from deltalab.report.columns import describe
+
+    try:
+        return replace(point, note=" ".join(describe(_record(directory, point.key)).split()))
+    except ValueError:  # no record that this version can read
+        return point
 
 
 def summary(points: Sequence[Point]) -> str:

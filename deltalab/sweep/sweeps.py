@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 POINTS, KEY, FAILURE = "points.json", "key", "failure"
@@ -44,6 +45,31 @@ def note(folder: str | Path, name: str, text: str) -> None:
     """Write a point's `key`, or its `failure` in one line, into the point's own folder."""
     with suppress(OSError):  # who asks will learn less, and the point goes on
         (Path(folder) / name).write_text(text)
+
+
+def setting(override: str) -> str:
+    """Return the name of the setting that an override gives.
+
+    >>> setting("+edit.p=0.5")
+    'edit.p'
+    """
+    return override.lstrip("+").partition("=")[0]
+
+
+@lru_cache(maxsize=1)
+def varied(folder: Path) -> frozenset[str]:
+    """Return the settings that are not the same in all points of a sweep; none if it has no list.
+
+    Args:
+        folder: the sweep's; its list of points is written before the first of them begins.
+    """
+    try:
+        points = json.loads((folder / POINTS).read_text())["points"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+    every = {override for point in points for override in point}
+    common = every.intersection(*points)
+    return frozenset(setting(override) for override in every - common)
 
 
 def keys(folder: Path) -> list[str]:

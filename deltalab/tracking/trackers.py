@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from deltalab.report.offline import POINT, RECORD
+from deltalab.report.reading import TRACKED
 from deltalab.settings import home
+from deltalab.store import files
+from deltalab.store.record import parse
 from deltalab.store.records import secret_in
 from deltalab.tracking import runs
 
 LONGEST = 128
 """Characters of a name that the service takes; a longer one fails when it is sent."""
 MODES = ("offline", "online", "disabled")
+FAILED = ".failed"
+"""Ends the name of the file of a point that failed: it runs again, and is logged again."""
 _log = logging.getLogger(__name__)
 
 
@@ -132,14 +136,15 @@ class Wandb:
         return not failures
 
     def _log(self, record: Mapping[str, Any], group: str) -> None:
-        rows, results, notes = runs.nodes(record), runs.numbers(record), runs.words(record)
+        point = parse(record)
+        rows, results, notes = runs.nodes(point), runs.numbers(point), runs.words(point)
         # A point belongs to its experiment, however many sweeps it took to complete that.
         run = self._begun(
             group=self.group or record.get("experiment") or group,
-            job_type=POINT,
-            name=runs.run_name(record),
-            tags=runs.tags(record),
-            config={**runs.config(record), "sweep": group},
+            job_type="point",
+            name=runs.run_name(point),
+            tags=runs.tags(point, record.get("experiment")),
+            config={**runs.config(point), "sweep": group},
         )
         try:
             for name in {name for row in rows for name in row}:
@@ -147,13 +152,14 @@ class Wandb:
             for step, row in enumerate(rows):
                 run.log(row, step=step)
             run.log(results, step=len(rows))
-            run.summary.update({**notes, RECORD: runs.essence(record)})
+            run.summary.update(notes)
         finally:
             run.finish(exit_code=int(record.get("status") != "ok"))
-        if record.get("status") == "ok" and self.mode != "disabled":
-            mark = self._mark(record)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+        if self.mode != "disabled":
+            mark, failed = self._mark(record), self._mark(record, FAILED)
+            if point.failure is None:
+                failed.unlink(missing_ok=True)
+            files.write(mark if point.failure is None else failed, runs.essence(record) + "\n")
 
     def _log_sheet(self, sheet: Sheet, name: str, group: str) -> None:
         import wandb
@@ -204,10 +210,11 @@ class Wandb:
             **about,
         )
 
-    def _mark(self, record: Mapping[str, Any]) -> Path:
-        """Return the empty file that says that a point was logged."""
-        names = self.project, str(record.get("experiment") or "runs"), str(record.get("key"))
-        return Path(self.dir, "wandb", ".points", *(quote(name, safe="") for name in names))
+    def _mark(self, record: Mapping[str, Any], end: str = "") -> Path:
+        """Return the file that holds a point's record if it was logged."""
+        experiment, key = record.get("experiment") or "runs", f"{record.get('key')}{end}"
+        names = self.project, str(experiment), key
+        return Path(self.dir, TRACKED, *(quote(name, safe="") for name in names))
 
 
 def has_account() -> bool:

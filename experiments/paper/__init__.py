@@ -2,5 +2,5 @@
 
 `deltalab -m experiment=NAME` runs the points, `python -m experiments.paper NAME` makes of them
 figures, tables, a verdict on the paper's claim by checks that were fixed beforehand, and one line a
-point in a CSV file, all below `DIR/paper/`.
+point in a JSON lines file, all below `DIR/paper/`.
 """

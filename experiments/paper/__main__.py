@@ -34,7 +34,12 @@ def main(arguments: list[str]) -> int:
             print(f"{name}: {told}; run deltalab -m experiment={name}", file=sys.stderr)
             lacking = True
             continue
-        path, found = write(name, done, results, scale)
+        try:
+            path, found = write(name, done, results, scale)
+        except ValueError as problem:
+            print(f"{name}: {problem}", file=sys.stderr)
+            lacking = True
+            continue
         print(f"{name}: {found.verdict}. {found.sentence}\n  {path}")
     log.main(results)
     return int(lacking)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltalab.report.figures.style import HATCHES, looks, panels
-from deltalab.report.outcomes import Outcome, number, plain
+from deltalab.store.fields import number, plain
 from deltalab.store.means import Mean
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, zero
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (
@@ -20,7 +21,7 @@ from experiments.paper.found import (
     is_loss,
     losses,
     metrics,
-    models,
+    pairs,
     scored,
     some,
 )
@@ -61,8 +62,8 @@ def gains(points: Sequence[Outcome], documents: Documents | None = None) -> Foun
     the other half. Where the documents were not kept every alpha is a candidate, and corrected for.
     """
     evidence, best = Evidence(points, documents or {}), Best()
-    for model in models(points):
-        by = by_alpha([p for p in points if p.model == model])
+    for model, own in pairs(points).items():
+        by = by_alpha(own)
         best |= {(model, metric): _sides(evidence, by, metric) for metric in scored(by.values())}
     checks = [
         some("gains", "some score gains in one direction",
@@ -146,8 +147,7 @@ def _gain(gain: float, metric: str) -> str:
 
 def _shown(points: Sequence[Outcome], best: Best) -> tuple[list[Table], list[Figure]]:
     rows = []
-    for model in models(points):
-        own = [p for p in points if p.model == model]
+    for model, own in pairs(points).items():
         by = by_alpha(own)
         for metric in [*scored(own), *losses(own)]:
             error = metrics([by[0.0]], f"{metric}_error") or [float("nan")]
@@ -195,11 +195,11 @@ def _bars(best: Best) -> Any:
 
 
 def _lines(points: Sequence[Outcome]) -> Any:
-    names = models(points)
+    found = pairs(points)
     kinds = [scored, losses] if losses(points) else [scored]
-    drawn, grid = panels(len(kinds), len(names), max(4.6, 3.8 * len(names)), 2.8 * len(kinds))
-    for column, model in enumerate(names):
-        by = by_alpha([p for p in points if p.model == model])
+    drawn, grid = panels(len(kinds), len(found), max(4.6, 3.8 * len(found)), 2.8 * len(kinds))
+    for column, (model, own) in enumerate(found.items()):
+        by = by_alpha(own)
         for row, kind in enumerate(kinds):
             axes = grid[row][column]
             for index, metric in enumerate(kind(list(by.values())), 2 * row):

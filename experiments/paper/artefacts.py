@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deltalab.report.outcomes import Outcome
+from deltalab.store.record import Outcome
 from experiments.paper import (
     alpha,
     bits,

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.report.outcomes import Outcome, number, plain
+from deltalab.store.fields import number, plain
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (
@@ -21,7 +22,7 @@ from experiments.paper.found import (
     kept,
     mean,
     metrics,
-    models,
+    pairs,
     scored,
     some,
 )
@@ -42,8 +43,7 @@ CAPTION = (
 def blocks(points: Sequence[Outcome], documents: Documents | None = None) -> Found:
     """Check that four magnitude bits bring every score back, where there is one to bring back."""
     evidence, panel = Evidence(points, documents or {}), []
-    for model in models(points):
-        own = [p for p in points if p.model == model]
+    for model, own in pairs(points).items():
         by = {int(b): same for (b,), same in grouped(own, "bits").items()}
         panel += [(model, metric, by, end(own, "post", metric)) for metric in scored(own)]
     back = [evidence.score(m, (1, by[FOUR]), (-1, None), least=BACK) for _, m, by, _ in panel]
@@ -120,8 +120,7 @@ def statistic(points: Sequence[Outcome], documents: Documents | None = None) -> 
 
 
 def _panels(points: Sequence[Outcome]) -> Iterator[Panel]:
-    for model in models(points):
-        own = [p for p in points if p.model == model]
+    for model, own in pairs(points).items():
         by: dict[str, dict[float, list[Outcome]]] = {}
         for (kind, multiple), same in grouped(own, "magnitudes", "multiple").items():
             by.setdefault(str(kind), {})[number(multiple) or 0.0] = same

@@ -1,6 +1,5 @@
-"""An artefact on disk: its card as JSON, its figures, and one line a point as CSV."""
+"""An artefact on disk: its card as JSON, its figures, and its points as JSON lines."""
 
-import csv
 import json
 import os
 import platform
@@ -11,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from deltalab.report.figures.style import STYLE
-from deltalab.report.outcomes import Outcome, plain
 from deltalab.settings import conf_dir
+from deltalab.store import exporting
+from deltalab.store.record import Outcome
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.evidence import Stored
-from experiments.paper.found import Found, deciding, models, told
+from experiments.paper.found import Found, deciding, told
 
+FIGURES = 6
+"""Significant figures of the numbers in the file of an artefact's points."""
 ROLES = {
     "llama3": "LLaMA-3-8B",
     "mistral": "Mistral-7B",
@@ -42,7 +44,7 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
             svg = path.with_suffix(".svg")
             figure.savefig(svg, metadata={"Date": None, "Creator": None})
             figures.append({"file": svg.name, "png": path.name, "caption": caption})
-    _csv(folder / f"{name}.csv", points)
+    exporting.write(points, folder / f"{name}.jsonl", FIGURES)
     tables = [{"title": t.title, "columns": [*t.columns], "rows": [*t.rows]} for t in shown]
     card = {
         "name": name,
@@ -53,12 +55,12 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
         "command": f"make {name}" + ("" if scale == "demo" else f" SCALE={scale}"),
         "paper_command": f"make {name} SCALE=paper",
         "paper_hours": _paper_hours(name),
-        "stand_ins": _stand_ins(scale, models(points)),
+        "stand_ins": _stand_ins(scale, list(dict.fromkeys(p.model for p in points))),
         "points": len(points),
         "seeds": sorted({p.seed for p in points if p.seed is not None}),
         **_origin(points, results),
         "figures": figures,
-        "csv": f"{name}.csv",
+        "lines": f"{name}.jsonl",
     }
     return save(folder / f"{name}.json", card), found
 
@@ -139,31 +141,3 @@ def _stand_ins(scale: str, names: Sequence[str]) -> str:
     if rest:
         told.append(f"CLIP ViT-B/32 -> {', '.join(rest)}")
     return "; ".join(told)
-
-
-def _csv(path: Path, points: Sequence[Outcome]) -> None:
-    """Write the summaries of all records, one line each, numbers with six figures."""
-    rules = list(dict.fromkeys(rule for p in points for rule in p.terms))
-    names = sorted({name for p in points for name in p.metrics if not name.endswith("_error")})
-    head = [
-        "key",
-        "experiment",
-        "model",
-        "edit",
-        "settings",
-        "seed",
-        "select",
-        "class",
-        "change",
-        "error",
-    ]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*head, *(f"term_{rule}" for rule in rules), "gradients", *names])
-        for p in points:
-            settings = p.label.partition(" ")[2]
-            origin = [p.key, p.experiment, p.model, p.edit, settings, p.seed, p.select, p.classed]
-            values = [p.terms[r].value if r in p.terms else None for r in rules]
-            scores = [p.metrics.get(name) for name in names]
-            numbers = [p.change, p.error, *values, p.gradient_evaluations, *scores]
-            writer.writerow([*origin, *("" if v is None else plain(v) for v in numbers)])

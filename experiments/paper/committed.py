@@ -1,11 +1,10 @@
 """Artefacts judged anew from the points that are committed, without running or drawing anything.
 
-`python -m experiments.paper NAME from=committed` reads `DIR/paper/NAME.csv` and writes what the
+`python -m experiments.paper NAME from=committed` reads `DIR/paper/NAME.jsonl` and writes what the
 checks say of it into the card: verdict, sentence, checks and notes. Figures, further tables, date,
 commit and hardware stay those of the run that computed the points.
 """
 
-import csv
 import json
 import re
 from collections.abc import Mapping
@@ -13,17 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltalab.report.outcomes import Outcome, Term
+from deltalab.report import reading
+from deltalab.store.record import Outcome
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.card import judged, save
 from experiments.paper.found import Found
 
-NOT_METRICS = (
-    "key", "experiment", "model", "edit", "settings", "seed", "select", "class", "change", "error",
-    "gradients",
-)  # fmt: skip
 _ENDS = re.compile(r"(\S+), (\S+?)(, %)?: pre [\d.]+, post ([\d.]+)")
-_SETTING = re.compile(r"(\S+?)=(.*?)(?= \S+?=|$)")
 
 
 def judge(name: str, results: Path) -> tuple[Path, Found]:
@@ -34,7 +29,7 @@ def judge(name: str, results: Path) -> tuple[Path, Found]:
     """
     path = results / "paper" / f"{name}.json"
     card = json.loads(path.read_text(encoding="utf-8"))
-    found = ARTEFACTS[name].find(points(results / "paper" / f"{name}.csv", ends(card)), None)
+    found = ARTEFACTS[name].find(points(results / "paper" / f"{name}.jsonl", ends(card)), None)
     kept = [t for t in card["tables"] if t["title"] != "What was checked"]
     return save(path, card | judged(name, found, kept)), found
 
@@ -61,46 +56,10 @@ def points(path: Path, known: Mapping[str, Mapping[str, float]]) -> list[Outcome
         path: one point a line.
         known: post's metrics by model, for what the points have no change of.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        found = [_outcome(line) for line in csv.DictReader(file)]
+    found = reading.lines(path)
     post = {model: dict(metrics) for model, metrics in known.items()}
     for p in found:
         changes = {n: p.metrics.get(f"{n}_change") for n in p.metrics}
         exact = {n: round(p.metrics[n] - c, 6) for n, c in changes.items() if c is not None}
-        post.setdefault(p.model, {}).update(exact)
-    return [replace(p, reference={"post": post[p.model]}) for p in found]
-
-
-def _outcome(line: Mapping[str, str]) -> Outcome:
-    terms = {n.removeprefix("term_"): float(v) for n, v in line.items() if n[:5] == "term_" and v}
-    metrics = {
-        n: float(v) for n, v in line.items() if v and n not in NOT_METRICS and n[:5] != "term_"
-    }
-    settings = {n: _value(v) for n, v in _SETTING.findall(line["settings"])}
-    return Outcome(
-        model=line["model"],
-        edit=line["edit"],
-        settings=settings,
-        experiment=line["experiment"],
-        key=line["key"],
-        seed=int(line["seed"]),
-        select=line["select"],
-        terms={rule: Term(rule, None, value) for rule, value in terms.items()},
-        change=float(line["change"]),
-        error=float(line["error"]),
-        metrics=metrics,
-    )
-
-
-def _value(text: str) -> Any:
-    """Return a setting as it was before it was written.
-
-    >>> _value("0.5"), _value("true"), _value("mean")
-    (0.5, True, 'mean')
-    """
-    if text in ("true", "false"):
-        return text == "true"
-    try:
-        return float(text)
-    except ValueError:
-        return text
+        post.setdefault(p.pair, {}).update(exact)
+    return [replace(p, reference={"post": post[p.pair]}) for p in found]

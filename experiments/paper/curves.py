@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.report.outcomes import Outcome, number, plain
+from deltalab.store.fields import number, plain
 from deltalab.store.means import Mean
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (
@@ -22,7 +23,7 @@ from experiments.paper.found import (
     losses,
     mean,
     metrics,
-    models,
+    pairs,
     scored,
     told,
 )
@@ -81,8 +82,8 @@ def images(points: Sequence[Outcome], documents: Documents | None = None) -> Fou
 
 def _panels(points: Sequence[Outcome]) -> list[Panel]:
     found = []
-    for model in models(points):
-        own = [p for p in points if p.model == model and p.edit == "dare"]
+    for model, same in pairs(points).items():
+        own = [p for p in same if p.edit == "dare"]
         by = {
             (number(p) or 0.0, number(k) or 0.0): same
             for (p, k), same in grouped(own, "p", "k").items()

@@ -17,8 +17,8 @@ import numpy as np
 
 from deltalab.data.splits import Half, places
 from deltalab.report import comparison
-from deltalab.report.outcomes import Outcome
 from deltalab.store.means import Mean, over_draws, two_way
+from deltalab.store.record import Outcome
 
 Documents = Mapping[str, Mapping[str, Any]]
 """Of every point's key what each document scored, by metric; post's scores as `<metric>@post`."""

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltalab.report.figures.style import panels
-from deltalab.report.outcomes import Outcome, plain
 from deltalab.report.tables import signed
+from deltalab.store.fields import plain
 from deltalab.store.means import Mean
+from deltalab.store.record import Outcome
 from experiments.paper.alpha import by_alpha
 from experiments.paper.drawing import curve, zero
 from experiments.paper.evidence import Documents, Evidence
-from experiments.paper.found import Cell, Found, Table, above, every
+from experiments.paper.found import Cell, Found, Table, above, every, one_pair
 
 PAPER_END = 0.6
 """Where the paper's Fig. 6 ends."""
@@ -20,7 +21,7 @@ TITLES = {"left": "paper's term (left, 5)", "gauss": "gauss, 3", "measured": "me
 
 def expo_term(points: Sequence[Outcome], documents: Documents | None = None) -> Found:
     """Check that ExPO's term falls and then rises above 0 (Fig. 6)."""
-    by, evidence = by_alpha(points), Evidence(points, documents or {})
+    by, evidence = by_alpha(one_pair(points)), Evidence(points, documents or {})
     alphas = sorted(by)
 
     def term(*sides: tuple[float, float]) -> Mean:

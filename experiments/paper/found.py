@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.report.outcomes import Outcome
+from deltalab.report.outcomes import by_pair, pair_names
 from deltalab.report.tables import is_lenient, is_score
 from deltalab.store.means import Mean, holm
+from deltalab.store.record import Outcome
 
 NEAR = 0.02
 """How far from the post-trained model's a score may be to count as kept."""
@@ -260,9 +261,21 @@ def scored(points: Sequence[Outcome]) -> list[str]:
     return list(chosen.values())
 
 
-def models(points: Sequence[Outcome]) -> list[str]:
-    """Return the models of some points in their order."""
-    return list(dict.fromkeys(point.model for point in points))
+def pairs(points: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Return the points of every pair, by its name, in their order."""
+    names = pair_names(points)
+    return {names[own[0].of]: own for own in by_pair(points)}
+
+
+def one_pair(points: Sequence[Outcome]) -> Sequence[Outcome]:
+    """Return points as they are, where an artefact is of one pair: others are no repetitions.
+
+    Raises:
+        ValueError: they are of several pairs, data or objectives.
+    """
+    if len(found := pairs(points)) > 1:
+        raise ValueError(f"points of several pairs, must be of one: {', '.join(found)}")
+    return points
 
 
 def end(points: Sequence[Outcome], name: str, metric: str) -> float:

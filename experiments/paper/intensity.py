@@ -14,7 +14,9 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.report.figures.style import looks, panels
-from deltalab.report.outcomes import Outcome, number, spearman
+from deltalab.report.outcomes import spearman
+from deltalab.store.fields import number
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (
@@ -26,7 +28,7 @@ from experiments.paper.found import (
     every,
     mean,
     metrics,
-    models,
+    pairs,
     scored,
 )
 
@@ -50,8 +52,7 @@ def intensity(points: Sequence[Outcome], documents: Documents | None = None) -> 
     rows, notes, curves, evidence = [], [], {}, Evidence(points, documents or {})
     alike: list[Cell] = []
     grows: list[Cell] = []
-    for model in models(points):
-        own = [p for p in points if p.model == model]
+    for model, own in pairs(points).items():
         groups = _groups(own)
         by = _series(groups, own)
         alike += _alike(evidence, groups)

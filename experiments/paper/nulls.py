@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deltalab.report.outcomes import Outcome
+from deltalab.store.record import Outcome
 from experiments.paper import alpha, bits, curves, expo, intensity, parts, predict, rules, table1
 from experiments.paper.bits import BACK
 from experiments.paper.found import NEAR, Found

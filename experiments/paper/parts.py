@@ -5,12 +5,13 @@ from itertools import pairwise
 from typing import Any
 
 from deltalab.report.figures.style import HATCHES, looks, panels
-from deltalab.report.outcomes import Outcome, number, plain
 from deltalab.report.tables import signed
+from deltalab.store.fields import number, plain
 from deltalab.store.means import Mean
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, zero
 from experiments.paper.evidence import Documents, Evidence
-from experiments.paper.found import LEVEL, Cell, Found, Table, above, every, mean
+from experiments.paper.found import LEVEL, Cell, Found, Table, above, every, mean, one_pair
 
 RATES = {"dare": "DARE", "drop_only": "drop only", "ties": "TIES"}
 ALONE = {"bitdelta": "BitDelta", "twin": "Twin, rate .9"}
@@ -37,7 +38,7 @@ By = dict[str, dict[float, list[Outcome]]]
 
 def terms(points: Sequence[Outcome], documents: Documents | None = None) -> Found:
     """Check the order of the methods' terms, by the paper's own rule."""
-    by, evidence = _by_rate(points), Evidence(points, documents or {})
+    by, evidence = _by_rate(one_pair(points)), Evidence(points, documents or {})
     rates = sorted(by["dare"])
     value = {edit: [mean(_values(by[edit][p], "left")) for p in rates] for edit in RATES}
     alone = {e: [p for p in points if p.edit == e] for e in ALONE}

@@ -6,7 +6,8 @@ effects, by default the paper's pattern.
 
 from collections.abc import Callable, Mapping, Sequence
 
-from deltalab.report.outcomes import Outcome, Term
+from deltalab.store.record import Outcome
+from deltalab.store.terms import Term
 from experiments.paper import bits
 from experiments.paper.simulate import CHOICE, GSM, World
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltalab.report.figures.style import looks, panels
-from deltalab.report.outcomes import Outcome, spearman
+from deltalab.report.outcomes import spearman
+from deltalab.store.record import Outcome
 from experiments.paper.evidence import Documents
-from experiments.paper.found import Check, Found, Table, every, models, nearer
+from experiments.paper.found import Check, Found, Table, every, nearer, pairs
 
 ACCOUNTS = {
     "first_order": "first order",
@@ -23,8 +24,8 @@ LEAST, MODERATE = 1e-3, 0.5
 def predict(points: Sequence[Outcome], documents: Documents | None = None) -> Found:
     """Compare first order, second order, closed form and the term with the measured change."""
     rows = [_row("all", points, name) for name in ACCOUNTS]
-    for model in models(points):
-        rows += [_row(model, [p for p in points if p.model == model], name) for name in ACCOUNTS]
+    for model, own in pairs(points).items():
+        rows += [_row(model, own, name) for name in ACCOUNTS]
     told = "; ".join(f"{row[1]} Spearman {row[3]}, sign right on {row[4]}, median error {row[5]}"
                      for row in rows[: len(ACCOUNTS)])  # fmt: skip
     heads = ["pair", "account", "points", "Spearman", "right sign", "median error", "9 of 10 below"]
@@ -33,7 +34,7 @@ def predict(points: Sequence[Outcome], documents: Documents | None = None) -> Fo
         " diagonal they agree."
     )
     return Found(
-        sentence=f"{len(points)} edits of {len(models(points))} pairs: {told}.",
+        sentence=f"{len(points)} edits of {len(pairs(points))} pairs: {told}.",
         checks=[_check(points, *pair) for pair in (FIRST, SECOND)],
         notes=[
             f"Errors are relative, of changes of {LEAST} to {MODERATE} nats; ranks and signs are of"
@@ -51,8 +52,8 @@ def predict(points: Sequence[Outcome], documents: Documents | None = None) -> Fo
 def _check(points: Sequence[Outcome], better: str, worse: str) -> Check:
     """Check that one account is nearer to the measured change than another, in every pair."""
     cells = []
-    for model in models(points):
-        both = [p for p in points if p.model == model and {better, worse} <= p.terms.keys()]
+    for own in pairs(points).values():
+        both = [p for p in own if {better, worse} <= p.terms.keys()]
         known = [
             (a, b, p.change)
             for p in both
@@ -65,31 +66,31 @@ def _check(points: Sequence[Outcome], better: str, worse: str) -> Check:
     return every(better, claim, cells)
 
 
-def _pairs(points: Sequence[Outcome], name: str) -> list[tuple[float, float]]:
+def _both(points: Sequence[Outcome], name: str) -> list[tuple[float, float]]:
     found = [(p.terms[name].value, p.change) for p in points if name in p.terms]
     return [(v, c) for v, c in found if v is not None and c is not None and c != 0]
 
 
 def _row(title: str, points: Sequence[Outcome], name: str) -> list[str]:
-    pairs = _pairs(points, name)
-    ranks = spearman([v for v, _ in pairs], [c for _, c in pairs])
-    errors = sorted(abs(v - c) / abs(c) for v, c in pairs if LEAST <= abs(c) < MODERATE)
+    both = _both(points, name)
+    ranks = spearman([v for v, _ in both], [c for _, c in both])
+    errors = sorted(abs(v - c) / abs(c) for v, c in both if LEAST <= abs(c) < MODERATE)
     at = [
         f"{100 * errors[round(q * (len(errors) - 1))]:.2g} %" if errors else "-" for q in (0.5, 0.9)
     ]
-    right = sum(v * c > 0 for v, c in pairs)
+    right = sum(v * c > 0 for v, c in both)
     order = "-" if ranks is None else f"{ranks:.3f}"
-    return [title, ACCOUNTS[name], str(len(pairs)), order, f"{right} of {len(pairs)}", *at]
+    return [title, ACCOUNTS[name], str(len(both)), order, f"{right} of {len(both)}", *at]
 
 
 def _figure(points: Sequence[Outcome]) -> Any:
     drawn, grid = panels(1, len(ACCOUNTS), 3.1 * len(ACCOUNTS), 3.4)
     for axes, (name, title) in zip(grid.flat, ACCOUNTS.items(), strict=True):
-        for index, model in enumerate(models(points)):
-            pairs = _pairs([p for p in points if p.model == model], name)
+        for index, (model, own) in enumerate(pairs(points).items()):
+            both = _both(own, name)
             colour, marker = looks(index)
             look = {"ls": "", "color": colour, "marker": marker, "ms": 3.5, "alpha": 0.75}
-            axes.plot([c for _, c in pairs], [v for v, _ in pairs], label=model, **look)
+            axes.plot([c for _, c in both], [v for v, _ in both], label=model, **look)
         axes.axline((0, 0), slope=1, color="black", lw=0.8)
         for set_scale in (axes.set_xscale, axes.set_yscale):
             set_scale("symlog", linthresh=1e-3)

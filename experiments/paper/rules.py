@@ -5,10 +5,10 @@ from typing import Any
 
 from deltalab.loss.quadrature import RULES
 from deltalab.report.figures.style import looks, panels
-from deltalab.report.outcomes import Outcome
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend
 from experiments.paper.evidence import Documents
-from experiments.paper.found import Check, Found, Table, every, mean, models, nearer
+from experiments.paper.found import Check, Found, Table, every, mean, nearer, pairs
 
 LEAST = 1e-3
 """Changes below this, in nats, are no fair denominator of a relative error."""
@@ -41,7 +41,7 @@ def rules(points: Sequence[Outcome], documents: Documents | None = None) -> Foun
         f" Radau nodes {_median(errors, 'radau', 3)}, adaptive {_median(errors, *ADAPTIVE)} with"
         f" {cost:.1f} gradients."
     )
-    edits, large = ({(p.model, p.label) for p in some} for some in (near, usable))
+    edits, large = ({(p.of, p.label) for p in some} for some in (near, usable))
     caption = (
         "Median relative error of the term against the number of gradients of a rule; the band"
         " holds the middle half of the points. The cross is the adaptive rule."
@@ -51,7 +51,7 @@ def rules(points: Sequence[Outcome], documents: Documents | None = None) -> Foun
         sentence=sentence,
         checks=[_check(near)],
         notes=[
-            f"{len(edits)} edits of {len(models(near))} pairs whose loss changes by {LEAST} to"
+            f"{len(edits)} edits of {len(pairs(near))} pairs whose loss changes by {LEAST} to"
             f" {MODERATE} nats; {len(large - edits)} change more, and are in the figure's right"
             " panel. Radau's first node is the gradient at the post-trained model, which all edits"
             " of a pair share."
@@ -69,10 +69,10 @@ def _check(points: Sequence[Outcome]) -> Check:
     The edits of a pair are compared one by one, by how many lie nearer with either rule.
     """
     cells = []
-    for model in models(points):
+    for own in pairs(points).values():
         errors: dict[str, dict[tuple[str, int], float]] = {}
-        for point in points:
-            for rule, term in point.terms.items() if point.model == model else ():
+        for point in own:
+            for rule, term in point.terms.items():
                 if term.value is not None and point.change is not None:
                     at = rule, term.points or 0
                     errors.setdefault(point.label, {})[at] = abs(term.value - point.change)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from deltalab.report.outcomes import Outcome, Term
+from deltalab.store.record import Outcome
+from deltalab.store.terms import Term
 
 GSM, CHOICE = "gsm/exact_match_strict", "choice/acc"
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from deltalab.report.figures.style import panels
-from deltalab.report.outcomes import Outcome, number, plain
 from deltalab.report.tables import signed
+from deltalab.store.fields import number, plain
 from deltalab.store.means import Mean
+from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, reference, zero
 from experiments.paper.evidence import Documents, Evidence
 from experiments.paper.found import (
@@ -21,6 +22,7 @@ from experiments.paper.found import (
     kept,
     mean,
     metrics,
+    one_pair,
     scored,
 )
 
@@ -53,7 +55,7 @@ def table(points: Sequence[Outcome], documents: Documents | None = None) -> Foun
     by: By = {
         (edit, number(k) or 0.0): same
         for edit in WAYS
-        for (k,), same in grouped([p for p in points if p.edit == edit], "k").items()
+        for (k,), same in grouped([p for p in one_pair(points) if p.edit == edit], "k").items()
     }
     ks = sorted({k for _, k in by})
     scores = scored(points)

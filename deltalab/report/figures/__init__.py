@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deltalab.report.figures import accuracy, agreement, parts
 from deltalab.report.figures.style import STYLE
-from deltalab.report.outcomes import Outcome
+from deltalab.store.record import Outcome
 
 FIGURES = {"accuracy": accuracy, "term": agreement, "parts": parts}
 

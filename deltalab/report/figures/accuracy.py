@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltalab.report.figures.style import looks, panels
-from deltalab.report.outcomes import Outcome, number, plain, references
+from deltalab.report.outcomes import by_pair, pair_names, references
 from deltalab.report.tables import is_lenient, scores
+from deltalab.store.fields import number, plain
+from deltalab.store.record import Outcome
 
 CAPTION = (
     "Score against DARE's drop rate p, one curve for each k, after Fig. 2 of the paper; the lines"
@@ -21,14 +23,13 @@ def figure(points: Sequence[Outcome]) -> Any:
 
     Returns None if no pair has a metric at two values of p.
     """
-    wanted = []
-    for model in dict.fromkeys(p.model for p in points):
-        own = [p for p in points if p.model == model and _rate(p) is not None]
+    wanted, named = [], pair_names(points)
+    for every in by_pair(points):
+        own = [p for p in every if _rate(p) is not None]
         for metric in (name for name in scores(own) if not is_lenient(name)):
             found = [p for p in own if metric in p.metrics]
             if len({_rate(p) for p in found}) > 1:
-                ends = references([p for p in points if p.model == model])
-                wanted.append((model, metric, found, ends))
+                wanted.append((named[own[0].of], metric, found, references(every)))
     if not wanted:
         return None
     columns = min(len(wanted), COLUMNS)
@@ -36,9 +37,9 @@ def figure(points: Sequence[Outcome]) -> Any:
     drawn, grid = panels(rows, columns, max(4.6, 3.4 * columns), 3.0 * rows)
     for axes in grid.flat[len(wanted) :]:
         axes.remove()
-    for axes, (model, metric, found, ends) in zip(grid.flat, wanted, strict=False):
+    for axes, (name, metric, found, ends) in zip(grid.flat, wanted, strict=False):
         _curves(axes, metric, found)
-        axes.set(title=model, xlabel="drop rate p", ylabel=metric)
+        axes.set(title=name, xlabel="drop rate p", ylabel=metric)
         for end in ends:
             if metric in end.metrics:
                 _line(axes, end.metrics[metric], end.edit)

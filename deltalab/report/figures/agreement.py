@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltalab.report.figures.style import looks, panels
-from deltalab.report.outcomes import Outcome, rules
+from deltalab.report.outcomes import by_pair, pair_names, rules
+from deltalab.store.record import Outcome
 
 CAPTION = (
     "Riemann term against measured loss change, a panel for each pair and rule. On the diagonal the"
@@ -26,12 +27,11 @@ def figure(points: Sequence[Outcome]) -> Any:
     if not shown:
         return None
     series = {edit: looks(index) for index, edit in enumerate(sorted({p.edit for p in shown}))}
-    models = list(dict.fromkeys(p.model for p in shown))
-    size = (3.2 * len(titles) + 1.0, 3.4 * len(models))
-    drawn, grid = panels(len(models), len(titles), *size)
+    pairs, named = by_pair(shown), pair_names(shown)
+    size = (3.2 * len(titles) + 1.0, 3.4 * len(pairs))
+    drawn, grid = panels(len(pairs), len(titles), *size)
     handles: dict[str, Any] = {}
-    for model, line in zip(models, grid, strict=True):
-        own = [p for p in shown if p.model == model]
+    for own, line in zip(pairs, grid, strict=True):
         values = [v for p in own for v in (p.change, *(_value(p, r) for r in titles)) if v]
         errors = [p.error or 0.0 for p in own]
         unit = own[0].unit or "nats"
@@ -41,7 +41,7 @@ def figure(points: Sequence[Outcome]) -> Any:
                 _cloud(axes, own, rule, series, handles)
             for point in own if len(own) <= MANY else ():
                 _point(axes, point, rule, series, handles)
-            axes.set(title=f"{model}, {title}", xlabel=f"measured change ({unit})")
+            axes.set(title=f"{named[own[0].of]}, {title}", xlabel=f"measured change ({unit})")
             _scale(axes, values, errors)
         line[0].set_ylabel(f"term ({unit})")
     names = sorted(handles)

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltalab.report.figures.style import HATCHES, looks, panels
-from deltalab.report.outcomes import Outcome
+from deltalab.report.outcomes import by_pair, pair_names
+from deltalab.store.record import Outcome
 
 CAPTION = (
     "The term by part of the model, after Fig. 3 of the paper, by the record's main rule; diamonds"
@@ -19,16 +20,18 @@ def figure(points: Sequence[Outcome]) -> Any:
 
     Returns None if no edit has parts, or if a pair has too many edits for its bars to be read.
     """
-    terms: dict[str, dict[str, list[Mapping[str, float]]]] = {}
-    for point in points:
-        if point.main and point.edit not in ("keep", "discard"):
-            bars = terms.setdefault(point.model, {})
-            bars.setdefault(point.label, []).append(point.terms[point.main].by_part)
+    named = pair_names(points)
     split: dict[str, dict[str, dict[str, float]]] = {}
-    for model, bars in terms.items():
-        for name, parts in bars.items():
-            if mean := _mean(parts):
-                split.setdefault(model, {})[name] = mean
+    units = {}
+    for own in by_pair(points):
+        terms: dict[str, list[Mapping[str, float]]] = {}
+        shown = [p for p in own if p.main and p.edit not in ("keep", "discard")]
+        for point, name in zip(shown, _bar_names(shown), strict=True):
+            terms.setdefault(name, []).append(point.terms[point.main or ""].by_part)
+        bars = {name: mean for name, parts in terms.items() if (mean := _mean(parts))}
+        if bars:
+            title = named[own[0].of]
+            split[title], units[title] = bars, own[-1].unit or "nats"
     counts = [len(bars) for bars in split.values()]
     if not counts or max(counts) > MOST_BARS:
         return None
@@ -36,13 +39,26 @@ def figure(points: Sequence[Outcome]) -> Any:
     names = list(dict.fromkeys(name for name, value in every if value))
     height = 0.21 * sum(counts) + 0.75 * len(counts) + 0.3
     drawn, grid = panels(len(counts), 1, 6.8, height, [count + 2 for count in counts])
-    units = {p.model: p.unit or "nats" for p in points}
-    for axes, (model, means) in zip(grid.flat, split.items(), strict=True):
+    for axes, (title, means) in zip(grid.flat, split.items(), strict=True):
         _stack(axes, means, names)
-        axes.set(title=model, xlabel=f"term ({units[model]})")
+        axes.set(title=title, xlabel=f"term ({units[title]})")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     drawn.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside right upper")
     return drawn
+
+
+def _bar_names(points: Sequence[Outcome]) -> list[str]:
+    """Name the bars of points of one pair: those that differ in their seed alone share one."""
+    found = []
+    for point in points:
+        alike = [other for other in points if other.label == point.label]
+        apart = [
+            getattr(point, name) or "none"
+            for name in ("select", "main")
+            if len({getattr(other, name) for other in alike}) > 1
+        ]
+        found.append(", ".join([point.label, *apart]))
+    return found
 
 
 def _mean(terms: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import deltalab
-from deltalab.report.outcomes import Outcome
 from deltalab.report.page.cards import VERDICTS, Card, Warn
 from deltalab.report.page.chart import chart, is_symlog
 from deltalab.report.page.libraries import datatables, digest, vega
@@ -21,6 +20,7 @@ from deltalab.report.page.plain import without_card
 from deltalab.report.page.points import MOST_POINTS, Points, gather, tabulate
 from deltalab.report.page.views import shown
 from deltalab.store import files
+from deltalab.store.record import Outcome
 
 NAME = "index.html"
 

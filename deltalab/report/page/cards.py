@@ -34,7 +34,7 @@ class Card:
     Attributes:
         facts: what else is known, by its title, such as `seeds` and `hardware`.
         commands: title -> shell command.
-        csv: the file of its points, if there is one.
+        lines: the file of its points, JSON lines, if there is one.
         experiments: whose points it tells of.
         page: the report that lists every point.
     """
@@ -53,7 +53,7 @@ class Card:
     date: str = ""
     figures: tuple[Figure, ...] = ()
     tables: tuple[Grid, ...] = ()
-    csv: Path | None = None
+    lines: Path | None = None
     experiments: tuple[str, ...] = ()
     page: str = ""
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.report.page.points import Points
+from deltalab.report.page.points import TERM, Points
 
 # Okabe and Ito's palette without its yellow, as in the figures.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
@@ -16,7 +16,7 @@ SHAPES = (
 GREY = "#888888"
 EVERY = ""
 MOST_TICKS = 9
-GROUPS = {"kind of edit": "family", "model": "model", "experiment": "experiment", "class": "class"}
+GROUPS = {"kind of edit": "family", "model": "pair", "experiment": "experiment", "class": "classed"}
 
 
 def chart(points: Points) -> dict[str, Any] | None:
@@ -53,7 +53,7 @@ def chart(points: Points) -> dict[str, Any] | None:
             _line((low, low), (high, high), width=1.2),
             _line((low, 0), (high, 0), dash=[4, 3]),
             _line((0, low), (0, high), dash=[4, 3]),
-            _marks(axis),
+            _marks(points, axis),
         ],
         "config": {
             "font": "system-ui, sans-serif",
@@ -79,7 +79,7 @@ def _choices(points: Points, shown: Sequence[str]) -> list[dict[str, Any]]:
         return {"name": name, "value": values[0], "bind": bind}
 
     every = [name for names in points.values("experiment") for name in names.split(", ")]
-    models, experiments = sorted(set(points.values("model"))), sorted({*every})
+    models, experiments = sorted(set(points.values("pair"))), sorted({*every})
     titles = [points.terms[rule] for rule in shown]
     groups = {name: sorted(set(points.values(name))) for name in GROUPS.values()}
     return [
@@ -101,24 +101,17 @@ def _transforms(points: Points, shown: Sequence[str]) -> list[dict[str, Any]]:
         {"calculate": "datum[rule]", "as": "term"},
         {"calculate": "datum[colour_by]", "as": "group"},
         {"filter": "isValid(datum.term) && isValid(datum.change)"},
-        {"filter": f"one_model == '{EVERY}' || datum.model == one_model"},
+        {"filter": f"one_model == '{EVERY}' || datum.pair == one_model"},
         {"filter": f"one_experiment == '{EVERY}' || indexof({asked}) >= 0"},
     ]
 
 
-def _marks(axis: dict[str, Any]) -> dict[str, Any]:
+def _marks(points: Points, axis: dict[str, Any]) -> dict[str, Any]:
     tips = {
-        "model": "model",
-        "edit": "edit",
-        "seed": "seed",
-        "select": "tensors",
-        "term": "term",
-        "change": "measured change",
-        "error": "± error",
-        "class": "class",
-        "experiment": "experiment",
-        "key": "record",
-    }
+        name: each.title
+        for name, each in points.fields.items()
+        if not each.hidden and not name.startswith(TERM)
+    } | {"term": "term"}
     legend = {
         "title": None,
         "orient": "bottom",

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltalab.report.outcomes import number, plain
 from deltalab.report.page.cards import VERDICTS, Card, Figure, Grid, Warn, lighter
+from deltalab.store.fields import number, plain
 
 
 def read_cards(directory: Path, warn: Warn) -> list[Card]:
@@ -74,7 +74,7 @@ def parse(card: Any, path: Path, warn: Warn) -> Card:
         date=text(card.get("date")),
         figures=tuple(_figures(items(card.get("figures")), path.parent, warn)),
         tables=tuple(_grid(table) for table in items(card.get("tables")) if table),
-        csv=beside(path.parent, card.get("csv"), (".csv",), warn),
+        lines=beside(path.parent, card.get("lines"), (".jsonl",), warn),
         experiments=(name, *(text(each) for each in items(card.get("experiments")))),
     )
 

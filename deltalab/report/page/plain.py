@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltalab.report.figures import FIGURES
-from deltalab.report.outcomes import Outcome
 from deltalab.report.page.cards import Card, Figure, lighter
+from deltalab.store.record import Outcome
 
 LONGEST = 120
 """Bytes of a file's name before its ending; systems allow 255 with it."""

@@ -1,23 +1,24 @@
-"""The points that the page draws and lists: from the records, else from the cards' CSV files."""
+"""The points that the page draws and lists: from the records, else from the cards' own files."""
 
-import csv
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from deltalab.report.outcomes import Outcome, Term, rules, sort_key
+from deltalab.report import reading
+from deltalab.report.outcomes import rules, sort_key
 from deltalab.report.page.cards import Card, Warn
+from deltalab.store.fields import Field, Shows
+from deltalab.store.record import Outcome, table
 
-_SETTING = re.compile(r"(\S+?)=(.*?)(?= \S+?=|$)")
 MOST_POINTS = 10_000
 """Points that a page holds; of more, it holds this many, evenly chosen."""
+TERM = "term_"
+Cell = float | str | None
 
 
 @dataclass(frozen=True)
-class Field:
+class Column:
     """A column of all points: its title, whether it holds numbers, and is left out of the table."""
 
     title: str
@@ -27,41 +28,43 @@ class Field:
 
 @dataclass(frozen=True)
 class Points:
-    """All points as rows of plain JSON, a cell for each field.
+    """All points as rows of plain JSON, a cell for each column.
 
     Attributes:
-        fields: name -> field, in the order of the cells; terms are called `term_<rule>`.
+        fields: name -> column, in the order of the cells; terms are called `term_<rule>`.
         total: how many points there are; `rows` are fewer where they were thinned out.
     """
 
-    fields: Mapping[str, Field]
-    rows: Sequence[Sequence[float | str | None]]
+    fields: Mapping[str, Column]
+    rows: Sequence[Sequence[Cell]]
     total: int
 
     def values(self, name: str) -> list[Any]:
-        """Return one field of all rows."""
+        """Return one field of all rows, null where there is no such column."""
+        if name not in self.fields:
+            return [None] * len(self.rows)
         place = list(self.fields).index(name)
         return [row[place] for row in self.rows]
 
     @property
     def terms(self) -> dict[str, str]:
         """Map the fields that hold terms to their titles."""
-        return {n: field.title for n, field in self.fields.items() if n.startswith("term_")}
+        return {n: field.title for n, field in self.fields.items() if n.startswith(TERM)}
 
 
 def gather(points: Sequence[Outcome], cards: Sequence[Card], warn: Warn) -> list[Outcome]:
-    """Join the records with those points of the cards' CSV files that no record tells of.
+    """Join the records with those points of the cards' files that no record tells of.
 
     A point of several experiments is one point, whose experiment names them all.
     """
     found = list(points)
     seen = {point.key for point in points}
     for card in cards:
-        if card.csv:
+        if card.lines:
             try:
-                more = read_csv(card.csv)
-            except (OSError, ValueError, csv.Error) as problem:
-                warn(f"skipped {card.csv}: {' '.join(str(problem).split())}")
+                more = reading.lines(card.lines)
+            except (OSError, ValueError) as problem:
+                warn(f"skipped {card.lines}: {' '.join(str(problem).split())}")
                 continue
             found += [point for point in more if point.key not in seen]
     joined: dict[str, list[Outcome]] = {}
@@ -75,41 +78,6 @@ def _names(points: Sequence[Outcome]) -> str:
     return ", ".join(sorted({point.experiment for point in points}))
 
 
-def read_csv(path: Path) -> list[Outcome]:
-    """Read the points of a card: one a line, empty cells for what was not computed.
-
-    Raises:
-        ValueError: if a column that every point has is missing, or a number is none.
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        names = reader.fieldnames or []
-        missing = [name for name in ("key", "model", "edit", "change") if name not in names]
-        if missing:
-            raise ValueError(f"no column {', '.join(missing)}")
-        return [_outcome(line) for line in reader]
-
-
-def _outcome(line: Mapping[str, Any]) -> Outcome:
-    def numbers(name: str) -> float | None:
-        return float(line[name]) if line.get(name) else None
-
-    terms = {name: name[len("term_") :] for name in line if name and name.startswith("term_")}
-    return Outcome(
-        model=line["model"] or "",
-        edit=line["edit"] or "",
-        settings=dict(_SETTING.findall(line.get("settings") or "")),
-        experiment=line.get("experiment") or "",
-        key=line["key"] or "",
-        seed=int(line["seed"]) if line.get("seed") else None,
-        select=line.get("select") or None,
-        terms={rule: Term(rule, None, numbers(name)) for name, rule in terms.items() if line[name]},
-        change=numbers("change"),
-        error=numbers("error"),
-        classed=line.get("class") or None,
-    )
-
-
 def tabulate(points: Sequence[Outcome], most: int = MOST_POINTS) -> Points:
     """Turn points into rows; of more than `most`, keep that many, evenly spaced in their order.
 
@@ -118,38 +86,76 @@ def tabulate(points: Sequence[Outcome], most: int = MOST_POINTS) -> Points:
     'dare p=0.5'
     """
     every = [points[i * len(points) // most] for i in range(most)] if len(points) > most else points
-    titles = rules(every)
-    fields = {
-        "model": Field("model"),
-        "edit": Field("edit"),
-        "family": Field("kind of edit", hidden=True),
-        "seed": Field("seed", numeric=True),
-        "change": Field("measured change", numeric=True),
-        "error": Field("± error", numeric=True),
-        **{f"term_{rule}": Field(f"term {title}", numeric=True) for rule, title in titles.items()},
-        "class": Field("class"),
-        "select": Field("tensors"),
-        "experiment": Field("experiment"),
-        "key": Field("record"),
-    }
-    return Points(fields, [_row(point, titles) for point in every], len(points))
+    columns: dict[str, Column] = {}
+    cells: list[list[Cell]] = []
+    for each in table():
+        if Shows.PAGE in each.shows:
+            for name, column, own in VIEWS.get(each.name, _plain)(each, every):
+                columns[name] = column
+                cells.append(own)
+    return Points(columns, list(zip(*cells, strict=True)), len(points))
 
 
-def _row(point: Outcome, titles: Mapping[str, str]) -> list[float | str | None]:
-    terms = [point.terms.get(rule) for rule in titles]
+Made = list[tuple[str, Column, list[Cell]]]
+"""Columns with their names and cells."""
+
+
+def _plain(field: Field, points: Sequence[Outcome]) -> Made:
+    """Show a field in a column, or in one for each of its names, where any point has it."""
+    found = [dict(field.kind.flat(getattr(point, field.name))) for point in points]
+    names = dict.fromkeys(n for own in found for n, v in own.items() if v not in (None, ""))
+    made: Made = []
+    for name in names:
+        values = [own.get(name) for own in found]
+        numeric = all(isinstance(value, int | float | None) for value in values)
+        cells = [_number(value) if numeric else value or "" for value in values]
+        title = f"{field.title} {name}".rstrip()
+        made.append((f"{field.name}_{name}".rstrip("_"), Column(title, numeric=numeric), cells))
+    return made
+
+
+def _number(value: float | None) -> float | None:
+    return value if isinstance(value, int) else short(value)
+
+
+def _differing(field: Field, points: Sequence[Outcome]) -> Made:
+    """Show a field where points differ in it."""
+    return _plain(field, points) if len({getattr(p, field.name) for p in points}) > 1 else []
+
+
+def _edit(field: Field, points: Sequence[Outcome]) -> Made:
     return [
-        point.model,
-        point.label,
-        point.edit,
-        point.seed,
-        short(point.change),
-        short(point.error),
-        *(None if term is None else short(term.value) for term in terms),
-        "failed" if point.failure is not None else point.classed or "",
-        point.select or "",
-        point.experiment,
-        point.key,
+        (field.name, Column(field.title), [point.label for point in points]),
+        ("family", Column("kind of edit", hidden=True), [point.edit for point in points]),
     ]
+
+
+def _classes(field: Field, points: Sequence[Outcome]) -> Made:
+    cells: list[Cell] = [
+        "failed" if point.failure is not None else point.classed or "" for point in points
+    ]
+    return [(field.name, Column(field.title), cells)]
+
+
+def _terms(field: Field, points: Sequence[Outcome]) -> Made:
+    return [
+        (
+            f"{TERM}{rule}",
+            Column(f"{field.title} {title}", numeric=True),
+            [short(p.terms[rule].value) if rule in p.terms else None for p in points],
+        )
+        for rule, title in rules(points).items()
+    ]
+
+
+VIEWS: dict[str, Callable[[Field, Sequence[Outcome]], Made]] = {
+    "edit": _edit,
+    "settings": lambda field, points: [],  # in the edit's label
+    "classed": _classes,
+    "terms": _terms,
+    **dict.fromkeys(("data", "objective"), _differing),
+}
+"""Fields that show otherwise than their kinds do."""
 
 
 def short(value: float | None) -> float | None:

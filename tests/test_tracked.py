@@ -1,17 +1,14 @@
 import json
 import os
-import random
 import re
-import shutil
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import pytest
 
 from deltalab import cli, run
-from deltalab.report import offline, reading
+from deltalab.report import reading
 from deltalab.store import records
 from deltalab.sweep import closing, sweeps
 from deltalab.tracking import trackers
@@ -20,14 +17,9 @@ FAST = ["data.test.limit=32", "data.objective.limit=32", "riemann=both", "evalua
 SWEEP = 'sweeps=[{model: mnist_vit, edit: dare, edit.p: "0.5", seed: "0,1,2"}]'
 
 
-def read(directory: Path, count: int) -> list:
-    """All points below a directory, once the service has written them; a little after finish()."""
-    end, warned = time.monotonic() + 20, []
-    while len(found := offline.read(directory, warned.append)) < count or warned:
-        assert time.monotonic() < end, (len(found), warned)
-        time.sleep(0.05)
-        warned.clear()
-    return found
+def read(directory: Path) -> list:
+    """All points that were logged below a directory."""
+    return reading.read_tracked(directory, pytest.fail)
 
 
 def record(key: str, **fields) -> dict:
@@ -46,21 +38,19 @@ def record(key: str, **fields) -> dict:
     return full | fields
 
 
-@pytest.fixture(scope="module")
-def logged(tmp_path_factory):
-    """Three logged points and a run of another project's, as the service leaves them."""
-    import wandb
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """Log a record without the service, which has tests of its own."""
 
-    directory = tmp_path_factory.mktemp("logged")
-    tracker = trackers.Wandb(dir=str(directory))
-    for number in range(3):
-        metrics = {f"task{i}/accuracy": i / 7 for i in range(700 * number)}  # several blocks
-        assert tracker.log(record(f"{number:016x}", metrics=metrics), group="g")
-    settings = wandb.Settings(silent=True, console="off")
-    with wandb.init(project="other", mode="offline", dir=directory, settings=settings) as other:
-        other.log({"record": 1.0})
-    read(directory, 3)
-    return directory
+    class Run:
+        def __init__(self):
+            self.summary = {}
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(trackers.Wandb, "_begun", lambda self, **_: Run())
+    return lambda made, **more: trackers.Wandb(dir=str(tmp_path), **more).log(made, group="g")
 
 
 def test_a_sweep_read_back_is_the_sweep_read_from_its_records(tmp_path, monkeypatch) -> None:
@@ -80,11 +70,11 @@ def test_a_sweep_read_back_is_the_sweep_read_from_its_records(tmp_path, monkeypa
     deltalab("edit=dare", "grid=none", "edit.p=0.5", "seed=0", *FAST, "tracker=wandb")
     demo = ["experiment=demo", *FAST]
     deltalab(*demo, SWEEP.replace("0,1,2", "1"))
-    assert [(p.experiment, p.seed) for p in read(tmp_path, 1)] == [("runs", 0)]
+    assert [(p.experiment, p.seed) for p in read(tmp_path)] == [("runs", 0)]
     with pytest.raises(SystemExit):
         deltalab(*demo, SWEEP, "tracker=wandb")
     expected = reading.read(tmp_path, pytest.fail)
-    found = read(tmp_path, 4)
+    found = read(tmp_path)
     assert found == expected
     assert {(p.experiment, p.seed, p.failure is None) for p in found} == {
         ("runs", 0, True), ("demo", 0, True), ("demo", 1, True), ("demo", 2, False)
@@ -96,7 +86,7 @@ def test_a_sweep_read_back_is_the_sweep_read_from_its_records(tmp_path, monkeypa
     table = max((json.loads(file.read_text()) for file in tables), key=lambda t: len(t["data"]))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [row["key"] for row in rows] == [point.key for point in expected]
-    assert [row["change"] for row in rows] == [point.change for point in expected]
+    assert [row["loss/change"] for row in rows] == [point.change for point in expected]
     assert rows[0]["term/gauss"] == expected[0].terms["gauss"].value
     images = {p.name.split("_")[1] for p in tmp_path.glob("wandb/*/files/media/images/*/*.png")}
     assert {"term", "parts"} <= images
@@ -104,86 +94,68 @@ def test_a_sweep_read_back_is_the_sweep_read_from_its_records(tmp_path, monkeypa
     monkeypatch.setattr(run, "evaluate", evaluate)
     before = len(list(tmp_path.glob("wandb/offline-run-*")))
     deltalab(*demo, SWEEP, "tracker=wandb")  # one point goes well and is logged, and a summary
-    assert read(tmp_path, 4) == reading.read(tmp_path, pytest.fail)
+    assert read(tmp_path) == reading.read(tmp_path, pytest.fail)
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == before + 2
 
 
-def test_awkward_values_come_back_as_from_the_file(tmp_path, logged) -> None:
-    shutil.copytree(logged / "wandb", tmp_path / "wandb")
+def test_awkward_values_come_back_as_from_the_file(tmp_path, log) -> None:
     for number in range(3):
         metrics = {f"task{i}/accuracy": i / 7 for i in range(700 * number)}
-        records.write(tmp_path, record(f"{number:016x}", metrics=metrics))
-    assert offline.read(tmp_path, pytest.fail) == reading.read(tmp_path, pytest.fail)
+        made = record(f"{number:016x}", metrics=metrics)
+        assert log(made)
+        records.write(tmp_path, made)
+    assert len(read(tmp_path)) == 3
+    assert read(tmp_path) == reading.read(tmp_path, pytest.fail)
 
 
-def test_the_latest_run_of_a_point_counts_and_experiments_are_apart(tmp_path) -> None:
-    tracker = trackers.Wandb(dir=str(tmp_path))
-    for experiment, seconds in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
+def test_the_latest_run_of_a_point_counts_and_experiments_are_apart(tmp_path, log) -> None:
+    for project, experiment, seconds in (
+        ("p", "a", 1.0), ("p", "b/c", 2.0), ("p", "a", 3.0), ("q", "a", 4.0),
+    ):  # fmt: skip
         again = record("0" * 16, experiment=experiment, seconds={"total": seconds})
-        assert tracker.log(again, group="g")
-    found = {}
-    end = time.monotonic() + 20
-    while found != {"a": 3.0, "b": 2.0}:
-        assert time.monotonic() < end, found
-        found = {p.experiment: p.seconds for p in offline.read(tmp_path, lambda line: None)}
+        assert log(again, project=project)
+        time.sleep(0.01)
+    assert {p.experiment: p.seconds for p in read(tmp_path)} == {"a": 4.0, "b/c": 2.0}
 
 
-def test_runs_that_were_sent_at_once_are_read_too(tmp_path, logged) -> None:
-    shutil.copytree(logged / "wandb", tmp_path / "wandb")
-    whole = offline.read(tmp_path, pytest.fail)
-    for folder in (tmp_path / "wandb").glob("offline-run-*"):
-        folder.rename(folder.with_name(folder.name.removeprefix("offline-")))
-    assert len(whole) == 3
-    assert offline.read(tmp_path, pytest.fail) == whole
+def test_a_point_that_failed_is_told_until_it_goes_well(tmp_path, log) -> None:
+    failed = record("a", status="error", error={"type": "E", "message": "m"})
+    assert log(failed)
+    assert not trackers.Wandb(dir=str(tmp_path)).logged(failed), "it runs again"
+    assert [p.failure for p in read(tmp_path)] == ["E: m"]
+    assert log(record("a"))
+    assert [p.failure for p in read(tmp_path)] == [None]
 
 
-def test_a_report_is_the_same_from_either_source(tmp_path, logged, capsys) -> None:
+def test_what_an_earlier_version_has_logged_is_read_from_the_records(tmp_path) -> None:
+    """It left files without content, to know what it had logged."""
+    place = tmp_path / reading.TRACKED / "deltalab" / "fig%2F1"
+    place.mkdir(parents=True)
+    (place / "a").touch()
+    records.write(tmp_path, record("a"))
+    (point,) = read(tmp_path)
+    assert (point.key, point.experiment) == ("a", "fig/1")
+
+
+def test_a_report_is_the_same_from_either_source_and_needs_no_wandb(
+    tmp_path, log, capsys, monkeypatch
+) -> None:
     from deltalab.report import command
 
-    shutil.copytree(logged / "wandb", tmp_path / "wandb")
+    for number in range(3):
+        assert log(record(f"{number:016x}"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert command.main([f"results={tmp_path}"]) == 2
     assert "no record in" in capsys.readouterr().err
     assert command.main([f"results={tmp_path}", "from=wandb"]) == 0
     theirs = (tmp_path / "runs.md").read_bytes()
     for number in range(3):
-        metrics = {f"task{i}/accuracy": i / 7 for i in range(700 * number)}
-        records.write(tmp_path, record(f"{number:016x}", metrics=metrics))
+        records.write(tmp_path, record(f"{number:016x}"))
     assert command.main([f"results={tmp_path}"]) == 0
     assert (tmp_path / "runs.md").read_bytes() == theirs
     capsys.readouterr()
     assert command.main([f"results={tmp_path}", "from=cloud"]) == 2
     assert "from=cloud: must be one of records, wandb" in capsys.readouterr().err
-
-
-def test_a_run_that_was_cut_short_is_told_and_the_others_are_read(tmp_path, logged) -> None:
-    shutil.copytree(logged / "wandb", tmp_path / "wandb")
-    whole = offline.read(tmp_path, pytest.fail)
-    files = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    cut = sorted(files, key=lambda file: file.stat().st_size)[-2]  # the second of the three points
-    data = cut.read_bytes()
-    for length in (0, 7, len(data) // 8):
-        cut.write_bytes(data[:length])
-        told: list[str] = []
-        assert offline.read(tmp_path, told.append) == [whole[0], whole[2]]
-        assert [f"skipped {cut}: " in line for line in told] == [True]
-    cut.write_bytes(data[:-9])  # the record was reached
-    assert offline.read(tmp_path, pytest.fail) == whole
-
-
-def test_damage_is_found_by_checksums_and_never_raises(tmp_path, logged) -> None:
-    shutil.copytree(logged / "wandb", tmp_path / "wandb")
-    whole = offline.read(tmp_path, pytest.fail)
-    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    chance = random.Random(0)
-    for _ in range(40):
-        file = chance.choice(files)
-        data = file.read_bytes()
-        damaged = bytearray(data)
-        for _ in range(chance.choice((1, 20))):
-            damaged[chance.randrange(len(data))] = chance.randrange(256)
-        file.write_bytes(damaged)
-        assert all(point in whole for point in offline.read(tmp_path, lambda line: None))
-        file.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -194,50 +166,13 @@ def test_damage_is_found_by_checksums_and_never_raises(tmp_path, logged) -> None
         ('{"schema": 7}', "schema 7"),
     ],
 )
-def test_what_is_no_record_is_told(tmp_path, monkeypatch, text: str, message: str) -> None:
-    from deltalab.tracking import runs
-
-    monkeypatch.setattr(runs, "essence", lambda record: text)
-    trackers.Wandb(dir=str(tmp_path)).log(record("0" * 16), group="g")
-    end = time.monotonic() + 20
-    while "ends before" in (told := read_told(tmp_path)):
-        assert time.monotonic() < end
-    assert re.search(message, told)
-
-
-def read_told(directory: Path) -> str:
+def test_what_is_no_record_is_told(tmp_path, log, text: str, message: str) -> None:
+    assert log(record("0" * 16))
+    (file,) = tmp_path.glob(f"{reading.TRACKED}/*/*/*")
+    file.write_text(text)
     told: list[str] = []
-    assert offline.read(directory, told.append) == []
-    return told[0]
-
-
-def test_frames_that_span_blocks_are_joined() -> None:
-    """An independent writer: pieces of at most what a block has left, blocks padded with zeros."""
-    data, sizes = bytearray(b":W&B\xe1\xbe\x00"), [1, 32768, 100_000, 5, 32740, 3, 0, 9]
-    messages = [bytes([i]) * size for i, size in enumerate(sizes)]
-    for message in messages:
-        rest, first = message, True
-        while True:
-            room = 32768 - len(data) % 32768
-            if room < 7:
-                data += bytes(room)
-                continue
-            piece, rest = rest[: room - 7], rest[room - 7 :]
-            kind = (1 if first else 4) if not rest else (2 if first else 3)
-            data += zlib.crc32(bytes([kind]) + piece).to_bytes(4, "little")
-            data += len(piece).to_bytes(2, "little") + bytes([kind]) + piece
-            first = False
-            if not rest:
-                break
-    assert list(offline.frames(bytes(data))) == messages
-    with pytest.raises(ValueError, match="not a run"):
-        list(offline.frames(b"PK\x03\x04"))
-
-
-def test_wandb_must_be_installed(monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(sys.modules, "wandb.proto", None)
-    with pytest.raises(ValueError, match="from=wandb: needs the package wandb"):
-        offline.read(tmp_path, pytest.fail)
+    assert reading.read_tracked(tmp_path, told.append) == []
+    assert re.search(message, told[0])
 
 
 # What a sweep's end sends
