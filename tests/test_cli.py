@@ -248,6 +248,26 @@ def test_plan_prints_the_cost_and_runs_nothing(deltalab, tmp_path):
     assert not (tmp_path / "records").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        (["edit=dare", "sweeps=[{grid: none, edit.p: '0.2,0.4'}]"], 2),
+        (["edit=dare", "sweeps=[{edit.p: '0.2,0.4'}]"], 10),
+        (["edit=dare", "grid=none", "sweeps=[{grid: dare, edit.p: '0.2,0.4'}]"], 10),
+        (["sweeps=[{edit: expo, grid: expo}, {edit: dare, grid: none}]"], 22),
+    ],
+    ids=str,
+)
+def test_a_grid_of_sweeps_says_which_axes_it_has(deltalab, arguments, count):
+    """On the code before, `grid: none` in `sweeps` was ignored: 10 points instead of 2."""
+    code, out, err = deltalab("-m", *arguments, "plan=true")
+    assert code == 0, err
+    assert out.startswith(f"points       {count},")
+    code, out, err = deltalab("-m", "sweeps=[{edit: dare, grid: drae}]", "plan=true")
+    assert code == 2
+    assert "sweeps=[{grid: drae}]: must be one of" in err
+
+
 def test_plan_refuses_what_does_not_fit(deltalab, monkeypatch):
     from deltalab.plan import planning
 

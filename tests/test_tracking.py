@@ -211,14 +211,57 @@ def test_failure_is_one_warning(tmp_path: Path, caplog, monkeypatch) -> None:
     assert wandb.run is None
 
 
-def test_online_without_an_account_is_a_warning(tmp_path, caplog, monkeypatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """A home without an account, and a service that does not answer."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    trackers.Wandb(dir=str(tmp_path), mode="online").log(record(0.5, 5), group="g")
+    return tmp_path
+
+
+def test_online_without_an_account_is_refused_before_the_first_point(
+    nobody, monkeypatch, capfd
+) -> None:
+    """On the code before, the whole run went on, with a warning a point and exit code 0."""
+    from deltalab import cli
+
+    point = ["riemann=off", "evaluator=none", "data.objective.limit=8", "tracker=wandb"]
+    for more in ([], ["-m", "seed=0,1"]):
+        arguments = [*more, "edit=keep", *point, "tracker.mode=online", f"results={nobody / 'r'}"]
+        monkeypatch.setattr("sys.argv", ["deltalab", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        err = capfd.readouterr().err
+        assert stop.value.code == 2
+        assert err.startswith("deltalab: tracker.mode=online: no key of an account here")
+        assert err.count("\n") == 1
+    assert not (nobody / "r" / "records").exists()
+
+
+def test_an_account_is_found_where_login_puts_it(nobody, monkeypatch) -> None:
+    (nobody / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert not trackers.has_account(), "it is of another host"
+    (nobody / "netrc").write_text("machine 127.0.0.1 login user password key\n")
+    assert trackers.has_account()
+    (nobody / "netrc").write_text("machine")
+    assert not trackers.has_account()
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert trackers.has_account()
+
+
+def test_a_service_that_does_not_answer_is_a_warning(nobody, caplog, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    trackers.Wandb(dir=str(nobody), mode="online").log(record(0.5, 5), group="g")
     assert ["0000000000000005 was not logged" in line for line in warnings(caplog)] == [True]
+
+
+@pytest.mark.parametrize("field", ["project", "entity", "group"])
+def test_names_that_the_service_refuses_are_refused_at_once(field) -> None:
+    with pytest.raises(ValueError, match=f"tracker.{field}: must have 128 characters"):
+        trackers.Wandb(**{field: "x" * 129})
 
 
 def test_nothing_is_written_when_disabled_or_absent(tmp_path: Path) -> None:

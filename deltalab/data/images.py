@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deltalab.data import pictures
+from deltalab.store import reach
 
 Batch = tuple[Tensor, Tensor]
 Transform = Callable[..., Tensor]
@@ -207,10 +208,12 @@ class HubImages:
 
         if self.path == "imagefolder" and not Path(self.dir or "").is_dir():
             raise FileNotFoundError(f"data.dir={self.dir}: no such directory")
+        if not Path(self.path).exists() and self.path != "imagefolder":
+            reach.settle()
         try:
             rows = datasets.load_dataset(self.path, self.name, data_dir=self.dir, split=self.split)
         except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"data.path={self.path}: {error}") from None
+            raise FileNotFoundError(f"data.path={self.path}: {reach.reason(error)}") from None
         for setting, column in (("image", self.image), ("label", self.label)):
             if column not in rows.column_names:
                 raise ValueError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalab.data import formats
+from deltalab.store import reach
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,14 @@ def _data_set(path: str, config: str | None, split: str | None, limit: int | Non
         import datasets
     except ModuleNotFoundError:
         raise ValueError(f"data.path={path}: a data set needs the package datasets") from None
+    if not Path(path).expanduser().exists():
+        reach.settle()
     try:
         found = datasets.load_dataset(path, config, split=split)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
         raise FileNotFoundError(
             f"data.path={path}: no file of this name or for split {split} here, and not to be had"
-            f" as a data set ({formats.plain(error)}); name a local file or clone"
+            f" as a data set ({reach.reason(error)}); name a local file or clone"
         ) from None
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(

@@ -3,13 +3,11 @@
 import json
 import logging
 import re
-import socket
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
+from deltalab.store import reach
 from deltalab.store.records import secret_in
 from deltalab.weights import contents
 
@@ -151,7 +149,7 @@ def _asked(fetch: Any, source: str, setting: str, **options: Any) -> str:
     level = log.level
     log.setLevel(logging.ERROR)  # it tells of every attempt
     try:
-        return str(fetch(local_files_only=not _reachable(), **options))
+        return str(fetch(local_files_only=not reach.settle(), **options))
     except GatedRepoError:
         raise Absent(
             f"{setting}={source}: the hub hands it out to those who accepted its licence only;"
@@ -163,25 +161,9 @@ def _asked(fetch: Any, source: str, setting: str, **options: Any) -> str:
             " reached; name a local directory"
         ) from None
     except Exception as error:  # several libraries stand between here and the hub
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Absent(
-            f"{setting}={source}: no such path here, and not to be had from the hub ({reason})"
+            f"{setting}={source}: no such path here, and not to be had from the hub"
+            f" ({reach.reason(error)})"
         ) from None
     finally:
         log.setLevel(level)
-
-
-@lru_cache(maxsize=1)
-def _reachable() -> bool:
-    """Whether the hub's name is known here; without it every request would be tried for minutes."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True

@@ -11,6 +11,7 @@ import torch
 
 from deltalab.models.live import check_dtype, live_pair
 from deltalab.settings import near
+from deltalab.store import reach
 from deltalab.store.latest import latest
 from deltalab.weights.checkpoints import opened
 from deltalab.weights.mapping import (
@@ -163,9 +164,9 @@ def locate(source: str, setting: str) -> Path:
 
     download = partial(snapshot_download, allow_patterns=["*.safetensors", "*.json"])
     try:
-        return Path(download(source))
+        return Path(download(source, local_files_only=not reach.settle()))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"{setting}={source}: no such path here, and not to be had from the hub ({reason})"
+            f"{setting}={source}: no such path here, and not to be had from the hub"
+            f" ({reach.reason(error)})"
         ) from None

@@ -4,13 +4,15 @@ Local records never depend on a tracker: whatever goes wrong in one costs a line
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from deltalab.report.reading import TRACKED
 from deltalab.settings import home
@@ -19,6 +21,8 @@ from deltalab.store.record import parse
 from deltalab.store.records import secret_in
 from deltalab.tracking import runs
 
+LONGEST = 128
+"""Characters of a name that the service takes; a longer one fails when it is sent."""
 MODES = ("offline", "online", "disabled")
 FAILED = ".failed"
 """Ends the name of the file of a point that failed: it runs again, and is logged again."""
@@ -64,7 +68,8 @@ class Wandb:
         dir: the directory in which `wandb/` is made.
 
     Raises:
-        ValueError: if `mode` is not one of these, `project` is empty or wandb is not installed.
+        ValueError: `mode` is not one of these, `project` is empty, a name is too long or a secret,
+            wandb is not installed, or it is to send at once and there is no key.
 
     >>> Wandb(mode="ofline")
     Traceback (most recent call last):
@@ -86,8 +91,16 @@ class Wandb:
             raise ValueError(f"tracker.project={self.project!r}: must be a project's name")
         if name := secret_in([self.project, self.entity, self.group]):
             raise ValueError(f"tracker: what {name} holds is no name of a project, team or group")
+        for name in ("project", "entity", "group"):
+            if len(getattr(self, name) or "") > LONGEST:
+                raise ValueError(f"tracker.{name}: must have {LONGEST} characters at most")
         if find_spec("wandb") is None:
             raise ValueError("tracker=wandb: needs the package wandb (pip install deltalab[wandb])")
+        if self.mode == "online" and not has_account():
+            raise ValueError(
+                "tracker.mode=online: no key of an account here; `wandb login` keeps one, or set"
+                " WANDB_API_KEY, or use tracker.mode=offline and `wandb sync` later"
+            )
 
     def log(self, record: Mapping[str, Any], *, group: str) -> bool:
         """Log one record as one finished run; a failure is a warning, never an exception.
@@ -202,6 +215,20 @@ class Wandb:
         experiment, key = record.get("experiment") or "runs", f"{record.get('key')}{end}"
         names = self.project, str(experiment), key
         return Path(self.dir, TRACKED, *(quote(name, safe="") for name in names))
+
+
+def has_account() -> bool:
+    """Whether wandb would find a key: in the environment, or where `wandb login` has put it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    own = os.environ.get("NETRC")
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    for place in [own] if own else ("~/.netrc", "~/_netrc"):
+        with suppress(OSError, NetrcParseError):
+            if netrc(os.path.expanduser(place)).authenticators(str(host)):
+                return True
+    settings = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"  # it may name another host
+    return (Path(settings).expanduser() / "settings").is_file()
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from deltalab.store import reach
+
 
 class Refused(ValueError):
     """A task would run Python that did not come with lm-eval or this package."""
@@ -32,30 +34,29 @@ def refused(own: Sequence[Path], allowed: bool) -> Iterator[None]:
     from lm_eval.api.registry import metric_registry
     from lm_eval.tasks import _yaml_loader as loader
 
-    if allowed:
-        yield
-        return
     trusted = [place.resolve() for place in own]
     originals = loader._import_func_in_yml, api.get_metric, datasets.load_dataset, loader._Base
 
     def function(name: str, place: Path) -> Any:
-        if not any(place.resolve().is_relative_to(root) for root in trusted):
+        if not allowed and not any(place.resolve().is_relative_to(root) for root in trusted):
             raise Refused(_message(f"the task files of {place}", f"the function {name}"))
         return originals[0](name, place)
 
     def metric(name: str, hf_evaluate_metric: bool = False) -> Any:
         originals[1]("acc")  # the first look at any metric registers all there are
-        if hf_evaluate_metric or name not in metric_registry:
+        if not allowed and (hf_evaluate_metric or name not in metric_registry):
             raise Refused(_message("a task file", f"the script of the metric {name}"))
-        return originals[1](name)
+        return originals[1](name, hf_evaluate_metric)
 
     def load_dataset(path: str, *args: Any, **options: Any) -> Any:
-        if path == "pandas":
+        if path == "pandas" and not allowed:
             raise Refused(_message("a task file", "the pickles of dataset_path: pandas"))
+        if "/" in path and not Path(path).exists():
+            reach.settle()
         return originals[2](path, *args, **options)
 
     loader._import_func_in_yml, api.get_metric = function, metric
-    datasets.load_dataset, loader._Base = load_dataset, _safe()
+    datasets.load_dataset, loader._Base = load_dataset, loader._Base if allowed else _safe()
     try:
         yield
     finally:

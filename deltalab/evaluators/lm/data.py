@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalab.data import formats
+from deltalab.store import reach
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _USUAL = re.compile(r"(auxiliary_)?(train|test|valid|dev)")
@@ -208,7 +209,7 @@ def directory(path: str, setting: str) -> Path:
 def unreachable(entry: Any, error: Exception) -> str:
     """Return why a task could not be built, and what would help."""
     source = raw(entry.yaml_path).get("dataset_path") if entry.yaml_path else None
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = reach.reason(error)[:200]
     if source is None or source in _FORMATS:
         return f"cannot be loaded ({type(error).__name__}: {reason})"
     return (

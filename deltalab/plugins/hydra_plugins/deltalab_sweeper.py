@@ -52,7 +52,7 @@ class PointsSweeper(BasicSweeper):
         for axes in grids or [{}]:
             if not isinstance(axes, (dict, DictConfig)):
                 raise ValueError(f"sweeps=[{axes}]: every grid must map settings to values")
-            params = {**self.params, **axes}
+            params = {**self._grid(axes), **{k: v for k, v in axes.items() if k != "grid"}}
             values = {key: "null" if value is None else value for key, value in params.items()}
             grid = parser.parse_overrides([f"{key}={value}" for key, value in values.items()])
             self._guard(grid + given)
@@ -63,6 +63,16 @@ class PointsSweeper(BasicSweeper):
         for point in points:
             models.setdefault(_settings_of("model", point), len(models))
         return [list(p) for p in sorted(points, key=lambda p: models[_settings_of("model", p)])]
+
+    def _grid(self, axes: Any) -> Dict[str, Any]:
+        """Return the axes that every point of a grid has: the chosen edit's, or those of `grid`."""
+        if "grid" not in axes:
+            return dict(self.params)
+        name, loader = str(axes["grid"]), self.hydra_context.config_loader
+        options = loader.get_group_options("grid")
+        if name not in options:
+            raise ValueError(f"sweeps=[{{grid: {name}}}]: must be one of {', '.join(options)}")
+        return dict(loader.repository.load_config(f"grid/{name}").config)
 
     def _guard(self, overrides: List[Any]) -> None:
         """Refuse to sweep over edits while each has a grid of its own, which Hydra would drop."""
