@@ -10,6 +10,7 @@ takes the settings of `deltalab` that choose a model and an edit (model, edit, s
 """
 
 import gc
+import logging
 import sys
 from typing import Any
 
@@ -59,7 +60,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from deltalab.apply import stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
-    from deltalab.weights import select
+    from deltalab.weights import configs, select
 
     gc.freeze()
     gc.enable()
@@ -91,6 +92,9 @@ def save(arguments: list[str]) -> dict[str, Any]:
     edits.needs_of(edit)
     out = Path(own["out"]).expanduser()
     pre, post = _checkpoints(settings["model"])
+    old, new = (configs.content(place / "config.json") for place in (pre, post))  # none of files
+    if line := configs.differences(old, new):
+        logging.getLogger("deltalab").warning(line)
     manifest = stream.stream(
         pre,
         post,

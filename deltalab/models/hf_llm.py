@@ -108,7 +108,7 @@ def _open(spec: HfPair) -> ModelPair:
     pre, post = spec.checkpoints
     code = spec.trust_remote_code
     config = configuration(post, "model.post", code)
-    if line := differences(hub.described_by(pre), hub.described_by(post)):
+    if line := differences(pre, post, config, code):
         log.warning(line)
     sides = opened(pre, "model.pre"), opened(post, "model.post")
     encoder = _encoder(spec, pre, post, config)

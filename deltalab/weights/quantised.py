@@ -5,12 +5,12 @@ checkpoint holds is judged by what its configuration declares and by names and d
 headers, of which either is enough: both get lost when files are copied.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deltalab.weights import configs
 from deltalab.weights.headers import plain
 from deltalab.weights.mapping import Checkpoint
 
@@ -48,12 +48,12 @@ def sign(checkpoint: Checkpoint) -> str | None:
 
 def declared(directory: Path) -> str | None:
     """Return what the configuration files in a directory say of quantised weights, or None."""
-    for content in _sections(_content(directory / "config.json")):
+    for content in _sections(configs.content(directory / "config.json")):
         for field in DECLARED:
             if found := content.get(field):
                 return f"{field} in config.json{_method(found)}"
     for file in BESIDE:
-        if found := _content(directory / file):
+        if found := configs.content(directory / file):
             return f"{file}{_method(found)}"
     return None
 
@@ -68,15 +68,6 @@ def _coded(checkpoint: Checkpoint) -> str | None:
         if (integers and (scaled or _CODES.search(name))) or (dtype in EIGHT_BITS and dimensions):
             return f"tensor {plain(name[:100])!r} of dtype {dtype}"
     return None
-
-
-def _content(file: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where there is none: others complain of what is damaged."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _sections(content: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
