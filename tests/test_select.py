@@ -69,7 +69,9 @@ def test_mistakes(setting, message: str) -> None:
         check(setting)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "vit_tiny_patch16_224", "swinv2_tiny_window8_256", "volo_d1_224"]
+)
 def test_statistics_and_tables_are_never_selected(name):
     """A module knows which of its tensors are parameters; so must the names of a file."""
     timm = pytest.importorskip("timm")

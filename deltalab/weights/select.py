@@ -21,9 +21,10 @@ _TABLE = re.compile(
 
 _NOT_LEARNED = re.compile(
     r"(^|[._])(running_mean|running_var|num_batches_tracked|position_ids|(original_)?inv_freq"
-    r"|masked_bias|relative_position_index|(input|output)_(min|max))$|(^|\.)attn\.bias$"
+    r"|masked_bias|relative_position_index|(input|output)_(min|max))$"
 )
 """Statistics of the data and tables that are computed: no parameters, though files hold them."""
+_MASK = re.compile(r"(^|\.)attn(\.attention)?\.bias$")  # of four dimensions, unlike a bias
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def selected(
     >>> selected("all", "bn1.running_var", (4,)), selected("all", "bn1.weight", (4,))
     (False, True)
     """
-    if _NOT_LEARNED.search(name):
+    if _NOT_LEARNED.search(name) or (len(shape) > 2 and _MASK.search(name)):
         return False
     chosen = check(select)
     if chosen.include and not any(re.search(p, name) for p in chosen.include):
