@@ -1,4 +1,4 @@
-"""An edit on a tensor and on a model (`editing`), and from disk to disk (`stream`).
+"""An edit on a tensor and on a model (`editing`), and from disk to disk (`stream`, in the `layout` of its files).
 
 `extras` gives an edit what it asks for beside the delta, `audit` counts what it did.
 """

@@ -37,13 +37,16 @@ def filled(
     return ModelPair(pre=weights[0], post=weights[1], module=module, transform=encoder)
 
 
-def configuration(path: Path, setting: str, code: bool = False) -> Any:
+def configuration(
+    path: Path, setting: str, code: bool = False, dequantize: bool | None = None
+) -> Any:
     """Return the configuration in a directory; no code that comes with it is run, unless asked.
 
     Args:
         path: the directory.
         setting: the setting that names it, for messages.
         code: whether Python code that the directory holds or names may be run.
+        dequantize: as for `checkpoints.opened`.
 
     Raises:
         FileNotFoundError: no `config.json`.
@@ -56,7 +59,7 @@ def configuration(path: Path, setting: str, code: bool = False) -> Any:
         adapter = (path / "adapter_config.json").is_file()
         hint = "an adapter; merge it into its model and save that" if adapter else "no config.json"
         raise FileNotFoundError(f"{setting}={path}: {hint}")
-    checkpoints.check_declared(path, setting)
+    checkpoints.check_declared(path, setting, dequantize)
     if code:
         log.warning(
             "model.trust_remote_code=true: the classes of configuration, model and tokenizer that"
@@ -73,6 +76,8 @@ def configuration(path: Path, setting: str, code: bool = False) -> Any:
             ) from None
         raise ValueError(f"{setting}={path}: config.json: {_line(error)}") from None
     config._attn_implementation = None  # the file could name code on the hub
+    if hasattr(config, "quantization_config"):  # of weights that are decoded
+        del config.quantization_config
     return config
 
 
@@ -126,7 +131,7 @@ def differences(pre: Path, post: Path, config: Any, code: bool) -> str | None:
     if not contents[0] or code:
         return configs.differences(*contents)
     try:
-        other = configuration(pre, "model.pre")
+        other = configuration(pre, "model.pre", dequantize=True)
     except ValueError:  # of a model that is not opened by it
         return configs.differences(*contents)
     return configs.differences(other.to_dict(), config.to_dict(), complete=True)
