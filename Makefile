@@ -4,6 +4,8 @@ BIN     := $(VENV)/bin
 UV      := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q -c constraints.txt
 SCALE   ?= demo
 RESULTS ?= $(if $(filter demo,$(SCALE)),results,results/$(SCALE)-scale)
+# Where reports go: beside the records but over nothing that git tracks, unless INTO=DIR is given.
+REPORT   = $(BIN)/deltalab-report results=$(RESULTS) $(if $(INTO),into=$(INTO))
 SWEEP   ?= hydra/launcher=$(if $(filter demo,$(SCALE)),workers,gpus)
 PAPER   := table1 fig1 fig2 fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12 fig13
 STUDIES := intensity rules predict
@@ -20,11 +22,11 @@ help: ## show this list
 
 demo: $(VENV)/.user ## install, sweep every kind of edit over the embedded pairs, print the table
 	@$(BIN)/deltalab -m experiment=demo results=$(RESULTS)
-	@$(BIN)/deltalab-report results=$(RESULTS) experiment=demo
+	@$(REPORT) experiment=demo
 
 demo-llm: $(VENV)/.user ## the same on small language models, scored by lm-eval
 	@$(BIN)/deltalab -m experiment=demo_llm results=$(RESULTS)
-	@$(BIN)/deltalab-report results=$(RESULTS) experiment=demo_llm
+	@$(REPORT) experiment=demo_llm
 
 $(PAPER) $(STUDIES): $(VENV)/.user
 	@$(BIN)/deltalab -m experiment=$@ scale=$(SCALE) results=$(RESULTS) $(SWEEP)
@@ -34,7 +36,7 @@ $(PAPER) $(STUDIES): $(VENV)/.user
 reproduce: $(VENV)/.user ## every table, figure and study of the paper at SCALE=demo (or paper), the page
 	@for name in fig8 fig11 fig12 $(filter-out fig8 fig11 fig12,$(PAPER)) $(STUDIES); do \
 	  $(MAKE) --no-print-directory $$name || exit; done
-	@$(BIN)/deltalab-report results=$(RESULTS) >/dev/null
+	@$(BIN)/deltalab-report results=$(RESULTS) into=$(RESULTS) >/dev/null
 
 test: $(VENV)/.dev ## install the dev tools, run the whole test suite
 	@$(BIN)/pytest -n 2
@@ -57,7 +59,7 @@ format: $(VENV)/.dev ## format the code
 	@$(BIN)/ruff check --fix deltalab experiments tests
 
 report: $(VENV)/.user ## tables and figures from the records in RESULTS
-	@$(BIN)/deltalab-report results=$(RESULTS)
+	@$(REPORT)
 
 fuzz: $(VENV)/.dev ## property tests with 29,400 cases, some minutes
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/test_fuzz_checkpoints.py tests/test_fuzz_settings.py tests/test_fuzz_edits.py tests/test_fuzz_rows.py
@@ -76,7 +78,8 @@ bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, again
 	@$(BIN)/python -m experiments.bench.lm_eval bare
 	@$(BIN)/python -m experiments.bench.lm_eval loop
 
-results: demo ## the demo again from scratch, its table into the README
+results: ## the demo again, its committed report and its table in the README
+	@$(MAKE) --no-print-directory demo INTO=$(RESULTS)
 	@$(BIN)/python -m experiments.readme
 
 clean: ## remove the environment and caches, keep results

@@ -21,7 +21,8 @@ when they were used last.
   max-size=20GB    remove the least recently used until the rest is no larger
   clear            remove all
 
-What a running process writes or reads stays. Whatever is removed is computed again when needed.
+What a running process writes stays. Only artefacts are removed, and links are not followed; a
+directory that holds anything else is refused. Whatever is removed is computed again when needed.
 """
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -47,10 +48,12 @@ def cache(arguments: Sequence[str]) -> None:
     root, kind = Path(place).expanduser(), given.get("kind")
     if not root.is_dir():
         raise ValueError(f"{place}: no such directory, there are no artefacts")
+    eviction.check(root)
     kinds = sorted({entry.kind for entry in eviction.entries(root)})
     if kind is not None and kind not in kinds:
         raise ValueError(f"kind={kind}: none here; there are {', '.join(kinds) or 'none at all'}")
     if "clear" in given or "max-size" in given:
+        eviction.claim(root)
         most = 0 if "clear" in given else size_of(given["max-size"])
         removed = eviction.evict(root, most, kind)
         size = written(sum(entry.size for entry in removed))

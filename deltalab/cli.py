@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, keys, settings
+from deltalab import console, flags, keys, settings
 from deltalab.report.point_line import describe
 from deltalab.settings import conf_dir
 from deltalab.store import locks, records
@@ -52,12 +52,35 @@ def point(cfg: DictConfig) -> str | None:
         if sweeping:  # the sweeper counts failures when all points have run
             overrides = " ".join(hydra.overrides.task)
             sweeps.note(hydra.runtime.output_dir, sweeps.FAILURE, console.one_line(error))
+            if unopened(error):
+                raise stopping.Ended(error) from None
             console.point_done(f"failed: {overrides}: {console.one_line(error)}")
         elif isinstance(error, mistakes()):  # Hydra would put a line of its own before ours
             fail(error)
         raise
     console.point_done(describe(record, skipped))
     return None
+
+
+def unopened(error: Exception) -> bool:
+    """Whether a point failed because its pair cannot be opened: so would all others of it."""
+    from deltalab.reference import Unopened
+
+    return isinstance(error, Unopened)
+
+
+def check(cfg: DictConfig, hydra: Any) -> None:
+    """Build all parts of a point but its models, and its tracker; what is finished was valid.
+
+    Raises:
+        ValueError: a setting out of range, unknown, or of the wrong type.
+    """
+    values, choices = _plain(cfg, hydra)
+    if _done(values, choices) is None:
+        from deltalab.run import build, validated
+
+        validated(values, choices)
+        build(values["tracker"], "tracker")
 
 
 def _run(cfg: DictConfig, hydra: Any, sweeping: bool) -> tuple[dict[str, Any], bool]:
@@ -147,7 +170,7 @@ def known_names(arguments: list[str]) -> list[str]:
     """Return all settings of the config with the groups that the arguments choose, as `edit.p`."""
     from hydra import compose, initialize_config_dir
 
-    groups = [a for a in arguments if "." not in a.split("=")[0] and a.split("=")[0] in top_level()]
+    groups = [a for a in arguments if a.split("=")[0] in top_level() and "=" in a]
     for chosen in (groups, []):
         try:
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -165,6 +188,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)
     try:
+        arguments = sys.argv[1:]
+        sys.argv[1:] = flags.arranged(arguments, lambda: known_names(arguments))
         with composing.guarded():
             run()
     except console.SweepFailed as error:

@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from deltalab.models import embedded, hub
-from deltalab.settings import conf_dir
+from deltalab.settings import option_file
 from deltalab.store import digests
 from deltalab.store.classes import described
 from deltalab.weights import contents
@@ -164,8 +164,8 @@ def _option(group: str, step: Any, where: str, full: bool) -> Any:
     given: Mapping[str, Any] = {}
     if isinstance(step, Mapping) and len(step) == 1:
         name, given = next(iter(step.items()))
-    file = conf_dir() / group / f"{name}.yaml"
-    if not file.is_file():
+    file = option_file(group, str(name))
+    if file is None:
         return canonical(step)  # building says what is wrong with it
     option: Any = OmegaConf.to_container(OmegaConf.load(file))
     settings = {**option, **(given or {})}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltalab.console import one_line
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
 from deltalab.loss.artifacts import Store
@@ -74,6 +75,10 @@ class Reference:
         return self._halves[half]
 
 
+class Unopened(ValueError):
+    """The pair cannot be opened, and so no point of it can be run."""
+
+
 @latest.latest("reference", *OPENED)
 def opened(
     model: Any,
@@ -94,8 +99,14 @@ def opened(
         artifacts: where gradients and slopes are kept.
         artifacts_gb: how much of them; None: all.
         shared: what decides them, ready for JSON.
+
+    Raises:
+        Unopened: the pair's files are missing, damaged, or do not fit.
     """
-    pair = finite.checked(model.open(), nonfinite)
+    try:
+        pair = finite.checked(model.open(), nonfinite)
+    except (ValueError, OSError) as error:
+        raise Unopened(one_line(error)) from error
     most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
 
     def store(half: str | None) -> Store:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +20,23 @@ from torch import Tensor
 from deltalab import settings as checks
 from deltalab.apply import editing
 from deltalab.apply.audit import audit
-from deltalab.apply.extras import Extras
+from deltalab.apply.extras import Extras, check_needs
+from deltalab.console import one_line
 from deltalab.data import splits
-from deltalab.edits import needs_of
 from deltalab.evaluators.scores import Scores
 from deltalab.keys import BESIDE, Choices, determinants, salt_of
 from deltalab.loss import distill
-from deltalab.loss.objectives import Loss, Measured, change, influences, measure
+from deltalab.loss.objectives import Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
 from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.reference import OPENED, Reference, opened
-from deltalab.store import latest, locks, records
+from deltalab.reference import OPENED, Reference, Unopened, opened
+from deltalab.store import eviction, latest, locks, records
 from deltalab.store.digests import key_of
 from deltalab.store.effects import check_margin, classify, two_errors
 from deltalab.weights import finite, select
-from deltalab.weights.mapping import Weights, loaded
+from deltalab.weights.mapping import Weights, difference, loaded
 
 log = logging.getLogger(__name__)
 BUILT = ("objective", "evaluator", "riemann", "prediction")
@@ -100,6 +101,9 @@ def run(
     ) is not None:
         return done, True
     records.check_writable(results)
+    if point.artifacts:
+        with suppress(OSError):  # a store that cannot be written costs time and no point
+            eviction.claim(Path(point.artifacts))
     with locks.held(records.lock_of(results, point.key)) as lock:
         done = records.finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:
@@ -125,26 +129,11 @@ def run(
 
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
-    checks.check_top(settings)
-    finite.check(settings["nonfinite"])
+    chosen, parts = validated(settings, choices)
     margin = check_margin(settings["margin"])
-    edit_settings = dict(settings["edit"])
-    chosen = edit_settings.pop("select")
-    chosen = settings["select"] or chosen
-    select.check(chosen)
-    edit = build(edit_settings, "edit")
-    needs_of(edit)
-    model = build(settings["model"], "model")
-    parts = {name: build(settings[name], name) for name in BUILT}
-    parts |= {"edit": edit, "model": model}
-    found = _determined(settings, choices, model)
+    found = _determined(settings, choices, parts["model"])
     return Point(
-        model=model,
-        edit=edit,
-        objective=parts["objective"],
-        evaluator=parts["evaluator"],
-        riemann=parts["riemann"],
-        prediction=parts["prediction"],
+        **parts,
         select=chosen,
         seed=settings["seed"],
         nonfinite=settings["nonfinite"],
@@ -158,16 +147,40 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     )
 
 
+def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[str, Any]]:
+    """Return the tensors to edit and the parts of a point by name, each built; touches no file.
+
+    Raises:
+        ValueError: a setting of the wrong type, out of range, or unknown.
+    """
+    checks.check_top(settings)
+    salt_of(settings, choices)
+    finite.check(settings["nonfinite"])
+    check_margin(settings["margin"])
+    edit_settings = dict(settings["edit"])
+    chosen = edit_settings.pop("select")
+    chosen = settings["select"] or chosen
+    select.check(chosen)
+    edit = build(edit_settings, "edit")
+    check_needs(edit, distill.PROVIDED)
+    parts = {name: build(settings[name], name) for name in ("model", *BUILT)}
+    return chosen, {"edit": edit, **parts}
+
+
 def _determined(settings: Mapping[str, Any], choices: Choices, model: Any) -> dict[str, Any]:
-    """Return what decides a point; empty in a plan where the models cannot be asked for."""
+    """Return what decides a point; empty in a plan where the models cannot be asked for.
+
+    Raises:
+        Unopened: the model's files are missing or damaged.
+    """
     try:
         if hasattr(model, "ready"):
             model.ready()
         return determinants(settings, choices, settings.get("verify") == "full")
-    except Absent:
-        if not settings["plan"]:
-            raise
-        return {}
+    except (ValueError, OSError) as error:
+        if settings["plan"] and isinstance(error, Absent):
+            return {}
+        raise Unopened(one_line(error)) from error
 
 
 def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
@@ -181,21 +194,26 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         known = reference(point)
         pair = known.pair
         # What was fitted to half A of the objective's examples is judged on half B.
-        judge = known.judge("B" if splits.tunes(needs_of(point.edit)) else None)
+        judge = known.judge("B" if splits.tunes(point.edit.needs) else None)
     with clock("edit"):
         extras = provide(known, point.edit, point.seed, point.salt)
-        edited = dict(editing.edited(pair.pre, pair.post, point.edit, point.select, extras))
+        post = {name: pair.post[name] for name in editing.chosen(pair.post, point.select)}
+        device = next(pair.module.parameters()).device
+        edited = dict(
+            editing.edited(pair.pre, post, point.edit, point.select, extras, device=device)
+        )
         finite.check_edited(edited)
-        touched = audit(pair, point.edit, extras, edited)
+        touched = audit(pair, post, point.edit, extras, edited)
     with clock("term"):
         changes = judge.engine.changes(
             point.edit,
-            shift_from(pair.post, edited),
+            shift_from(post, edited),
             point.drawn,
             point.riemann,
             point.prediction,
+            post,
         )
-    with loaded(pair.module, edited, restore=pair.post):
+    with loaded(pair.module, edited, restore=post):
         with clock("loss"):
             measured = measure(pair.module, judge.loss)
         with clock("evaluate"):
@@ -267,27 +285,14 @@ def provide(known: Reference, edit: Any, seed: int, salt: str = "") -> Extras:
 
     What is fitted to the objective's examples (`splits.TUNED`) is given half A of them alone.
     """
-    module, pre, whole = known.pair.module, known.pair.pre, known.whole
-
-    def examples() -> Loss:
-        return splits.halved(whole.loss, "A")
-
-    return Extras.of(
-        edit,
-        known.pair,
-        seed=seed,
-        salt=salt,
-        gradient=lambda: whole.engine.gradient,
-        acts=lambda: distill.mean_inputs(module, examples()),
-        scales=lambda deltas: distill.scales(
-            module, pre, deltas, examples(), steps=edit.steps, lr=edit.lr
-        ),
-    )
+    gradient = lambda: known.whole.engine.gradient  # noqa: E731
+    providers = distill.providers(known.pair, known.whole.loss, gradient)
+    return Extras.of(edit, known.pair, seed=seed, salt=salt, providers=providers)
 
 
 def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:
     """Return W_edit - W_post in float32, of the weights as they are evaluated."""
-    return {name: edited[name].float() - post[name].float() for name in edited}
+    return {name: difference(post[name], edited[name]) for name in edited}
 
 
 def paired(post: Scores, edited: Scores) -> dict[str, float]:

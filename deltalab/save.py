@@ -23,15 +23,20 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from deltalab import console
+    from deltalab.sweep import stopping
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
     try:
-        manifest = save(sys.argv[1:])
+        with stopping.ending():
+            manifest = save(sys.argv[1:])
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         console.fail(console.one_line(error))
         sys.exit(2)
+    except stopping.Stopped:
+        console.fail("stopped; nothing was written")
+        sys.exit(143)
     except KeyboardInterrupt:
         console.fail("interrupted; nothing was written")
         sys.exit(130)
@@ -56,10 +61,10 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import edits
-    from deltalab.apply import stream
+    from deltalab.apply import extras, stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
+    from deltalab.sweep import composing
     from deltalab.weights import configs, select
 
     gc.freeze()
@@ -75,7 +80,8 @@ def save(arguments: list[str]) -> dict[str, Any]:
             overrides.append(argument)
     if not own["out"]:
         raise ValueError("out=: name the directory to write")
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+    where = initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()))
+    with composing.guarded(), where:
         cfg = compose("config", overrides)
     settings: Any = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("edit", "model")}
     described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
@@ -89,7 +95,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
             " only error"
         )
     edit = build(settings["edit"], "edit")
-    edits.needs_of(edit)
+    extras.check_needs(edit)
     out = Path(own["out"]).expanduser()
     pre, post, dequantize = _checkpoints(settings["model"])
     old, new = (configs.content(place / "config.json") for place in (pre, post))  # none of files

@@ -5,15 +5,18 @@ nothing else: what Hydra would call by name is checked here first.
 """
 
 import importlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+COMPILER = os.environ.get("CC", "cc")
+"""The C compiler that the person's environment names, as it was before any config was read."""
 _SIMPLE = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _LISTS = dict.fromkeys((list, tuple, Sequence), "a list")
 _MAPPINGS = dict.fromkeys((dict, Mapping), "a mapping")
@@ -23,8 +26,6 @@ _TOP: dict[str, Any] = {
     "artifacts_gb": float | None, "device_tflops": float, "margin": float,
 }  # fmt: skip
 _REQUIRED = (*_TOP, "select", "tracker", "evaluator", "objective", "riemann", "edit", "model")
-_PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.", "deltalab.")
-_LOGGING = ("logging.", "rich.logging.", "colorlog.")
 
 
 def conf_dir() -> Path:
@@ -32,6 +33,75 @@ def conf_dir() -> Path:
     package = Path(__file__).parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed package that brings options of its own.
+
+    Attributes:
+        name: what its options are called by, as `name:option`; its top-level module.
+        conf: the directory of its configs, laid out as deltalab's own.
+        classes: exactly what its configs may name.
+    """
+
+    name: str
+    conf: Path
+    classes: frozenset[str]
+
+
+@cache
+def packages() -> tuple[Package, ...]:
+    """Return the installed packages that name themselves by entry points of the group `deltalab`.
+
+    Each entry point is one class, `shrink = "mypackage.shrink:Shrink"`; the configs are in `conf`
+    of its top-level package. Nothing of a package is imported to learn this.
+    """
+    from importlib.metadata import entry_points
+    from importlib.util import find_spec
+
+    classes: dict[str, set[str]] = {}
+    for point in entry_points(group="deltalab"):
+        top = point.module.partition(".")[0]
+        classes.setdefault(top, set()).add(f"{point.module}.{point.attr}")
+    found = []
+    for name, targets in sorted(classes.items()):
+        spec = find_spec(name)
+        places = (spec.submodule_search_locations if spec else None) or []
+        conf = next((Path(p) / "conf" for p in places if (Path(p) / "conf").is_dir()), None)
+        if conf is not None:
+            found.append(Package(name, conf, frozenset(targets)))
+    return tuple(found)
+
+
+def option_file(group: str, name: str) -> Path | None:
+    """Return the file of an option, deltalab's own or an installed package's."""
+    for conf in (conf_dir(), *(package.conf for package in packages())):
+        if (file := conf / group / f"{name}.yaml").is_file():
+            return file
+    return None
+
+
+@cache
+def allowed_targets(group: str = "") -> frozenset[str]:
+    """Return the classes that a config may name: exactly those that the packaged configs name.
+
+    Besides those that installed packages name by entry points (`packages`), which are in no group.
+
+    Args:
+        group: a group of configs, as `hydra/launcher`; all of them where empty.
+
+    >>> sorted(allowed_targets("riemann"))
+    ['deltalab.loss.riemann.Riemann']
+    """
+    own = frozenset(in_configs(r"^\s*_target_:\s*[\"']?([\w.]+)", group))
+    return own if group else own.union(*(package.classes for package in packages()))
+
+
+def in_configs(pattern: str, group: str = "") -> Iterator[str]:
+    """Yield what a pattern finds in the packaged configs, line by line."""
+    for file in sorted((conf_dir() / group).rglob("*.yaml")):
+        yield from re.findall(pattern, file.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @cache
@@ -126,6 +196,18 @@ def check_results(results: Any) -> None:
             raise ValueError(f"results={results}: {there} is a file, name a directory")
 
 
+def home(path: str, setting: str) -> str:
+    """Return a path in which a leading `~` is a home directory.
+
+    >>> home("a/~", "results")
+    'a/~'
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(f"{setting}={path}: no such user; ./{path} is a directory of this name")
+    return found
+
+
 def check_node(node: Any, setting: str) -> None:
     """Check a config node, and all within it, against the dataclasses that it names.
 
@@ -151,9 +233,9 @@ def check_node(node: Any, setting: str) -> None:
         required = [f.name for f in fields(kind) if f.init and _required(f)]
         if missing := [name for name in required if name not in found]:
             raise ValueError(f"{where}.{missing[0]}: missing, a value must be given")
-    for where, key, value in _leaves(node, setting):
+    for where, key, value in leaves(node, setting):
         if key.startswith("_") and key.endswith("_") and key != "_target_":
-            raise ValueError(f"{where}={_short(value)}: no such setting")
+            raise ValueError(f"{where}={short(value)}: no such setting")
 
 
 def _required(field: Field[Any]) -> bool:
@@ -173,20 +255,20 @@ def _targets(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _dataclass_of(target: str, setting: str) -> type:
-    """Return the dataclass that a target names, which must stand in a module of this package.
-
-    Importing by module alone keeps a path such as `deltalab.run.subprocess.run` from leading out.
-    """
-    module, _, name = target.rpartition(".")
-    refused = ValueError(f"{setting}={target}: only targets of deltalab are allowed")
-    if not re.fullmatch(r"deltalab(\.[a-z]\w*)+", module) or module.startswith("deltalab.plugins"):
+    """Return the dataclass that a target names, which must be one of `allowed_targets`."""
+    moved = [t for t in allowed_targets() if t.rpartition(".")[2] == target.rpartition(".")[2]]
+    refused = ValueError(
+        f"{setting}={short(target)}: only targets of deltalab are allowed, and classes that an"
+        " installed package names by an entry point of the group deltalab"
+        + (f"; did you mean {moved[0]}?" if moved else "")
+    )
+    if target not in allowed_targets():
         raise refused
+    module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
-        if error.name != module and not module.startswith(f"{error.name}."):
-            raise ValueError(f"{setting}={target}: needs the package {error.name}") from None
-        raise refused from None
+        raise ValueError(f"{setting}={target}: needs the package {error.name}") from None
     if not isinstance(found, type) or not is_dataclass(found) or found.__module__ != module:
         raise refused
     return found
@@ -202,7 +284,7 @@ def _check_type(setting: str, value: Any, hint: Any) -> None:
     if Any in kinds or any(_allows(kind, value) for kind in kinds):
         return
     wanted = " or ".join(dict.fromkeys(_WANTED.get(kind, "a component") for kind in kinds))
-    raise ValueError(f"{setting}={_short(value)}: must be {wanted}")
+    raise ValueError(f"{setting}={short(value)}: must be {wanted}")
 
 
 def _allows(kind: Any, value: Any) -> bool:
@@ -215,36 +297,16 @@ def _allows(kind: Any, value: Any) -> bool:
     return isinstance(value, Mapping) and "_target_" in value
 
 
-def check_hydra(hydra: Mapping[str, Any]) -> None:
-    """Check what Hydra itself would call by name: callbacks, plugins, log handlers.
-
-    Args:
-        hydra: the config's `hydra` section.
-
-    Raises:
-        ValueError: a name that is none of Hydra's, of this package, or of the logging library.
-    """
-    for where, node in _targets(hydra, "hydra"):
-        target = str(node["_target_"])
-        allowed = ("deltalab.",) if where.startswith("hydra.callbacks") else _PLUGINS
-        if not target.startswith(allowed):
-            raise ValueError(f"{where}._target_={target}: only targets of deltalab are allowed")
-        if where.startswith("hydra.callbacks"):
-            _dataclass_of(target, f"{where}._target_")
-    for section in ("job_logging", "hydra_logging"):
-        for where, key, value in _leaves(hydra.get(section) or {}, f"hydra.{section}"):
-            if key == "()" or (key == "class" and not str(value).startswith(_LOGGING)):
-                raise ValueError(f"{where}={_short(value)}: only handlers of logging are allowed")
-
-
-def _leaves(node: Any, where: str) -> Iterator[tuple[str, str, Any]]:
+def leaves(node: Any, where: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield everything in nested containers: where it is, its key, and the value."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield f"{where}.{key}", str(key), value
-            yield from _leaves(value, f"{where}.{key}")
+            yield from leaves(value, f"{where}.{key}")
     elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _leaves(value, where)
+        for index, value in enumerate(node):
+            yield f"{where}[{index}]", "", value
+            yield from leaves(value, f"{where}[{index}]")
 
 
 def suggestion(message: str, known: Iterable[str]) -> str:
@@ -256,6 +318,8 @@ def suggestion(message: str, known: Iterable[str]) -> str:
 
     >>> suggestion("Could not override 'edit.pp'. Key 'pp' is not in struct", ["edit.p"])
     '; did you mean edit.p?'
+    >>> suggestion("Could not override 'p'. Key 'p' is not in struct", ["edit", "edit.p"])
+    '; did you mean edit.p?'
     >>> suggestion("Could not find 'edit/dre'. Available options in 'edit': dare, ties", [])
     '; did you mean edit=dare?'
     """
@@ -263,7 +327,9 @@ def suggestion(message: str, known: Iterable[str]) -> str:
         group, word, options = option.groups()
         return near(f"{group}={word}", (f"{group}={o.strip()}" for o in options.split(",")))
     if key := re.search(r"Could not override '([^']*)'", message):
-        return near(key[1], known)
+        known = list(known)
+        own = [name for name in known if name.endswith(f".{key[1]}")]
+        return f"; did you mean {own[0]}?" if own else near(key[1], known)
     return ""
 
 
@@ -281,6 +347,7 @@ def names(node: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value as a message shows it: its beginning."""
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -690,6 +690,7 @@ def test_what_will_not_pass_is_not_tried_again(status, body, message, tmp_path, 
     monkeypatch.setenv("DELTALAB_JUDGE_KEY", SECRET)
     headers = {"Location": "http://127.0.0.1:9/"} if status == 302 else {}
     with Fake(lambda n, b: (status, headers, body)) as fake:
+        monkeypatch.setenv("DELTALAB_JUDGE_URL", fake.url)
         with pytest.raises(ValueError, match=message) as caught:
             ask(spec_of(fake, concurrency=1), tmp_path)
         assert SECRET not in str(caught.value)
@@ -705,6 +706,7 @@ def test_the_key_is_sent_and_is_nowhere_else(tmp_path, monkeypatch, caplog):
         return nonsense(f"your key is {SECRET}") if number == 0 else said(0.5)
 
     with Fake(telling) as fake:
+        monkeypatch.setenv("DELTALAB_JUDGE_URL", fake.url)
         spec = spec_of(fake, attempts=1, concurrency=1)
         ask(spec, tmp_path)
         assert set(fake.keys) == {f"Bearer {SECRET}"}
@@ -719,13 +721,60 @@ def test_a_short_key_is_blotted_out_too():
     assert client.clean("a k3y") == "a ***"
 
 
-def test_openais_key_goes_nowhere_that_a_config_names(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+def test_a_key_goes_to_the_address_that_the_environment_names_for_it(tmp_path, monkeypatch, caplog):
+    """On the code before, DELTALAB_JUDGE_KEY went to any address that a config named."""
+    ours, openai = "our-key-0123456789", "sk-of-openai-0123456789"
+    keys = {"DELTALAB_JUDGE_KEY": ours, "OPENAI_API_KEY": openai}
+    with Fake(lambda n, b: said(0.5)) as fake, Fake(lambda n, b: said(0.5)) as other:
+
+        def sent(url, **environment):
+            for name in ("DELTALAB_JUDGE_URL", "OPENAI_BASE_URL", *keys):
+                monkeypatch.delenv(name, raising=False)
+            for name, value in {**keys, **environment}.items():
+                if value:
+                    monkeypatch.setenv(name, value)
+            fake.keys.clear()
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            ask(replace(spec_of(fake), url=url), folder, PAIRS[:1])
+            return fake.keys[0]
+
+        assert sent(fake.url) is None
+        assert "DELTALAB_JUDGE_KEY is not sent to an address that only a config" in caplog.text
+        assert sent(fake.url, DELTALAB_JUDGE_URL=other.url) is None
+        assert sent(fake.url + "/", DELTALAB_JUDGE_URL=fake.url) == f"Bearer {ours}"
+        assert sent(None, DELTALAB_JUDGE_URL=fake.url) == f"Bearer {ours}"
+        assert sent(None, DELTALAB_JUDGE_URL=fake.url, DELTALAB_JUDGE_KEY="") is None
+        assert sent(None, OPENAI_BASE_URL=fake.url, DELTALAB_JUDGE_KEY="") == f"Bearer {openai}"
+        assert sent(None, OPENAI_BASE_URL=fake.url) == f"Bearer {ours}"
+        assert sent(fake.url, OPENAI_BASE_URL=fake.url, DELTALAB_JUDGE_URL=other.url) == (
+            f"Bearer {openai}"
+        )
+        assert not other.bodies
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"model": SECRET}, {"options": {"user": f"me {SECRET}"}}, {"options": {"a": {SECRET: [1]}}}],
+    ids=["model", "value", "name"],
+)
+def test_no_secret_leaves_in_a_body(settings, tmp_path, monkeypatch):
+    """On the code before, evaluator.judge.model=${oc.env:OPENAI_API_KEY} sent it."""
+    monkeypatch.setenv("SOME_TOKEN", SECRET)
     with Fake(lambda n, b: said(0.5)) as fake:
-        ask(spec_of(fake), tmp_path / "a", PAIRS[:1])
-        monkeypatch.setenv("OPENAI_BASE_URL", fake.url)
-        ask(replace(spec_of(fake), url=None), tmp_path / "b", PAIRS[:1])
-        assert fake.keys == [None, f"Bearer {SECRET}"]
+        with pytest.raises(ValueError, match="would hold what SOME_TOKEN holds; not s") as caught:
+            ask(replace(spec_of(fake), **settings), tmp_path)
+        with pytest.raises(ValueError, match="must not hold what SOME_TOKEN holds"):
+            Endpoint("judge", url=f"http://evil/{SECRET}")
+        assert SECRET not in str(caught.value)
+        assert not fake.bodies
+
+
+def test_a_prompt_with_a_secret_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", PAIRS[3].reference)
+    with Fake(lambda n, b: said(0.5)) as fake:
+        found = ask(spec_of(fake), tmp_path)
+        assert [n for n, x in enumerate(found) if math.isnan(x)] == [3]
+        assert len(fake.bodies) == len(PAIRS) - 1
 
 
 def test_a_budget_is_kept(tmp_path, caplog):

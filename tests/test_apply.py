@@ -17,7 +17,6 @@ from torch import Tensor
 
 from deltalab.apply import editing, stream
 from deltalab.apply.extras import Extras, Memo
-from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -82,7 +81,7 @@ def test_compiled_and_eager_give_the_same_bits(edit, dtype: torch.dtype, monkeyp
     post[0, :50] = pre[0, :50]
     pre[1, :50], post[1, :50] = 1e-40, 3e-40
     needs = {"rng": Rng(3, "w"), "grad": tensor((241, 173), seed=2)}
-    needs = {k: v for k, v in needs.items() if k in needs_of(edit)}
+    needs = {k: v for k, v in needs.items() if k in edit.needs}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
@@ -102,7 +101,7 @@ def test_the_order_of_tensors_does_not_matter(edit) -> None:
     gradient = {n: tensor((12, 16), seed=5) for n in pre}
 
     def run(names: str) -> dict[str, Tensor]:
-        extras = Extras(needs_of(edit), 7, gradient=lambda: gradient, memo=Memo())
+        extras = Extras(edit.needs, 7, {"grad": lambda name, _: gradient[name]}, Memo())
         given = ({n: w[n] for n in names} for w in (pre, post))
         return dict(editing.edited(*given, edit, "all", extras))
 
@@ -194,7 +193,7 @@ def test_streaming_equals_editing_in_memory(
     monkeypatch.setattr(shards, "SLICE", slice_size)
     stream.stream(*pair, tmp_path / "out", edit, select="matrices", seed=3, kernel=kernel)
     pre, post, out = loaded(pair[0]), loaded(pair[1]), loaded(tmp_path / "out")
-    edited = editing.edited(pre, post, edit, "matrices", Extras(needs_of(edit), 3), "eager")
+    edited = editing.edited(pre, post, edit, "matrices", Extras(edit.needs, 3), "eager")
     assert set(edited) == {n for n in post if post[n].ndim > 1}
     for name, tensor_ in post.items():
         expected = edited.get(name, tensor_)
@@ -363,6 +362,83 @@ def test_killed_at_work_out_is_absent(pair, tmp_path) -> None:
     assert not out.exists()
     stream.stream(*pair, out, Expo(alpha=0.5), select="all", seed=0)
     assert (out / "deltalab.json").exists()
+
+
+SLOW = """
+import sys, time
+from deltalab import save
+from deltalab.apply import stream
+verify = stream._verify
+def slow(*arguments):
+    print("written", flush=True)
+    time.sleep(60)
+stream._verify = slow
+save.main()
+"""
+
+
+def begun(pair, out: Path) -> subprocess.Popen[str]:
+    """Start `deltalab-apply`, and wait until it has written all tensors and not yet renamed."""
+    model = ("model=timm_vit", "model.name=any", f"model.pre={pair[0]}", f"model.post={pair[1]}")
+    code = [sys.executable, "-c", SLOW, *model, "edit=expo", "select=all", f"out={out}"]
+    process = subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(number: int, pair, tmp_path) -> None:
+    out = tmp_path / "new" / "out"
+    process = begun(pair, out)
+    assert len(list(out.parent.iterdir())) == 2  # the directory, and the lock
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == {signal.SIGINT: 130}.get(number, 143)
+    assert err.strip().endswith("; nothing was written")
+    assert err.count("\n") == 1
+    assert list(out.parent.iterdir()) == []
+
+
+def test_what_a_killed_run_leaves_is_named_by_the_next(pair, tmp_path) -> None:
+    out = tmp_path / "new" / "out"
+    process = begun(pair, out)
+    model = ("model=timm_vit", "model.name=any", f"model.pre={pair[0]}", f"model.post={pair[1]}")
+    busy = command(*model, "edit=expo", "select=all", f"out={out}")
+    assert (busy.returncode, busy.stderr.count("\n")) == (2, 1)
+    assert f"{out}: process {process.pid} on " in busy.stderr
+    (left,) = (path for path in out.parent.iterdir() if path.is_dir())
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (out.parent / ".out.notes").mkdir()  # a person's
+    done = command(*model, "edit=expo", "select=all", f"out={out}")
+    assert done.returncode == 0, done.stderr
+    size = sum(file.stat().st_size for file in left.iterdir())
+    told = f"deltalab: {left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it\n"
+    assert done.stderr == told
+    assert sorted(p.name for p in out.parent.iterdir()) == sorted([left.name, ".out.notes", "out"])
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(pair, tmp_path, monkeypatch) -> None:
+    done, sync, rename = [], os.fsync, os.rename
+
+    def fsync(handle):
+        done.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def renamed(old, new):
+        done.append((str(old), str(new)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    out = tmp_path / "out"
+    stream.stream(*pair, out, Expo(alpha=0.5), select="all", seed=0)
+    ((made, new),) = (pair for pair in done if isinstance(pair, tuple))
+    before, after = done[: done.index((made, new))], done[done.index((made, new)) + 1 :]
+    assert new == str(out)
+    assert {made, *(f"{made}/{file.name}" for file in out.iterdir())} <= set(before)
+    assert before[-1] == made
+    assert str(tmp_path) in after
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:

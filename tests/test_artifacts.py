@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -78,7 +79,7 @@ def test_a_failing_computation_leaves_nothing(tmp_path):
     store = Store(tmp_path, {})
     with pytest.raises(RuntimeError, match="half way"):
         store.tensors("gradient", lambda: (_ for _ in ()).throw(RuntimeError("half way")))
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [eviction.MARKER]
 
 
 def test_numbers_keep_every_bit_and_the_last_one_wins(tmp_path):
@@ -89,7 +90,7 @@ def test_numbers_keep_every_bit_and_the_last_one_wins(tmp_path):
     store.keep_numbers("line", extra, value)
     assert Store(tmp_path, {"pair": "x"}).numbers("line", extra) == value
     assert store.numbers("line", {"line": "dare"}) is None
-    (file,) = tmp_path.rglob("*.json")
+    (file,) = tmp_path.glob("line/*.json")
     file.write_text(file.read_text().replace("0.333", "0.334"))
     assert store.numbers("line", extra) is None
 
@@ -151,8 +152,6 @@ def filled(root, count=4):
         store = Store(root, {"number": number})
         store.tensors("gradient", lambda: {"a": torch.zeros(1000)})
         age(root, number, 3600 * (count - number))
-    for data in list(eviction._pins):
-        os.close(eviction._pins.pop(data))
 
 
 def path_of(root, number):
@@ -197,25 +196,155 @@ def test_a_point_bounds_the_store_by_its_setting(tmp_path, monkeypatch, setting,
     assert len(list((tmp_path / "records").glob("*.json"))) == 1
 
 
-def test_what_is_read_or_made_is_not_evicted(tmp_path):
+def test_what_is_made_is_not_evicted(tmp_path):
     filled(tmp_path)
-    Store(tmp_path, {"number": 1}).tensors("gradient", lambda: pytest.fail("it is there"))
-    age(tmp_path, 1, 1e6)
     with locks.held(eviction.lock_of(tmp_path, "gradient", path_of(tmp_path, 2).name)):
-        assert len(eviction.evict(tmp_path, 0)) == 2
-    assert kept(tmp_path) == [1, 2]
+        assert len(eviction.evict(tmp_path, 0)) == 3
+    assert kept(tmp_path) == [2]
+
+
+SHRUNK = """
+import sys, torch
+from deltalab.loss.artifacts import Store
+
+store = Store(sys.argv[1], {})
+store.tensors("gradient", lambda: {"a": torch.ones(1 << 20)})
+found = store.tensors("gradient", lambda: sys.exit("not kept"))
+with open(next(store._path("gradient", {}).glob("data.*")), "r+b") as file:
+    file.truncate(0)  # as a network file system takes from a reader what another node removes
+print(found["a"].sum().item())
+"""
+
+
+def test_what_was_read_does_not_end_with_its_file(tmp_path):
+    run = subprocess.run([sys.executable, "-c", SHRUNK, str(tmp_path)], capture_output=True)
+    assert (run.returncode, run.stdout) == (0, b"1048576.0\n")  # mapped: SIGBUS, which is -7
 
 
 def test_what_a_dead_writer_left_goes_after_a_day(tmp_path):
     filled(tmp_path, 1)
-    old, new = tmp_path / "gradient" / ".old.x", tmp_path / "gradient" / ".new.x"
-    for path in (old, new):
+    name = path_of(tmp_path, 0).name
+    old, new, other = (tmp_path / "gradient" / f".{n}.x" for n in (name, name[::-1], "thesis"))
+    for path in (old, new, other):
         path.mkdir()
         (path / "data.safetensors").write_bytes(b"half")
-    os.utime(old, (0, 0))
+    for path in (old, other):
+        os.utime(path, (0, 0))
     eviction.evict(tmp_path, 1e9)
     assert not old.exists()
     assert new.exists()
+    assert other.exists()  # no name of ours
+
+
+def foreign(root):
+    """Put a person's things into every place of a store; return all that must stay."""
+    things = ["project/.git/HEAD", ".env", "gradient/thesis.tex", "gradient/.env", "line/x.json"]
+    things += ["gradient/.cache/weights.bin", f"gradient/{'0' * 16}/notes.txt", "records/0.json"]
+    things += [f"records/{'1' * 16}.json", f"gradient/.{'2' * 16}.mine/deep/notes.txt"]
+    files = [root / thing for thing in things]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    (root / "gradient" / ("0" * 16) / "data.safetensors").write_text("mine")
+    (root / "gradient" / ("0" * 16) / "manifest.json").write_text("mine")
+    for path in [*root.rglob("*"), root]:
+        os.utime(path, (0, 0), follow_symlinks=False)
+    return files
+
+
+def test_a_store_removes_nothing_but_its_own_names(tmp_path):
+    filled(tmp_path)
+    files = foreign(tmp_path)
+    assert len(eviction.evict(tmp_path, 0)) == 4
+    assert kept(tmp_path) == []
+    assert all(file.read_text() == "mine" for file in files)
+    assert len(list((tmp_path / "gradient" / ("0" * 16)).iterdir())) == 3
+
+
+@pytest.mark.parametrize("link", ["gradient", "artefact", "file", "data", "temporary", "locks"])
+def test_a_store_follows_no_link(tmp_path, link):
+    root, home = tmp_path / "store", tmp_path / "home"
+    filled(root, 1)
+    key = path_of(root, 0).name
+    target = home / key if link in ("gradient", "artefact", "temporary") else home
+    target.mkdir(parents=True)
+    for name in ("data.safetensors", "manifest.json", "thesis.tex", f"{key}.json"):
+        for place in {home, target}:
+            (place / name).write_text("mine")
+    place, leads = {
+        "gradient": (root / "gradient", home),
+        "artefact": (root / "gradient" / ("0" * 16), target),
+        "file": (root / "line" / f"{key}.json", home / f"{key}.json"),
+        "data": (root / "gradient" / key / "data.safetensors", home / "data.safetensors"),
+        "temporary": (root / "gradient" / f".{key}.left", target),
+        "locks": (root / "locks", home),
+    }[link]
+    if place.exists():
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(leads)
+    before = {path: path.lstat() for path in (home, *home.rglob("*"))}
+    os.utime(place, (0, 0), follow_symlinks=False)
+    eviction.evict(root, 0)
+    store = Store(root, {"number": 0})
+    store.tensors("gradient", Counted(tensors()))
+    store.keep_numbers("line", {}, {"a": 1})
+    eviction.evict(root, 0)
+    assert {path: path.lstat() for path in (home, *home.rglob("*"))} == before
+
+
+@pytest.mark.parametrize("thing", [".git", "notes.txt", "records", "gradient/thesis.tex", "l"])
+def test_a_directory_with_other_things_is_refused_before_anything_is_written(tmp_path, thing):
+    if thing == "l":
+        (tmp_path / "gradient").symlink_to(tmp_path)
+    else:
+        (tmp_path / thing).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    compute = Counted(tensors())
+    with pytest.raises(ValueError, match=r"artifacts=.*: holds '.*', which is none of deltalab's"):
+        Store(tmp_path, {}).tensors("gradient", compute)
+    with pytest.raises(ValueError, match="which is none of deltalab's"):
+        eviction.evict(tmp_path, 0)
+    assert (compute.calls, sorted(tmp_path.rglob("*"))) == (0, before)
+
+
+def test_a_store_from_before_there_were_markers_is_taken_over(tmp_path):
+    filled(tmp_path)
+    Store(tmp_path, {}).keep_numbers("line", {}, {"a": 1})
+    (tmp_path / "line" / ".abcd_efg.tmp").write_text("{")
+    (tmp_path / eviction.MARKER).unlink()
+    assert eviction.evict(tmp_path, 0) == []
+    assert Store(tmp_path, {}).numbers("line", {}) == {"a": 1}
+    eviction.claim(tmp_path)
+    assert len(eviction.evict(tmp_path, 0)) == 5
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"), [('{"format": 2}', "a store of format 2"), ("[]", "is damaged")]
+)
+def test_a_store_of_another_version_is_left_alone(tmp_path, marker, message):
+    filled(tmp_path, 1)
+    (tmp_path / eviction.MARKER).write_text(marker)
+    for work in (eviction.claim, lambda root: eviction.evict(root, 0)):
+        with pytest.raises(ValueError, match=message):
+            work(tmp_path)
+    assert kept(tmp_path, 1) == [0]
+
+
+def test_a_point_refuses_a_shared_directory_in_one_line(tmp_path):
+    """The command itself: exit code 2, nothing computed, nothing touched."""
+    shared = tmp_path / "shared"
+    files = foreign(shared)
+    before = {path: path.lstat().st_mtime for path in shared.rglob("*")}
+    fast = ["edit=dare", "evaluator=none", "data.objective.limit=8", f"results={tmp_path / 'r'}"]
+    command = [sys.executable, "-m", "deltalab", *fast, f"artifacts={shared}"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"deltalab: artifacts={shared}: holds '")
+    assert run.stderr.count("\n") == 1
+    assert not list((tmp_path / "r").glob("records/*.json"))
+    assert {path: path.lstat().st_mtime for path in shared.rglob("*")} == before
+    assert all(file.read_text() == "mine" for file in files)
 
 
 def test_a_store_that_cannot_be_written_costs_time_and_no_point(tmp_path, caplog):

@@ -69,3 +69,29 @@ def test_a_mistake_is_one_line(results, capsys, argument, part):
 def test_it_starts_without_torch():
     code = "import sys, deltalab.cache, deltalab.sweep.status; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["clear"], ["max-size=0"], []])
+def test_a_directory_of_somebody_else_is_refused(tmp_path, words):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "thesis.tex").write_text("mine")
+    command = [sys.executable, "-m", "deltalab.cache", f"artifacts={tmp_path}", *words]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "holds 'models', which is none of deltalab's" in run.stderr
+    assert (tmp_path / "models" / "thesis.tex").read_text() == "mine"
+
+
+def test_clearing_follows_no_link_and_spares_what_is_not_ours(results):
+    home = results / "home"
+    home.mkdir()
+    thesis = home / "thesis.tex"
+    thesis.write_text("mine")
+    note = results / "artifacts" / "line" / "note.txt"
+    note.write_text("mine")
+    (results / "artifacts" / "curvature").symlink_to(home)
+    command = [sys.executable, "-m", "deltalab.cache", f"results={results}", "clear"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0
+    assert "removed 4 artefacts" in run.stdout
+    assert (thesis.read_text(), note.read_text()) == ("mine", "mine")

@@ -91,6 +91,25 @@ def cli_zoo():
         (["-m", "sweeps=[{edit: dare}, {edit: expo, edit.q: '1'}]"], ["edit.q"]),
         (["-m", "edit=dare", "grid=none", "seed=range(0,2000)", "edit.pp=1"], ["edit.pp"]),
         (["-m", "sweeps=3"], ["sweeps=3: must be a list of grids"]),
+        (["edit=dare", "--p", "0.9"], ["--p: no such flag", "did you mean edit.p=0.9?"]),
+        (["edit=dare", "--edit.p=0.9"], ["--edit.p: no such flag", "did you mean edit.p=0.9?"]),
+        (["edit=dare", "-p", "0.9"], ["--package (-p): chooses what --cfg prints"]),
+        (["edit=dare", "--multi"], ["--multi: no such flag", "did you mean --multirun?"]),
+        (["--experimental-rerun", "x.pickle"], ["--experimental-rerun: would run what a file"]),
+        (["model=tiny_llm", "evaluator/tasks=gsm8kk"],
+         ["evaluator/tasks=gsm8kk: must be one of", "did you mean gsm8k?"]),
+        (["model=tiny_llm", "evaluator/tasks=[gsm8k,mmluu]"],
+         ["evaluator/tasks=mmluu: must be one of", "did you mean mmlu?"]),
+        (["-m", "model=tiny_llm", "evaluator/tasks=gsm8k,mmluu"], ["did you mean mmlu?"]),
+        (["grid=drae"], ["grid=drae: must be one of", "did you mean dare?"]),
+        (["edit=2"], ["Could not find 'edit/2'", "dare"]),
+        (["-m", "model=1,2"], ["Could not find 'model/1'", "mnist_vit"]),
+        (["experiment=7"], ["experiment=7: must be one of demo"]),
+        (["experiment=true"], ["experiment=true: must be one of demo"]),
+        (["model=timm_vit", "model.name=7", "model.pre=a", "model.post=b", "data.dir=."],
+         ["model.name=7: must be a text"]),
+        (["artifacts=~nobody-of-this-name/x"], ["artifacts=~nobody-of-this-name/x: no such user"]),
+        (["edit=dare", "p=0.5"], ["Could not override 'p'", "did you mean edit.p?"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
@@ -167,6 +186,57 @@ def test_a_sweep_uses_the_grid_of_its_edit_and_axes_replace_it(deltalab, tmp_pat
     assert sorted(r["edit"]["alpha"] for r in records_in(tmp_path)) == [-1, 0, 0.3]
 
 
+def test_an_experiment_has_a_name_that_fits_a_file(deltalab, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    for name in ("x" * 150, "ü" * 60):
+        (tmp_path / "own" / "experiment" / f"{name}.yaml").write_text("seed: 41\n")
+        code, _, err = deltalab("--config-dir", str(tmp_path / "own"), f"experiment='{name}'")
+        assert code == 2
+        assert "must be a name of 120 bytes" in err
+
+
+def test_options_may_be_numbers(deltalab, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "2024.yaml").write_text("# @package _global_\nseed: 41\n")
+    own = ("--config-dir", str(tmp_path / "own"), "experiment=2024", "--cfg", "job")
+    code, out, err = deltalab(*own)
+    assert code == 0, err
+    assert "seed: 41" in out
+
+
+def test_a_tilde_is_the_home_directory_wherever_output_goes(monkeypatch, tmp_path, capfd):
+    """On the code before, results='~/x' made a directory named ~, which no other command found."""
+    from deltalab import cache, save
+    from deltalab.report import command as report
+    from deltalab.sweep import status
+
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for given in ("results=~/x", "results='~/x'"):
+        arguments = ["edit=keep", "riemann=off", "evaluator=none", "data.objective.limit=8", given]
+        monkeypatch.setattr(sys, "argv", ["deltalab", *arguments])
+        cli.main()
+    assert "done before" in capfd.readouterr().out
+    assert report.main(["results=~/x"]) == 0
+    assert cache.main(["results=~/x"]) in (0, 2)  # there may be no artefacts, but not there
+    assert status.main(["results=~/x"]) == 2
+    assert f"no sweep in {tmp_path}/home/x/logs" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="model.pre="):
+        save.save(["results=~/x", "out=~/y"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home"]
+    assert {"records", "logs"} <= {p.name for p in (tmp_path / "home" / "x").iterdir()}
+
+
+def test_flags_may_stand_anywhere(deltalab, tmp_path):
+    code, out, err = deltalab("edit=dare", "-m", "plan=true", "edit.p=0.5", "edit.k=0")
+    assert code == 0, err
+    assert out.startswith("points       1,")
+    code, out, err = deltalab("edit=dare", "--cfg", "job", "--package=edit")
+    assert code == 0, err
+    assert "k: " in out
+
+
 def test_plan_prints_the_cost_and_runs_nothing(deltalab, tmp_path):
     code, out, err = deltalab("-m", "edit=dare", "plan=true")
     assert code == 0, err
@@ -186,15 +256,78 @@ def test_plan_refuses_what_does_not_fit(deltalab, monkeypatch):
     assert "needs 0.0 GiB" in err
 
 
-def test_a_failing_point_is_recorded_and_does_not_stop_the_others(deltalab, tmp_path):
+def test_a_failing_point_is_recorded_and_does_not_stop_the_others(deltalab, tmp_path, monkeypatch):
+    from deltalab import run
+
+    real = run.audit
+
+    def picky(pair, module, edit, *others, **more):
+        if edit.rank == 3:
+            raise ValueError("edit.rank=3: out of luck")
+        return real(pair, module, edit, *others, **more)
+
+    monkeypatch.setattr(run, "audit", picky)
     code, out, err = deltalab(
-        "-m", "edit=twin", "grid=none", "edit.rate=null", "edit.rank=2,0,4", *FAST
+        "-m", "edit=twin", "grid=none", "edit.rate=null", "edit.rank=2,3,4", *FAST
     )
     assert code == 2
     assert "1 of 3 points failed" in err
-    assert "edit.rank=0" in err
+    assert "edit.rank=3" in err
     assert sum("mnist_vit" in line and "change" in line for line in out.splitlines()) == 2
-    assert sorted(r["edit"]["rank"] for r in records_in(tmp_path)) == [2, 4]
+    found = {r["edit"]["rank"]: r["status"] for r in records_in(tmp_path)}
+    assert found == {2: "ok", 3: "error", 4: "ok"}
+
+
+@pytest.mark.parametrize(
+    ("axes", "part"),
+    [
+        (["edit=dare", "edit.p=0.5,1.5,0.6", "edit.k=0"], "edit.p=1.5"),
+        (["edit=dare", "edit.p=0.5", "edit.k=0", "seed=0,1,x"], "seed=x: must be a whole"),
+        (["edit=dare", "edit.p=0.5,[]", "edit.k=0"], "edit.p=[]: must be a number"),
+        (["edit=keep", "objective.batch_size=250,0"], "objective.batch_size=0"),
+        (["edit=keep", "riemann.rule=gauss,cubic"], "cubic"),
+        (["edit=keep", "evaluator=accuracy,none", "data.test.limit=8,-1"], "limit=-1"),
+        (["edit=keep", "model=timm_vit", "model.name=a", "data.dir=.", "model.pre=a",
+          "model.post=b", "model.dtype=float32,int8"], "model.dtype=int8"),
+        (["edit=keep", "tracker=none", "select=all,everything"], "select=everything"),
+        (["sweeps=[{edit: expo, edit.alpha: '0.1'}, {edit: dare, edit.p: '2'}]"], "edit.p=2"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_all_values_of_a_sweep_are_checked_before_its_first_point(deltalab, tmp_path, axes, part):
+    """On the code before, the points before the wrong one were run."""
+    code, out, err = deltalab("-m", *FAST, *axes)
+    assert code == 2
+    assert part in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("launcher", ["basic", "workers"])
+def test_a_pair_that_cannot_be_opened_ends_a_sweep_in_one_line(
+    deltalab, pair_files, tmp_path, launcher
+):
+    """On the code before, each of the points opened it again and said so in 400 characters."""
+    pre, post = pair_files
+    code, out, err = deltalab(
+        "-m", "edit=dare", "edit.p=0.1,0.2,0.3,0.4,0.5,0.6", "edit.k=0", "model=timm_vit",
+        "model.name=vit_tiny_patch16_224", f"model.pre={pre}", f"model.post={post}", "data.dir=.",
+        f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] * (launcher == "workers")),
+    )  # fmt: skip
+    assert code == 2, err
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "'head.bias'" in err
+    if launcher == "basic":
+        assert err.endswith("; 5 points were not run\n")
+        assert [r["status"] for r in records_in(tmp_path)] == ["error"]
+    code, out, err = deltalab(
+        "-m", "edit=dare", "edit.p=0.1,0.2", "edit.k=0", "model=timm_vit", "data.dir=.",
+        "model.name=vit_tiny_patch16_224", "model.pre=nowhere", f"model.post={post}",
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    assert err.endswith("model.pre=nowhere: no such file or directory; 1 points were not run\n")
 
 
 def test_an_exception_while_computing_leaves_an_error_record(deltalab, tmp_path, monkeypatch):

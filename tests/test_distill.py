@@ -1,16 +1,23 @@
 """Learned scales and mean activations, on a model small enough to know the answer."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 
 import pytest
 import torch
+from second_device import SECOND, lent, on
 from torch import Tensor, nn
 
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras, Memo
-from deltalab.edits import needs_of
+from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.bitdelta_distilled import BitDeltaDistilled
+from deltalab.edits.dare import Dare
+from deltalab.edits.darex import Darex
+from deltalab.edits.ties import Ties
+from deltalab.edits.twin import Twin
 from deltalab.loss import distill
 from deltalab.weights.mapping import ModelPair
 
@@ -61,19 +68,10 @@ def test_one_linear_layer_finds_the_closed_form(pair) -> None:
 def test_no_steps_is_bitdelta(pair) -> None:
     edit = BitDeltaDistilled(steps=0, lr=0.1)
     loss = Squares((tensor((5, 6), 3),))
-    extras = Extras.of(
-        edit,
-        pair,
-        seed=0,
-        scales=lambda d: distill.scales(
-            pair.module, pair.pre, d, loss, steps=edit.steps, lr=edit.lr
-        ),
-    )
+    extras = Extras.of(edit, pair, seed=0, providers=distill.providers(pair, loss, dict))
     got = editing.edited(pair.pre, pair.post, edit, "all", extras)
     plain = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")
-    expected = editing.edited(
-        pair.pre, pair.post, plain, "all", Extras(needs_of(plain), memo=Memo())
-    )
+    expected = editing.edited(pair.pre, pair.post, plain, "all", Extras(plain.needs, memo=Memo()))
     for name in got:
         assert torch.equal(got[name], expected[name])
 
@@ -99,3 +97,85 @@ def test_mean_inputs() -> None:
         inner = module[1](module[0](x))
     assert torch.allclose(means["2.weight"], inner.mean((0, 1)), atol=1e-6)
     assert not module[0]._forward_pre_hooks
+
+
+def test_what_is_averaged_or_learned_is_so_once_for_all_tensors(pair, monkeypatch) -> None:
+    calls = []
+    for name in ("mean_inputs", "scales"):
+        original = getattr(distill, name)
+        counted = lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k)  # noqa: E731
+        monkeypatch.setattr(distill, name, counted)
+    gradient = {name: tensor(tuple(t.shape), 7) for name, t in pair.post.items()}
+    given = distill.providers(pair, Squares((tensor((5, 6), 3),)), lambda: gradient)
+    assert tuple(given) == distill.PROVIDED
+    assert given["grad"]("bias", {}) is gradient["bias"]
+    assert given["acts"]("weight", {}).shape == (6,)
+    assert given["acts"]("bias", {}) is None
+    scale = {name: given["scale"](name, deltas(pair)) for name in pair.post}
+    assert scale["bias"](2, 0.1) is None
+    assert scale["weight"](2, 0.1).ndim == 0
+    assert calls == ["mean_inputs", "scales"]
+    scale["weight"](3, 0.1)
+    assert calls[2:] == ["scales"], "other settings are another scale"
+
+
+class Elsewhere(Squares):
+    """The same objective for a module on the second device."""
+
+    def __call__(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return super().__call__(module, batch.to(SECOND))
+
+
+EDITS = [
+    BiasedProduct(k=0.5, p=None),
+    BitDeltaDistilled(steps=3, lr=0.1),
+    Darex(p=0.5, q="closed_form"),
+    Ties(keep=0.3, scope="model"),
+    Twin(rank=2, rate=None),
+    Dare(p=0.5, k=0.0),
+]
+
+
+def watched(call, seen: list):
+    """Return an edit's call that notes where the delta is."""
+
+    @wraps(call)
+    def noting(self, delta: Tensor, **needs):
+        seen.append(str(delta.device))
+        return call(self, delta, **needs)
+
+    return noting
+
+
+def placed(device: str) -> tuple[ModelPair, Squares, dict[str, Tensor]]:
+    """A pair whose module is on a device and whose weights are not, a loss and a gradient there."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    post = {n: t.detach().clone() for n, t in module.state_dict().items()}
+    pre = {n: t + 0.1 * tensor(tuple(t.shape), 5) for n, t in post.items()}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            part._parameters[name] = nn.Parameter(on(device, parameter.detach()))
+    loss = (Squares if device == "cpu" else Elsewhere)((tensor((5, 6), 3),))
+    gradient = {n: on(device, tensor(tuple(t.shape), 6)) for n, t in post.items()}
+    return ModelPair(pre, post, module), loss, gradient
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_a_pair_whose_module_is_on_another_device_is_edited_there(edit, monkeypatch) -> None:
+    """Weights on the CPU, as they are mapped from files; what a live model gives is elsewhere."""
+    made, seen = {}, []
+    monkeypatch.setattr(type(edit), "__call__", watched(type(edit).__call__, seen))
+    for device in ("cpu", "second"):
+        pair, loss, gradient = placed(device)
+        with lent() if device == "second" else nullcontext():
+            given = distill.providers(pair, loss, gradient.copy)
+            extras = Extras.of(edit, pair, seed=0, providers=given)
+            where = next(pair.module.parameters()).device
+            made[device] = dict(
+                editing.edited(pair.pre, pair.post, edit, "all", extras, device=where)
+            )
+    assert set(seen) == {"cpu", "meta"}
+    assert all(type(t) is Tensor for t in made["second"].values()), "back where the weights are"
+    for name, expected in made["cpu"].items():
+        assert torch.equal(made["second"][name], expected), name

@@ -1,17 +1,21 @@
 """The contract that every edit keeps, and the closed forms and identities of each."""
 
 import re
-from dataclasses import fields
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
+from second_device import DEVICES, SECOND, back, lent, on
 from torch import Tensor
 
+from deltalab import testing
 from deltalab.apply import editing
-from deltalab.edits import multibit, needs_of
+from deltalab.apply.extras import Extras, check_needs, handed, thresholds
+from deltalab.edits import Edit, multibit
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -29,6 +33,7 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
+from deltalab.loss import distill
 from deltalab.rng import Rng
 from deltalab.weights import select
 from deltalab.weights.factor import svd
@@ -50,73 +55,115 @@ def tensor(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def needs(edit, delta: Tensor, name: str = "layer.weight", seed: int = 0) -> dict:
+def needs(
+    edit, delta: Tensor, name: str = "layer.weight", seed: int = 0, device: str = "cpu"
+) -> dict:
+    """What an edit asks for, on one of `DEVICES`, whichever the delta's is."""
+    delta = back(delta)
+    matrix = delta.ndim > 1 and delta.numel() > 0
+    inputs = tensor((delta[0].numel(),), seed=98).abs() if matrix else None
     given = {
         "rng": Rng(seed, name),
-        "grad": tensor(tuple(delta.shape), seed=99).to(delta.device),
-        "acts": torch.ones(delta[0].numel()) if delta.ndim > 1 and len(delta) else None,
-        "peers": [],
-        "scale": delta.abs().mean() if delta.numel() else torch.tensor(0.0),
-        "svd": lambda: svd(delta.flatten(1)),
+        "grad": on(device, tensor(tuple(delta.shape), seed=99)),
+        "acts": on(device, inputs) if matrix else None,
+        "scale": lambda steps, lr: on(device, delta.abs().mean()) if matrix else None,
+        "svd": lambda: tuple(on(device, factor) for factor in svd(delta.flatten(1))),
         "quantile": lambda keep: ModelThreshold().of(keep, {name: delta})[name],
     }
-    return {need: given[need] for need in needs_of(edit)}
+    return {need: given[need] for need in edit.needs}
 
 
 def call(edit, delta: Tensor, **where) -> Tensor:
-    return edit(delta, **needs(edit, delta, **where))
+    return edit(delta, **handed(needs(edit, delta, **where), delta.device))
 
 
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_every_package_tests_too(name: str, check) -> None:
+    check(name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_contract(name: str, shape: tuple[int, ...]) -> None:
-    edit, delta = built(name), tensor(shape)
-    before = delta.clone()
-    hat = call(edit, delta)
-    assert hat.shape == delta.shape
-    assert hat.dtype == torch.float32
-    assert hat.device == delta.device
-    assert torch.equal(delta, before), "the input was changed"
-    assert hat.numel() == 0 or hat.data_ptr() != delta.data_ptr(), "the input was returned"
-    assert torch.isfinite(hat).all()
-    call(edit, tensor(shape, seed=5), name="another")
-    assert torch.equal(call(edit, delta), hat), "not the same bits for the same seed"
-    assert torch.equal(call(edit, torch.zeros(shape)), torch.zeros(shape)), "zero must stay zero"
+def test_contract(name: str, shape: tuple[int, ...], device: str) -> None:
+    edit, expected = built(name), call(built(name), tensor(shape))
+    delta, zero = on(device, tensor(shape)), on(device, torch.zeros(shape))
+    with lent():
+        hat = call(edit, delta)
+        assert hat.shape == delta.shape
+        assert hat.dtype == torch.float32
+        assert hat.device == delta.device
+        assert torch.equal(back(delta), tensor(shape)), "the input was changed"
+        returned = back(hat).data_ptr() == back(delta).data_ptr()
+        assert hat.numel() == 0 or not returned, "the input itself"
+        assert torch.isfinite(back(hat)).all()
+        call(edit, on(device, tensor(shape, seed=5)), name="another")
+        assert torch.equal(back(call(edit, delta)), back(hat)), "other bits for the same seed"
+        assert torch.equal(back(call(edit, zero)), torch.zeros(shape)), "zero must stay zero"
+    compare = torch.allclose if device == "cuda" else torch.equal
+    assert compare(back(hat), expected), "another result than on the CPU"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", ["eager", "compiled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_needs_come_from_any_device(name: str, kernel: str, device: str) -> None:
+    """Tensors on one device, what they need on another, as a GPU's gradient for mapped weights."""
+    edit, (pre, post) = built(name), (tensor((16, 24)), tensor((16, 24), seed=1))
+    expected = editing.edited_tensor(pre, post, edit, "eager", **needs(edit, post - pre))
+    for other in DEVICES:
+        given = needs(edit, post - pre, device=other)
+        with lent():
+            out = editing.edited_tensor(
+                *(on(device, t) for t in (pre, post)), edit, kernel, **given
+            )
+        assert out.device == on(device, pre).device
+        compare = torch.allclose if "cuda" in (device, other) else torch.equal
+        assert compare(back(out), expected)
+
+
+def test_the_second_device_refuses_what_a_gpu_does() -> None:
+    here, there = tensor((3, 4)), on("second", tensor((3, 4)))
+    assert there.device == SECOND != here.device
+    assert torch.equal(back(there + there), here + here)
+    with pytest.raises(RuntimeError, match="tensors on two devices"):
+        here + there
+    with pytest.raises(RuntimeError, match="tensors on two devices"):
+        BiasedProduct(k=0.5, p=None)(there, grad=here)
+    with lent():
+        total = there + here.to(SECOND) + torch.ones(4, device=SECOND)
+    assert torch.equal(back(total), 2 * here + 1)
+
+
+def settings_of(name: str) -> list[dict]:
+    """The settings of an edit's own grid, or its defaults."""
+    path = CONF / "grid" / f"{name}.yaml"
+    axes = yaml.safe_load(path.read_text()) if path.exists() else {}
+    values = {k.removeprefix("edit."): yaml.safe_load(f"[{v}]") for k, v in axes.items()}
+    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_strides_do_not_matter(name: str) -> None:
-    edit, delta = built(name), tensor((24, 40))
-    strided = delta.T.contiguous().T
-    assert not strided.is_contiguous()
-    assert torch.equal(call(edit, strided), call(edit, delta))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_fields_are_the_yaml_keys(name: str) -> None:
-    settings = yaml.safe_load((CONF / "edit" / f"{name}.yaml").read_text())
-    assert set(settings) - {"_target_", "select"} == {f.name for f in fields(built(name))}
-    assert settings["select"] in select.PRESETS
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_edited_tensor_keeps_dtype_and_inputs(name: str, dtype: torch.dtype) -> None:
-    edit = built(name)
-    pre = tensor((16, 24)).to(dtype)
-    post = (pre.float() + 0.1 * tensor((16, 24), seed=1)).to(dtype)
-    copies = pre.clone(), post.clone()
-    given = needs(edit, post.float() - pre.float())
-    out = editing.edited_tensor(pre, post, edit, **given)
-    assert out.dtype == dtype
-    assert out.shape == post.shape
-    assert torch.equal(pre, copies[0])
-    assert torch.equal(post, copies[1])
-    assert out.data_ptr() not in (pre.data_ptr(), post.data_ptr())
-    expected = (pre.float() + edit(post.float() - pre.float(), **given)).to(dtype)
-    assert torch.allclose(
-        out.float(), expected.float(), atol=0.02 if dtype != torch.float32 else 1e-6
-    )
+def test_edits_on_one_line_shift_in_one_direction(name: str) -> None:
+    default, delta = built(name), tensor((16, 24))
+    if type(default).line is Edit.line:
+        assert default.line() is None
+        return
+    families: dict[str, list[Tensor]] = {}
+    for settings in settings_of(name):
+        edit = replace(default, **settings)
+        if (line := edit.line()) is None:
+            continue
+        shift = call(edit, delta) - delta
+        assert line.low <= line.at <= line.high
+        assert line.at or torch.equal(shift, torch.zeros_like(shift))
+        families.setdefault(line.family, [])
+        families[line.family] += [shift / line.at] if line.at else []
+    assert max(map(len, families.values())) > 1, "a line that nothing shares"
+    for first, *others in families.values():
+        for other in others:
+            assert torch.allclose(first, other, atol=1e-5)
 
 
 IDENTITIES = [
@@ -579,9 +626,79 @@ def test_further_mistakes_name_the_field_and_the_range(make, message: str) -> No
 
 
 def test_a_need_outside_the_vocabulary_is_an_error() -> None:
-    class Odd:
+    class Odd(Edit):
         def __call__(self, delta, *, hessian):
             return delta
 
-    with pytest.raises(ValueError, match="needs 'hessian', which is not one of rng, grad"):
-        needs_of(Odd())
+    class Told(Odd):
+        @property
+        def needs(self):
+            return ("rng", "hessian")
+
+    for edit in (Odd(), Told(), Chain(steps=["dare", Odd()])):
+        with pytest.raises(ValueError, match="needs 'hessian', which is not one of rng, grad"):
+            check_needs(edit, distill.PROVIDED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_edits_ask_for_is_provided(name: str) -> None:
+    check_needs(built(name), distill.PROVIDED)
+
+
+@pytest.mark.parametrize("need", ["peers", "gram", "fisher", "share"])
+def test_what_nobody_provides_yet_is_an_error_before_a_model_is_opened(need: str) -> None:
+    class Early(Edit):
+        needs = (need,)
+
+        def __call__(self, delta, **given):
+            return delta
+
+    text = f"edit Early needs '{need}', which is not available here; rng, svd, quantile, grad, acts"
+    with pytest.raises(ValueError, match=text):
+        check_needs(Early(), distill.PROVIDED)
+    with pytest.raises(ValueError, match=f"needs '{need}', which is not available here"):
+        Extras((need,))
+
+
+def test_what_a_slice_has_not_cannot_be_asked_for_in_slices() -> None:
+    class Sliced(Edit):
+        unit = "entry"
+
+        def __call__(self, delta, *, svd):
+            return delta
+
+    with pytest.raises(ValueError, match=r"edit Sliced needs 'svd', .* unit=entry goes with rng,"):
+        check_needs(Sliced())
+    with pytest.raises(ValueError, match="in slices cannot ask for 'svd'"):
+        editing.edited_tensor(tensor((2, 2)), tensor((2, 2), seed=1), Sliced(), svd=lambda: ())
+
+
+def test_what_is_no_edit_is_told_what_to_derive_from() -> None:
+    with pytest.raises(ValueError, match=r"edit int: must be derived from deltalab\.edits\.Edit"):
+        check_needs(3)
+
+
+def test_a_threshold_is_asked_for_at_whatever_fraction_an_edit_likes() -> None:
+    """Compiled too: no field has to be called `keep`."""
+
+    class Middle(Edit):
+        fuses = True
+
+        def __init__(self, low: float, high: float) -> None:
+            self.low, self.high = low, high
+
+        def __call__(self, delta, *, quantile):
+            outer, inner = quantile(self.low), quantile(self.high)
+            return torch.where(inner.survivors(delta) & ~outer.survivors(delta), delta, 0.0)
+
+    pre, post = tensor((300, 301)), tensor((300, 301), seed=1)
+    edit, delta = Middle(0.1, 0.4), post - pre
+    given = needs(edit, delta)
+    assert sorted(thresholds(edit, given)) == [0.1, 0.4]
+    hat = edit(delta, **given)
+    kept = delta.abs()[hat != 0]
+    assert len(kept) == 4 * delta.numel() // 10 - delta.numel() // 10
+    ranked = delta.abs().flatten().sort(descending=True).values
+    assert kept.max() == ranked[delta.numel() // 10]
+    eager = editing.edited_tensor(pre, post, edit, "eager", **given)
+    assert torch.equal(editing.edited_tensor(pre, post, edit, "compiled", **given), eager)

@@ -1,13 +1,16 @@
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
+from deltalab.edits import Edit, Line, Moments, Unit
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
@@ -16,6 +19,7 @@ from deltalab.loss.engine import Engine
 from deltalab.loss.objectives import CrossEntropy, change, measure
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
+from deltalab.plan.planning import most_evaluations
 from deltalab.weights.mapping import ModelPair, loaded
 
 EDITS = [
@@ -36,11 +40,11 @@ def opened(dtype=torch.float32):
     return ModelPair(pre, post, module), CrossEntropy(((x[:40], y[:40]), (x[40:], y[40:])), most=7)
 
 
-def sweep(store, settings, predict=OFF, dtype=torch.float32):
+def sweep(store, settings, predict=OFF, dtype=torch.float32, edits=EDITS):
     pair, loss = opened(dtype)
     engine, before = Engine(pair, loss, store), measure(pair.module, loss)
     found = []
-    for edit in EDITS:
+    for edit in edits:
 
         def edited(edit):
             return dict(
@@ -94,6 +98,39 @@ def test_rounded_weights_share_no_line_and_are_told_of_once(caplog):
     assert made[4] == 0
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "model.dtype=float32" in caplog.text
+
+
+@dataclass(frozen=True)
+class Shrink(Edit):
+    """D_hat = c D: all that a new method with a line and moments has to write."""
+
+    c: float
+    unit: ClassVar[Unit] = "entry"
+    version: ClassVar[int] = 1
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        return self.c * delta
+
+    def line(self) -> Line | None:
+        return Line("shrink", self.c - 1, -1.0, 0.0, most=5) if 0 <= self.c <= 1 else None
+
+    def moments(self) -> Moments:
+        return Moments(self.c - 1, 0.0)
+
+
+def test_an_edit_brings_its_line_and_its_moments(tmp_path):
+    """No module names its class: slopes are shared, the plan knows it, the closed form is there."""
+    edits = [Shrink(0.4), Shrink(0.8), Shrink(0.0)]
+    expo = sweep(Store(None, {}), Riemann("adaptive"), Predict(True, 2), edits=[Expo(-0.6)])
+    found = sweep(Store(None, {}), Riemann("adaptive"), Predict(True, 2), edits=edits)
+    made = [changes.gradient_evaluations for changes, _ in found]
+    assert made[0] > 1
+    assert made[1:] == [0, 0]
+    for changes, true in found:
+        assert changes.terms["adaptive"].value == pytest.approx(true, rel=0.03, abs=2e-4)
+    ours, theirs = (each[0][0].prediction["closed_form"] for each in (found, expo))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert most_evaluations(edits, Riemann("adaptive")) == 1 + 5
 
 
 @pytest.mark.parametrize("file", [*CONF.glob("riemann/*.yaml"), *CONF.glob("prediction/*.yaml")])

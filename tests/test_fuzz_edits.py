@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltalab.apply import editing
-from deltalab.edits import needs_of
 from deltalab.rng import Rng
-from deltalab.weights import finite
+from deltalab.weights import finite, mapping
 from deltalab.weights.factor import svd
 from deltalab.weights.threshold import ModelThreshold
 
@@ -65,12 +64,11 @@ def needs(edit, delta, seed=0):
         "rng": Rng(seed, "w"),
         "grad": torch.ones(delta.shape).cumsum(0).sub(1.5) if delta.ndim else torch.ones(()),
         "acts": torch.ones(delta[0].numel()) if wide else None,
-        "peers": [],
         "svd": lambda: svd(delta.flatten(1)),
         "quantile": lambda keep: ModelThreshold().of(keep, {"w": delta})["w"],
-        "scale": delta.contiguous().abs().mean() if delta.numel() else torch.tensor(0.0),
+        "scale": lambda steps, lr: delta.contiguous().abs().mean() if delta.numel() else None,
     }
-    return {need: given_[need] for need in needs_of(edit)}
+    return {need: given_[need] for need in edit.needs}
 
 
 @times(8)
@@ -111,13 +109,13 @@ def test_edited_tensors_of_any_dtype(name, delta, old, new):
     pre = torch.full(delta.shape, 0.25, dtype=old)
     post = (pre.float() + delta).to(new)
     held = post.clone()
-    given_ = needs(edit, editing.difference(pre, post))
+    given_ = needs(edit, mapping.difference(pre, post))
     out = editing.edited_tensor(pre, post, edit, "eager", **given_)
     assert out.dtype == new
     assert out.shape == post.shape
     assert torch.equal(post, held)
     assert torch.equal(pre, torch.full(delta.shape, 0.25, dtype=old))
-    difference = editing.difference(pre, post)
+    difference = mapping.difference(pre, post)
     hat = edit(difference, **given_)
     same, gone = hat == difference, hat == 0
     assert torch.equal(out[same], post[same]), "entries that the edit kept must keep their bits"

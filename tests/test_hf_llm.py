@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from deltalab import save
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
-from deltalab.edits import needs_of
 from deltalab.edits.dare import Dare
 from deltalab.edits.discard import Discard
 from deltalab.edits.ties import Ties
@@ -117,7 +116,7 @@ def logits(module):
 
 
 def edited(found, edit, select="all", seed=0):
-    extras = Extras(needs_of(edit), seed)
+    extras = Extras(edit.needs, seed)
     return dict(editing.edited(found.pre, found.post, edit, select, extras))
 
 
@@ -190,14 +189,16 @@ def test_edited_saved_and_loaded_is_what_was_evaluated(architecture, edit, pairs
     assert torch.equal(live, logits(reference(tmp_path / "live")))
 
 
-def test_tensors_that_transformers_renames_are_streamed_alone(pairs, tmp_path):
+def test_tensors_that_transformers_renames_are_edited_under_the_files_names(pairs, tmp_path):
     paths = pairs("gpt_neox")
-    with pytest.raises(
-        ValueError, match=r"'lm_head.weight' is missing.*'embed_out.weight' is none"
-    ):
-        spec(paths).open()
-    stream(paths, tmp_path / "out", "edit=discard", "select=all")
-    assert torch.equal(logits(reference(tmp_path / "out")), logits(reference(paths[0])))
+    found = spec(paths).open()
+    assert "embed_out.weight" in found.post
+    assert "lm_head.weight" not in found.post
+    stream(paths, tmp_path / "out", "edit=dare", "edit.p=.5", "select=all")
+    changed = edited(found, Dare(p=0.5, k=0.0))
+    with loaded(found.module, changed, restore=found.post):
+        assert torch.equal(logits(found.module), logits(reference(tmp_path / "out")))
+    assert torch.equal(logits(found.module), logits(reference(paths[1])))
 
 
 def test_the_streamed_directory_holds_the_tokenizer_and_all_else(pairs, tmp_path):

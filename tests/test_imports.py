@@ -14,6 +14,7 @@ ORDER = (
     *(
         "settings",
         "allowed",
+        "flags",
         "commands",
         "rng",
         "provenance",
@@ -32,6 +33,7 @@ ORDER = (
         "kernels",
         "apply",
         "loss",
+        "api",
         "evaluators",
     ),
     *(

@@ -235,3 +235,43 @@ def test_records_of_version_1_are_found_again(tmp_path):
         shown = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "done before" in shown.stdout
     assert rekey.rekey(tmp_path) == (0, 1)
+
+
+GOLDEN = {
+    "edit=dare": "e213620a64319fd7",
+    "edit=dare edit.p=0.9 edit.k=-1 seed=3 select=proj": "a11a393201f67ed3",
+    "edit=twin riemann=both prediction=on": "f259a26d18eaa869",
+    "edit=chain model=fashion_vit evaluator=none": "6ae7ae0b36f7b525",
+    "edit=ties model=tiny_llm": "9e1dbfe8d0c9790b",
+    "edit=bitdelta_distilled model=tiny_llm_far evaluator/tasks=tiny": "4b8d8c6fa321c737",
+    "edit=expo model=tiny_llm_dpo objective=dpo riemann=paper": "1e7f84df01c427cc",
+    "edit=dare model=hf_llm model.pre=DIR/pre model.post=DIR/post"
+    " data.path=DIR/rows.jsonl": "951dcd481427e526",
+    "edit=dare model=timm_vit model.name=vit model.pre=DIR/pre model.post=DIR/post"
+    " data.dir=DIR/images": "86fc67fcbc9d6c89",
+    "edit=dare model=tiny_llm evaluator=alpaca_eval"
+    " evaluator.reference=DIR/rows.jsonl": "e9d0b32993544c0d",
+}
+"""What no change of code may change: `keys.NEUTRAL` is for what is new, `version` for mended."""
+
+
+@pytest.mark.parametrize("overrides", GOLDEN)
+def test_no_key_is_changed_by_accident(tmp_path, overrides):
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    for name in ("pre", "post"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+        content = len(header).to_bytes(8, "little") + header + name.encode()[:4].ljust(4)
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "cat").mkdir(parents=True)
+        (tmp_path / "images" / split / "cat" / "1.png").write_text(split)
+    given = overrides.replace("DIR", str(tmp_path)).split()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", given, return_hydra_config=True)
+        plain = compose("config", given)
+    chosen = cfg.hydra.runtime.choices
+    values = OmegaConf.to_container(plain, resolve=True)
+    choices = Choices(chosen["model"], chosen["edit"], chosen["objective"])
+    assert key_of(determinants(values, choices)) == GOLDEN[overrides]

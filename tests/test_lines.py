@@ -11,7 +11,7 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.expo import Expo
 from deltalab.loss.artifacts import Store
-from deltalab.loss.lines import Line, Lines, alone, approximate, choose, line_of, wanted
+from deltalab.loss.lines import Line, Lines, alone, approximate, choose, wanted
 from deltalab.loss.passes import gradient
 from deltalab.loss.quadrature import interpolation, local_weights
 from deltalab.loss.riemann import Riemann
@@ -77,7 +77,7 @@ def sweep(edits, lines, order=1):
             post,
             shift_of(edit, delta),
             loss,
-            line_of(edit),
+            edit.line(),
             {"seed": 0},
         )["adaptive"]
         assert all(torch.equal(v, post[n]) for n, v in module.state_dict().items())
@@ -127,7 +127,7 @@ def test_evaluations_are_counted_and_a_given_gradient_saves_one():
         loss.calls.clear()
         lines = Lines(Store(None, {}))
         for edit in DARE:
-            found = lines.term(module, post, shift_of(edit, delta), loss, line_of(edit), {}, given)
+            found = lines.term(module, post, shift_of(edit, delta), loss, edit.line(), {}, given)
             counts.append(found.gradient_evaluations)
         assert sum(counts[-len(DARE) :]) == len(loss.calls)
     assert sum(counts[: len(DARE)]) == sum(counts[len(DARE) :]) + 1
@@ -179,11 +179,11 @@ def test_nodes_gather_where_the_slope_is_rough():
 
 
 def test_families_share_a_line_and_others_have_none():
-    assert line_of(Dare(0.3, 0.0)) == Line("dare p=0.3", 1.0, 0.0, 2.0, 9)
-    assert line_of(Dare(0.3, 1.5)).at == -0.5
-    assert line_of(Dare(0.3, 1.5)).family != line_of(Dare(0.3, 0.5)).family
+    assert Dare(0.3, 0.0).line() == Line("dare p=0.3", 1.0, 0.0, 2.0, 9)
+    assert Dare(0.3, 1.5).line().at == -0.5
+    assert Dare(0.3, 1.5).line().family != Dare(0.3, 0.5).line().family
     for edit in (Dare(0.3, -1.5), Expo(2.0), DropOnly(0.5)):
-        assert line_of(edit) is None
+        assert edit.line() is None
 
 
 def test_the_interpolant_is_exact_for_parabolas_and_does_not_swing():

@@ -286,7 +286,7 @@ def include(tmp_path):
 
 
 def test_groups_are_scored_over_all_their_documents(pair, zoo, include):
-    score = LmEval(("both", "plain"), include=(include,), limit=5).open(pair)
+    score = LmEval(("both", "plain"), include=(include,), run_task_code=True, limit=5).open(pair)
     scores = score(pair.module)
     assert list(scores.documents) == ["both/acc", "left/acc", "right/acc"]
     parts = [scores.documents[f"{name}/acc"] for name in ("left", "right")]
@@ -296,7 +296,7 @@ def test_groups_are_scored_over_all_their_documents(pair, zoo, include):
 
 def test_several_shot_counts_in_one_run(pair, zoo, include):
     task = {"left": {"shots": [0, 2], "metrics": ["acc"]}, "right": {"shots": 1, "limit": 3}}
-    spec = LmEval(task, include=(include,), limit=4)
+    spec = LmEval(task, include=(include,), run_task_code=True, limit=4)
     score = spec.open(pair)
     first = score(pair.module)
     assert list(first.documents) == ["left/0shot/acc", "left/2shot/acc", "right/acc"]
@@ -332,7 +332,7 @@ def test_prompts_in_the_chat_template_are_lm_evals(pair, tokenizer, zoo, include
         "{% for m in messages %}<s>{{m['role']}}: {{m['content']}}</s>\n{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     )
-    run = lm_tasks.load(LmEval({"left": {"shots": 2}}, include=(include,)))[0]
+    run = lm_tasks.load(LmEval({"left": {"shots": 2}}, include=(include,), run_task_code=True))[0]
     for multiturn in (True, False):
         ours = lm_requests.prepare(run, chatty, multiturn, 1234).requests["left"]
         task = run.tasks["left"]
@@ -349,7 +349,7 @@ def test_prompts_in_the_chat_template_are_lm_evals(pair, tokenizer, zoo, include
     assert "assistant" in ours[0].args[0]
     assert "assistant" not in plain
     with pytest.raises(ValueError, match="evaluator.chat=True: the tokenizer has no chat template"):
-        LmEval(("left",), include=(include,), chat=True).open(pair)
+        LmEval(("left",), include=(include,), run_task_code=True, chat=True).open(pair)
 
 
 @pytest.fixture
@@ -453,7 +453,7 @@ def test_settings_that_cannot_be_meant(settings, message):
 def test_mistakes_are_told_in_one_line(pair, zoo, include, settings, message, monkeypatch):
     monkeypatch.chdir(zoo)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        LmEval(**{"include": (include,), **settings}).open(pair)
+        LmEval(**{"include": (include,), "run_task_code": True, **settings}).open(pair)
     assert "\n" not in str(caught.value)
 
 

@@ -10,7 +10,6 @@ from test_apply import FUSED, bits, tensor
 from torch import Tensor
 
 from deltalab.apply import editing
-from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -44,7 +43,7 @@ def pair(dtype: torch.dtype, other: torch.dtype | None = None) -> tuple[Tensor, 
 
 def needed(edit, dtype: torch.dtype = F32) -> dict:
     needs = {"rng": Rng(3, "w"), "grad": tensor((241, 173), seed=2).to(dtype)}
-    return {k: v for k, v in needs.items() if k in needs_of(edit)}
+    return {k: v for k, v in needs.items() if k in edit.needs}
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F16), (F64, F64), (F32, BF16)], ids=str)
@@ -52,7 +51,7 @@ def needed(edit, dtype: torch.dtype = F32) -> dict:
 def test_c_and_eager_give_the_same_bits(edit, dtypes) -> None:
     (pre, post), needs = pair(*dtypes), needed(edit, dtypes[0])
     dtypes = (*dtypes, *(t.dtype for name, t in needs.items() if name == "grad"))
-    matrix = getattr(edit, "unit", "") != "entry"
+    matrix = edit.unit != "entry"
     assert fused._program(edit, dtypes, matrix, editing._edited, {}), "not translated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -116,7 +115,7 @@ def between_files(directory, edit, pre: Tensor, post: Tensor, rng: Rng) -> Tenso
     try:
         dtypes = (pre.dtype, post.dtype)
         kernel = "compiled"
-        needs = {"rng": rng} if "rng" in needs_of(edit) else {}
+        needs = {"rng": rng} if "rng" in edit.needs else {}
         done = editing.edited_files(edit, dtypes, tuple(files), post.shape, kernel, **needs)
     finally:
         for file, _ in files:
@@ -133,8 +132,8 @@ def test_from_file_to_file(edit, dtypes, tmp_path, monkeypatch) -> None:
     """Also in several pieces, across a page of random indices, with sums over the tensor."""
     pre, post = (tensor((1153, 1001), seed=i).to(dtype) for i, dtype in enumerate(dtypes))
     rng = Rng(3, "w", start=2**32 - 300_000)
-    needs = {"rng": rng} if "rng" in needs_of(edit) else {}
-    if "grad" in needs_of(edit):
+    needs = {"rng": rng} if "rng" in edit.needs else {}
+    if "grad" in edit.needs:
         assert between_files(tmp_path, edit, pre, post, rng) is None
         return
     expected = editing.edited_tensor(pre, post, edit, "compiled", **needs)
@@ -222,7 +221,7 @@ def test_what_has_no_translation_is_left_to_torch() -> None:
     "compiler", ["/no/such/compiler", "false", "sh -c 'echo wrong >&2; exit 1'"]
 )
 def test_without_a_compiler_edits_run_eagerly_with_one_warning(compiler, monkeypatch) -> None:
-    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(native, "COMPILER", compiler)
     monkeypatch.setattr(fused, "_broken", [])
     native._compiled.cache_clear()
     pre, post = tensor((50, 50)), tensor((50, 50), seed=1)
@@ -289,7 +288,7 @@ def test_a_model_wide_threshold_enters_as_a_number(monkeypatch) -> None:
     kept = 0
     for name in pre:
         needs = {"quantile": lambda keep, name=name: limits[name]}
-        known = fused._known(edit, needs)
+        known = fused._known(editing._found(edit, needs))
         program = fused._program(edit, (F32, F32), True, editing._edited, known)
         assert (program is None) == (limits[name].ties > 0)
         compiled = editing.edited_tensor(pre[name], post[name], edit, "compiled", **needs)
@@ -319,3 +318,14 @@ def test_counting_in_pieces_finds_what_sorting_finds(threads: int, monkeypatch) 
                 assert least == ranked[-count]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_addresses_of_another_device_are_never_read(place: int) -> None:
+    """A gradient on a GPU, handed over by its address, ended the process without a word."""
+    edit = BiasedProduct(k=0.5, p=0.3)
+    given = [tensor((100,), seed=i) for i in range(4)]  # pre, post, grad, out
+    made = translation.program(edit, edit.needs, editing._edited, (F32, F32, F32))
+    given[place] = given[place].to("meta")
+    with pytest.raises(ValueError, match="an edit in C takes tensors on the CPU, not on meta"):
+        native.edit(made, given[:3], None, given[3])

@@ -12,9 +12,8 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.loss.artifacts import Store
-from deltalab.loss.lines import line_of
 from deltalab.loss.passes import gradient
-from deltalab.loss.prediction import Predict, Predictor, diagonal_probe, moments
+from deltalab.loss.prediction import Predict, Predictor, diagonal_probe
 from deltalab.rng import Rng
 
 SIZES = {"a.weight": (8, 5), "b.weight": (9,)}
@@ -85,7 +84,7 @@ def predict(edit, predictor, seed=0):
         delta,
         loss,
         edit,
-        line_of(edit),
+        edit.line(),
         {"seed": seed, "select": "all"},
         gradient(module, loss),
     )
@@ -137,7 +136,7 @@ def test_the_closed_form_is_the_mean_over_draws(edit):
     _, loss, post, delta = opened()
     predictor = Predictor(Predict(True, probes=120), Store(None, {}))
     found, *_ = predict(edit, predictor)
-    mean, variance = moments(edit)
+    mean, variance = edit.moments()
     d = flat(delta)
     exact = (
         mean * (loss.slope + loss.hessian @ flat(post)) @ d
@@ -174,23 +173,37 @@ def test_probes_are_unbiased_tensor_by_tensor():
 
 
 def test_moments_match_the_edits_own_draws():
-    torch.manual_seed(0)
+    """Beside those of the defaults, in the contract tests."""
     ones = torch.ones(200_000)
-    for edit in (
-        Dare(0.3, -0.5),
-        DropOnly(0.3),
-        Noise(0.2),
-        SignFlip(0.1, False),
-        SignFlip(0.1, True),
-    ):
+    for edit in (Dare(0.3, -0.5), SignFlip(0.1, False), SignFlip(0.1, True)):
         x = edit(ones, rng=Rng(0, "w")) - 1
-        mean, variance = moments(edit)
+        mean, variance = edit.moments()
         assert x.mean().item() == pytest.approx(mean, abs=0.01)
         assert x.var().item() == pytest.approx(variance, rel=0.03)
-    assert moments(Expo(0.5)) == (0.5, 0.0)
-    assert moments(Ties(0.5, "model")) is None
+    assert Expo(0.5).moments() == (0.5, 0.0)
+    assert Ties(0.5, "model").moments() is None
 
 
 def test_one_probe_has_no_error_estimate():
     with pytest.raises(ValueError, match="prediction.probes=1"):
         Predict(True, probes=1)
+
+
+@pytest.mark.parametrize("orders", [(0, 1), (1, 0)])
+def test_the_closed_form_depends_on_no_draw_and_no_order(orders):
+    """Neither where a draw leaves a whole tensor as it is, nor where it is the first of a pair."""
+    edit, values = DropOnly(0.1), []
+    left = next(s for s in range(99) if not shift_of(edit, opened()[3], s)["b.weight"].any())
+    moved = next(s for s in range(99) if shift_of(edit, opened()[3], s)["b.weight"].any())
+    predictor = Predictor(Predict(True, probes=4), Store(None, {}))
+    for seed in [(left, moved)[i] for i in orders]:
+        found, *_ = predict(edit, predictor, seed)
+        values.append((found["closed_form"], found["closed_form_error"]))
+    assert values[0] == values[1]
+    _, loss, post, delta = opened()
+    slope = (loss.slope + loss.hessian @ flat(post)) @ flat(delta)
+    mean, variance = edit.moments()
+    bent = mean**2 * flat(delta) @ loss.hessian @ flat(delta)
+    probes = [sum(diagonal_probe(*opened()[:3:2], delta, loss, s).values()) for s in range(4)]
+    right = mean * slope + (bent + variance * sum(probes) / 4) / 2
+    assert values[0][0] == pytest.approx(right.item(), rel=1e-5)

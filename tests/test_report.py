@@ -482,3 +482,83 @@ def test_terms_that_are_not_settled_are_marked_and_parts_have_a_table(tmp_path):
     assert "| -0.0200? |" in page
     assert "## The term by part of the model" in page
     assert "| -0.0150 | -0.0050 |" in page
+
+
+def shell(*command: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    """Run a command as a person would, and return what it said."""
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", **env},
+    )
+
+
+def reporting(*arguments: object, **more: Any) -> subprocess.CompletedProcess:
+    return shell(sys.executable, "-m", "deltalab.report.command", *arguments, **more)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose report is committed, and one record that is not."""
+    results = save(tmp_path / "results", [record("keep", 0.0)])
+    for name in ("index.html", "demo.md", "demo_term.png", "README.md"):
+        (results / name).write_text("committed\n")
+    (tmp_path / ".gitignore").write_text("results/records/\nresults/report/\n")
+    me = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    for command in (("init", "-q"), ("add", "-A"), (*me, "commit", "-q", "-m", "x")):
+        assert shell("git", *command, cwd=tmp_path).returncode == 0
+    return tmp_path
+
+
+def test_a_report_overwrites_nothing_that_git_tracks(checkout: Path) -> None:
+    for arguments in (["results=results"], ["results=results", "experiment=demo"], []):
+        run = reporting(*arguments, cwd=checkout)
+        assert run.returncode == 0, run.stderr
+        assert "wrote results/report/index.html" in run.stdout
+    assert shell("git", "status", "--porcelain", cwd=checkout).stdout == ""
+    assert "demo.md" in (checkout / "results" / "report" / "index.html").read_text()
+    assert (checkout / "results" / "report" / "demo.md").is_file()
+    told = reporting("results=results", "into=results", cwd=checkout)
+    assert "wrote results/index.html" in told.stdout
+    assert "results/index.html" in shell("git", "status", "--porcelain", cwd=checkout).stdout
+
+
+def test_one_tracked_figure_is_enough_and_an_untracked_file_is_not(checkout: Path) -> None:
+    other = save(checkout / "other", [record("keep", 0.0)])
+    assert "wrote other/index.html" in reporting("results=other", cwd=checkout).stdout
+    shell("git", "add", "-f", other / "demo_term.svg", cwd=checkout)
+    assert "wrote other/report/index.html" in reporting("results=other", cwd=checkout).stdout
+    shell("git", "add", "-f", other / "report", cwd=checkout)
+    run = reporting("results=other", cwd=checkout)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "git tracks the report there and in other/report; name another" in run.stderr
+
+
+def test_without_git_a_checkout_is_not_overwritten(checkout: Path) -> None:
+    for _ in range(2):
+        run = reporting("results=results", cwd=checkout, PATH="/nowhere")
+        assert run.returncode == 0, run.stderr
+        assert "wrote results/report/index.html" in run.stdout
+    assert (checkout / "results" / "index.html").read_text() == "committed\n"
+
+
+def test_what_cannot_be_written_is_shown(tmp_path: Path) -> None:
+    directory = save(tmp_path / "results", [record("keep", 0.0)])
+    script = (
+        'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" || exit 99;'
+        'python=$1; shift; "$python" -m deltalab.report.command results="$0" "$@"'
+    )
+    run = shell("unshare", "-rm", "bash", "-c", script, directory, sys.executable)
+    if run.returncode == 99 or "unshare" in run.stderr:
+        pytest.skip("no mounts of one's own here")
+    assert run.returncode == 0, run.stderr
+    assert "mnist_vit" in run.stdout
+    assert "wrote" not in run.stdout
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"warning: no report can be written in {directory} (Read-only")
+    out = tmp_path / "out"
+    run = shell("unshare", "-rm", "bash", "-c", script, directory, sys.executable, f"into={out}")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert {"index.html", "demo.md"} <= {path.name for path in out.iterdir()}

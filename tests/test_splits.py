@@ -15,7 +15,6 @@ from torch import nn
 from deltalab import reference, run
 from deltalab.apply import editing
 from deltalab.data import splits
-from deltalab.edits import needs_of
 from deltalab.loss.answers import AnswerLoss, DpoLoss
 from deltalab.loss.objectives import CrossEntropy, change, measure
 from deltalab.report.comparison import compare
@@ -92,12 +91,12 @@ def test_no_edit_is_fitted_to_what_it_is_judged_by(known, name):
     extras = run.provide(known, edit, 0)
     edited = dict(editing.edited(known.pair.pre, known.pair.post, edit, "all", extras))
     fitted = set(module.shown)
-    judge = known.judge("B" if splits.tunes(needs_of(edit)) else None)
+    judge = known.judge("B" if splits.tunes(edit.needs) else None)
     module.shown.clear()
     with loaded(module, edited, restore=known.pair.post):
         measure(module, judge.loss)
     judged = set(module.shown)
-    if "grad" in needs_of(edit):  # the gradient of the very loss that is judged, by definition
+    if "grad" in edit.needs:  # the gradient of the very loss that is judged, by definition
         assert fitted == judged == A | B
     else:
         assert not fitted & judged
@@ -106,10 +105,10 @@ def test_no_edit_is_fitted_to_what_it_is_judged_by(known, name):
 
 
 def test_there_are_edits_that_are_fitted():
-    fitted = {name for name, edit in EDITS.items() if splits.tunes(needs_of(edit))}
+    fitted = {name for name, edit in EDITS.items() if splits.tunes(edit.needs)}
     assert {"bitdelta_distilled", "darex"} <= fitted
     assert "dare" not in fitted
-    assert not splits.tunes(needs_of(edit_of("darex", q=0.5)))
+    assert not splits.tunes(edit_of("darex", q=0.5).needs)
 
 
 def evaluated(name, **fields):

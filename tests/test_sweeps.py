@@ -55,6 +55,23 @@ def test_points_that_stand_for_all_when_a_sweep_is_checked():
     assert found == [points[0], points[1000], *points[2000:]]
 
 
+def test_points_that_have_all_values_of_a_sweep():
+    from hydra_plugins.deltalab_sweeper import distinct
+
+    points = [
+        [f"model={m}", f"edit.p={p}", f"edit.k={k}", f"seed={s}"]
+        for m in "abc" for p in range(9) for k in range(5) for s in range(3)
+    ]  # fmt: skip
+    found = list(distinct(points, {"model", "edit"}.__contains__))
+    assert len(found) == 3 * (45 + 2)
+    assert {tuple(p[:3]) for p in points} == {tuple(p[:3]) for p in found}
+    assert {(p[0], p[3]) for p in points} == {(p[0], p[3]) for p in found}
+    assert list(distinct([["edit=a"], ["edit=b"]], {"edit"}.__contains__)) == [
+        ["edit=a"],
+        ["edit=b"],
+    ]
+
+
 def test_two_sweeps_share_the_points(tmp_path):
     both = [start(tmp_path), start(tmp_path)]
     lines = [line for sweep in both for line in sweep.communicate()[0].splitlines()]

@@ -6,8 +6,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deltalab import run
+from deltalab.weights import shards
 from deltalab.weights.contents import of_checkpoint
-from deltalab.weights.mapping import Checkpoint, LazyWeights, ModelPair, delta, loaded, part_of
+from deltalab.weights.mapping import (
+    Checkpoint,
+    LazyWeights,
+    Meta,
+    ModelPair,
+    delta,
+    difference,
+    loaded,
+    part_of,
+)
 
 
 @pytest.fixture
@@ -35,7 +46,7 @@ def test_lazy_weights_load_on_access_only():
         asked.append(name)
         return torch.ones(1)
 
-    lazy = LazyWeights(["a", "b"], load)
+    lazy = LazyWeights(["a", "b"], load, lambda name: Meta((1,), torch.float32))
     assert list(lazy) == ["a", "b"]
     assert len(lazy) == 2
     assert "b" in lazy
@@ -69,15 +80,15 @@ def test_checkpoint_mistakes_name_the_file(tmp_path, tensors):
     bad.write_bytes(b"\x00" * 64)
     with pytest.raises(ValueError, match="bad.safetensors: not a valid safetensors file"):
         Checkpoint(bad)
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    sharded(shards, tensors)
-    (shards / "model-2.safetensors").unlink()
+    many = tmp_path / "shards"
+    many.mkdir()
+    sharded(many, tensors)
+    (many / "model-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-2.safetensors"):
-        Checkpoint(shards)
-    save_file({"other": torch.ones(1)}, shards / "model-2.safetensors")
+        Checkpoint(many)
+    save_file({"other": torch.ones(1)}, many / "model-2.safetensors")
     with pytest.raises(ValueError, match="layer2.weight"):
-        Checkpoint(shards)
+        Checkpoint(many)
 
 
 def header(entries, data=0, length=None):
@@ -121,9 +132,10 @@ def entry(begin=0, end=4, dtype="F32", shape=(1,)):
 def test_every_claim_of_a_header_is_checked(tmp_path, content, message):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        Checkpoint(path)
-    assert str(path) in str(caught.value)
+    for read in (Checkpoint, shards.entries):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
 
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -302,3 +314,14 @@ def test_the_digest_is_of_the_content(tmp_path, tensors):
     changed["layer3.weight"][2, 3] += 1
     save_file(changed, b)
     assert of_checkpoint(a) != of_checkpoint(b)
+
+
+def test_the_delta_is_one_thing_everywhere():
+    """Equal infinities have none; what float32 alone makes equal has one that is no number."""
+    mask = {"mask": torch.tensor([0.0, -torch.inf, torch.inf, 1.0])}
+    moved = {"mask": torch.tensor([0.5, -torch.inf, torch.inf, 1.0])}
+    assert delta(mask, moved)["mask"].tolist() == [0.5, 0.0, 0.0, 0.0]
+    assert run.shift_from(mask, moved)["mask"].tolist() == [0.5, 0.0, 0.0, 0.0]
+    beyond = torch.tensor([1e300], dtype=torch.float64)
+    assert difference(beyond, beyond).tolist() == [0.0]
+    assert difference(beyond, 2 * beyond).isnan().all()

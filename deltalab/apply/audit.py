@@ -5,25 +5,26 @@ from typing import Any
 
 from torch import Tensor
 
-from deltalab.apply import editing
 from deltalab.apply.extras import Extras
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights
+from deltalab.weights.mapping import ModelPair, Weights, delta, difference
 
 
-def audit(pair: ModelPair, edit: Any, extras: Extras, edited: Weights) -> dict[str, Any]:
+def audit(
+    pair: ModelPair, post: Weights, edit: Any, extras: Extras, edited: Weights
+) -> dict[str, Any]:
     """Say what an edit did: what it touched, how far it moved, how much of that storage lost.
 
     `relative_shift` is |shift| / |delta| and `lost_in_storage` |shift - (F(D) - D)| / |F(D) - D|,
     Frobenius norms over the touched tensors; `sparsity` is the share of touched entries that have
     the pre-trained value.
     """
-    deltas = LazyWeights(edited, lambda name: editing.difference(pair.pre[name], pair.post[name]))
+    deltas = delta(pair.pre, post)
     zeros = entries = 0
     shift2 = delta2 = ideal2 = lost2 = 0.0
     for name in edited:
         before = deltas[name]
         ideal = edit(before, **extras.for_tensor(name, deltas)) - before
-        shift = edited[name].float() - pair.post[name].float()
+        shift = difference(post[name], edited[name])
         zeros += int((edited[name] == pair.pre[name]).sum())
         entries += shift.numel()
         shift2 += squared(shift)

@@ -1,35 +1,27 @@
 """Apply an edit to weights: one tensor, or lazily all selected tensors of a pair."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltalab.apply.extras import Extras
+from deltalab.apply.extras import SLICED, Extras, handed, thresholds
+from deltalab.edits import Edit
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
 from deltalab.kernels import fused
 from deltalab.kernels.native import Place
-from deltalab.weights.aligned import saved_names
-from deltalab.weights.mapping import LazyWeights, Weights, shape_of
+from deltalab.weights.aligned import is_parameter, saved_names
+from deltalab.weights.mapping import LazyWeights, Weights, delta, difference, meta
 from deltalab.weights.select import selected
 
 SLICE = {"cpu": 1 << 15, "cuda": 1 << 25}
 """Elements that an edit handles at once where it can: on a GPU enough to keep it busy; on a CPU few
 enough for the cache, and for PyTorch not to start threads, whose barriers cost more than the work
 as soon as the machine has anything else to do."""
-
-
-def difference(pre: Tensor, post: Tensor) -> Tensor:
-    """Return W_post - W_pre in float32; equal entries give zero, infinite ones too.
-
-    >>> difference(torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf]))
-    tensor([0.5000, 0.0000])
-    """
-    a, b = pre.float(), post.float()
-    return torch.where(a == b, 0.0, b - a)
 
 
 def stored(pre: Tensor, post: Tensor, delta: Tensor, hat: Tensor) -> Tensor:
@@ -45,7 +37,7 @@ def stored(pre: Tensor, post: Tensor, delta: Tensor, hat: Tensor) -> Tensor:
 def edited_tensor(
     pre: Tensor,
     post: Tensor,
-    edit: Any,
+    edit: Edit,
     kernel: str = "auto",
     out: Tensor | None = None,
     **needs: Any,
@@ -60,7 +52,7 @@ def edited_tensor(
             the same.
         out: where to put the result, contiguous, of post's shape, dtype and device; None for a new
             tensor.
-        needs: the keyword arguments that the edit declares.
+        needs: the keyword arguments that the edit declares, on whatever device.
 
     >>> from deltalab.edits.expo import Expo
     >>> edited_tensor(torch.tensor([1.0]), torch.tensor([1.5]), Expo(alpha=1.0))
@@ -70,8 +62,9 @@ def edited_tensor(
         out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
     if isinstance(edit, Keep | Discard):
         return out.copy_(post if isinstance(edit, Keep) else pre)
+    needs = handed(needs, post.device)
     compiled = fused.wanted(edit, post.numel(), kernel, post.device.type)
-    if compiled and fused.edited(pre, post, edit, needs, _edited, out):
+    if compiled and fused.edited(pre, post, edit, _found(edit, needs), _edited, out):
         return out
     with torch.no_grad():
         _in_slices(pre, post, edit, needs, out)
@@ -79,7 +72,7 @@ def edited_tensor(
 
 
 def edited_files(
-    edit: Any,
+    edit: Edit,
     dtypes: tuple[torch.dtype, torch.dtype],
     files: tuple[Place, Place, Place],
     shape: tuple[int, ...],
@@ -102,35 +95,42 @@ def edited_files(
     """
     if not fused.wanted(edit, prod(shape), kernel) or "grad" in needs:
         return False
-    return fused.edited_files(edit, dtypes, files, shape, needs, _edited)
+    return fused.edited_files(edit, dtypes, files, shape, _found(edit, needs), _edited)
 
 
-def _edited(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+def _found(edit: Edit, needs: dict[str, Any]) -> dict[str, Any]:
+    """Return the needs with the model-wide thresholds found, before the edit is recorded."""
+    if "quantile" not in needs:
+        return needs
+    return {**needs, "quantile": thresholds(edit, needs).__getitem__}
+
+
+def _edited(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Tensor:
     """The edit of one tensor or slice in full: the body of the compiled pass too."""
     delta = difference(pre, post)
     return stored(pre, post, delta, edit(delta, **needs))
 
 
-def _in_slices(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any], out: Tensor) -> None:
+def _in_slices(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any], out: Tensor) -> None:
     """Edit slice by slice, the same bits in bounded memory; or all at once, if the edit must."""
     if post.ndim == 0 or not post.numel():
         out.copy_(_edited(pre, post, edit, needs))
         return
     a, b, into = pre.reshape(-1), post.reshape(-1), out.view(-1)
-    if (unit := getattr(edit, "unit", "tensor")) == "tensor":
+    if edit.unit == "tensor":
         hat = _edited_delta(pre, post, edit, needs)
         for part in _slices(post, 1):
             into[part] = stored(a[part], b[part], difference(a[part], b[part]), hat[part])
         return
-    width = 1 if unit == "entry" else post[0].numel() if post.ndim > 1 else None
+    width = 1 if edit.unit == "entry" else post[0].numel() if post.ndim > 1 else None
     for part in _slices(post, width):
-        shape = (-1,) if unit == "entry" or post.ndim < 2 else (-1, width or 1)
+        shape = (-1,) if edit.unit == "entry" or post.ndim < 2 else (-1, width or 1)
         given = {k: _sliced(k, v, part, shape) for k, v in needs.items()}
         old, new = a[part].reshape(shape), b[part].reshape(shape)
         into[part] = _edited(old, new, edit, given).reshape(-1)
 
 
-def _edited_delta(pre: Tensor, post: Tensor, edit: Any, needs: dict[str, Any]) -> Tensor:
+def _edited_delta(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Tensor:
     """Return the flat edited delta of an edit that sees the whole tensor."""
     delta = torch.empty(post.shape, dtype=torch.float32, device=post.device)
     a, b, into = pre.reshape(-1), post.reshape(-1), delta.view(-1)
@@ -149,16 +149,25 @@ def _slices(tensor: Tensor, width: int | None) -> list[slice]:
 
 def _sliced(name: str, value: Any, part: slice, shape: tuple[int, ...]) -> Any:
     """Return one need of an edit for a slice of the flat tensor."""
-    assert name in ("rng", "grad", "acts"), f"an edit that runs in slices cannot ask for {name}"
+    if name not in SLICED:
+        raise ValueError(f"an edit that runs in slices cannot ask for {name!r}")
     if name == "rng":
         return value.at(part.start)
     return value.reshape(-1)[part].reshape(shape) if name == "grad" else value
 
 
 def edited(
-    pre: Weights, post: Weights, edit: Any, select: Any, extras: Extras, kernel: str = "auto"
+    pre: Weights,
+    post: Weights,
+    edit: Edit,
+    select: Any,
+    extras: Extras,
+    kernel: str = "auto",
+    device: torch.device | str | None = None,
 ) -> LazyWeights:
     """Return the selected floating-point tensors of a pair, edited one by one when asked for.
+
+    Each comes back to where `post` has it.
 
     Args:
         pre: pre-trained weights.
@@ -167,17 +176,39 @@ def edited(
         select: a preset or a `select.Selection`.
         extras: provider of what the edit needs.
         kernel: as for `edited_tensor`.
+        device: where to edit: that of the live model, where a GPU has it; None for where they are.
     """
-    found = (_selected_name(select, post, n) for n in post)
-    names = [n for n in found if n is not None and post[n].is_floating_point()]
-    deltas = LazyWeights(names, lambda n: difference(pre[n], post[n]))
-    load: Callable[[str], Tensor] = lambda n: edited_tensor(  # noqa: E731
-        pre[n], post[n], edit, kernel, **extras.for_tensor(n, deltas)
-    )
-    return LazyWeights(names, load)
+    touched = LazyWeights(chosen(post, select), post.__getitem__, partial(meta, post))
+    deltas = delta(*(_moved(side, touched, device) for side in (pre, post)))
+
+    def load(name: str) -> Tensor:
+        old, new = pre[name], post[name]
+        needs = extras.for_tensor(name, deltas)
+        made = edited_tensor(old.to(device), new.to(device), edit, kernel, **needs)
+        return made.to(new.device)
+
+    return LazyWeights(touched, load, touched.meta)
 
 
-def _selected_name(select: Any, post: Weights, name: str) -> str | None:
-    """Return the name by which a tensor is selected; a tied one has several, as it was saved."""
-    names = saved_names(post, name)
-    return next((n for n in names if selected(select, n, shape_of(post, n))), None)
+def _moved(weights: Weights, names: Iterable[str], device: Any) -> LazyWeights:
+    """Return some of the weights, each on a device when it is asked for."""
+    return LazyWeights(names, lambda n: weights[n].to(device), partial(meta, weights))
+
+
+def chosen(post: Weights, select: Any) -> list[str]:
+    """Return the names of the floating-point parameters that a selection touches; reads none.
+
+    A tied tensor has several names, as it was saved: it goes by the first that is selected.
+
+    >>> chosen({"head.weight": torch.ones(2, 2), "steps": torch.tensor(3)}, "all")
+    ['head.weight']
+    """
+    found = []
+    for listed in post:
+        shape = meta(post, listed).shape
+        names = (n for n in saved_names(post, listed) if selected(select, n, shape))
+        if not is_parameter(post, listed):
+            continue
+        if meta(post, listed).floating and (name := next(names, None)) is not None:
+            found.append(name)
+    return found

@@ -1,68 +1,203 @@
-"""What an edit may ask for beside its delta, found or computed when it asks."""
+"""What an edit may ask for beside its delta: one table of names, and who provides them.
 
-from collections.abc import Callable
+`NEEDS` is the table. A provider finds what one tensor needs; those that an edit's deltas suffice
+for are here, those that need an objective are in `distill`, and `run` puts them together. An edit
+that asks for what is not in the table, or for what nobody provides, is refused before a model is
+opened (`check_needs`).
+"""
+
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from deltalab.edits import needs_of as needs
+import torch
+from torch import Tensor
+
+from deltalab.edits import Edit
 from deltalab.rng import Rng
 from deltalab.weights.factor import Factors, svd
 from deltalab.weights.mapping import ModelPair, Weights
 from deltalab.weights.threshold import ModelThreshold, Threshold
 
 
+class Need(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        kind: the type of what is handed over.
+        meaning: what it is.
+    """
+
+    kind: str
+    meaning: str
+
+
+NEEDS = {
+    "rng": Need("Rng", "random numbers of this tensor"),
+    "grad": Need("Tensor", "the loss gradient at W_post, of the delta's shape"),
+    "fisher": Need("Tensor", "the mean of squared gradients, of the delta's shape"),
+    "acts": Need("Tensor | None", "mean input of its layer, (in,); None for what has no input"),
+    "gram": Need("Tensor | None", "X'X / n of its layer's inputs X, (in, in)"),
+    "svd": Need("() -> (U, S, Vh)", "the factors of its delta, read as (out, rest)"),
+    "quantile": Need(
+        "float -> Threshold", "where a fraction of the whole model's entries survives"
+    ),
+    "scale": Need("(steps, lr) -> Tensor | None", "a scale learned for this tensor"),
+    "share": Need("Share", "what a budget gives this tensor"),
+    "peers": Need("list[Tensor]", "the deltas of further post-trained models"),
+}
+"""All that an edit may ask for. `fisher`, `gram`, `share` and `peers` have no provider yet."""
+
+OWN = ("rng", "svd", "quantile")
+"""What a pair and a seed suffice for."""
+
+SLICED = ("rng", "grad", "acts")
+"""What there is of a slice too, for edits of unit "entry" and "row"."""
+
+Provider = Callable[[str, Weights], Any]
+"""Finds what one tensor needs, given its name and the deltas of all selected tensors, in order."""
+
+
+def check_needs(edit: Edit, others: Collection[str] = ()) -> None:
+    """Check that an edit keeps the contract and that all it asks for will be there.
+
+    Args:
+        edit: the edit.
+        others: the needs that are provided beside `OWN`.
+
+    Raises:
+        ValueError: it asks for what nobody knows or provides, or runs in slices of which there is
+            no such thing.
+
+    >>> from deltalab.edits.biased_product import BiasedProduct
+    >>> check_needs(BiasedProduct(k=0.5, p=None), ["grad"])
+    >>> check_needs(BiasedProduct(k=0.5, p=None))
+    Traceback (most recent call last):
+    ValueError: edit BiasedProduct needs 'grad', which is not available here; rng, svd, quantile are
+    """
+    name = type(edit).__name__
+    if not isinstance(edit, Edit):
+        raise ValueError(f"edit {name}: must be derived from deltalab.edits.Edit")
+    for need in edit.needs:
+        if need not in NEEDS:
+            raise ValueError(f"edit {name} needs {need!r}, which is not one of {', '.join(NEEDS)}")
+        if edit.unit != "tensor" and need not in SLICED:
+            raise ValueError(
+                f"edit {name} needs {need!r}, of which a slice has none: unit={edit.unit} goes with"
+                f" {', '.join(SLICED)} alone"
+            )
+    _check_provided(f"edit {name}", edit.needs, [*OWN, *others])
+
+
+def _check_provided(who: str, needs: Collection[str], there: Collection[str]) -> None:
+    for need in needs:
+        if need not in there:
+            raise ValueError(
+                f"{who} needs {need!r}, which is not available here; {', '.join(there)} are"
+            )
+
+
+def handed(needs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return an edit's needs with every tensor on a device, also those that calls return.
+
+    The one place where needs change devices: gradients and activations are where the live model
+    is, an edit runs where its delta is.
+
+    >>> handed({"scale": torch.tensor(2.0), "svd": lambda: (torch.ones(1),)}, torch.device("cpu"))[
+    ...     "svd"
+    ... ]()
+    (tensor([1.]),)
+    """
+    return {name: _on(value, device) for name, value in needs.items()}
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        moved = value.to(device)
+        assert moved.device == device, f"a need on {moved.device} for a delta on {device}"
+        return moved
+    if isinstance(value, tuple | list):
+        return type(value)(_on(each, device) for each in value)
+    if callable(value):
+        return lambda *given: _on(value(*given), device)
+    return value
+
+
+def thresholds(edit: Edit, needs: Mapping[str, Any]) -> dict[float, Threshold]:
+    """Return the model-wide thresholds that an edit asks for, by the fraction that it asks for.
+
+    It is called on a few entries to find out: which of its fields the fractions come from is its
+    own affair.
+
+    Args:
+        edit: the edit.
+        needs: its keyword arguments, `quantile` among them.
+    """
+    found: dict[float, Threshold] = {}
+
+    refused: list[Exception] = []
+
+    def quantile(fraction: float) -> Threshold:
+        if fraction not in found:
+            try:
+                found[fraction] = needs["quantile"](fraction)
+            except Exception as error:  # of the real deltas
+                refused.append(error)
+                raise
+        return found[fraction]
+
+    few = torch.ones(2, 2)
+    given = {name: few if name == "grad" else value for name, value in needs.items()}
+    try:
+        edit(few, **given | {"quantile": quantile})
+    except Exception:  # on so few entries; what is wrong with it will be said on the real ones
+        if refused:
+            raise refused[0] from None
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Extras:
-    """The provider of everything in the vocabulary, for one pair of models and one seed.
+    """The provider of everything that an edit asks for, for one pair of models and one seed.
 
     Attributes:
         needs: what the edit asks for.
         seed: seed of the random numbers.
-        gradient: computes the loss gradient at W_post; called once an edit needs it.
-        acts: computes the mean input activations by weight name; likewise.
-        scales: learns scales for an edit and the deltas of its tensors; likewise, and kept.
-        peers: deltas of further post-trained models.
-        salt: sets the random numbers of one model apart from those of others with its tensor names.
+        providers: of what needs more than pair and seed, by need.
         memo: factorisations and thresholds, shared by all points of a sweep over one pair.
+        salt: sets the random numbers of one model apart from those of others with its tensor names.
+
+    Raises:
+        ValueError: a need that nobody provides.
     """
 
     needs: tuple[str, ...] = ()
     seed: int = 0
-    gradient: Callable[[], Weights] | None = None
-    acts: Callable[[], Weights] | None = None
-    scales: Callable[[Weights], Weights] | None = None
-    peers: tuple[Weights, ...] = ()
-    salt: str = ""
+    providers: Mapping[str, Provider] = field(default_factory=dict)
     memo: "Memo" = field(default_factory=lambda: Memo())
-    _once: dict[str, Weights] = field(default_factory=dict, repr=False)
+    salt: str = ""
 
     @classmethod
     def of(
         cls,
-        edit: Any,
+        edit: Edit,
         pair: ModelPair,
         *,
         seed: int,
         salt: str = "",
-        gradient: Callable[[], Weights] | None = None,
-        acts: Callable[[], Weights] | None = None,
-        scales: Callable[[Weights], Weights] | None = None,
-        peers: tuple[Weights, ...] = (),
+        providers: Mapping[str, Provider] | None = None,
     ) -> "Extras":
         """Return the provider for an edit of an open pair, with the pair's shared memo.
 
         Raises:
             ValueError: the edit needs what is not there.
         """
-        memo = _memos.setdefault(pair, Memo())
-        return cls(needs(edit), seed, gradient, acts, scales, peers, salt, memo)
+        check_needs(edit, providers or ())
+        return cls(edit.needs, seed, providers or {}, _memos.setdefault(pair, Memo()), salt)
 
     def __post_init__(self) -> None:
-        have = {"grad": self.gradient, "acts": self.acts, "scale": self.scales}
-        for need, source in have.items():
-            if need in self.needs and source is None:
-                raise ValueError(f"this edit needs {need!r}, which is not available here")
+        _check_provided("this edit", self.needs, [*OWN, *self.providers])
 
     def for_tensor(self, name: str, deltas: Weights) -> dict[str, Any]:
         """Return the needed keyword arguments for one tensor.
@@ -71,33 +206,13 @@ class Extras:
             name: the tensor's name.
             deltas: the deltas of all selected tensors, in order; read where a need calls for it.
         """
-        return {need: self._find(need, name, deltas) for need in self.needs}
-
-    def _find(self, need: str, name: str, deltas: Weights) -> Any:
-        match need:
-            case "rng":
-                return Rng(self.seed, name, salt=self.salt)
-            case "grad":
-                assert self.gradient is not None
-                return self.gradient()[name]
-            case "acts":
-                assert self.acts is not None
-                return self.acts().get(name)
-            case "scale":
-                return self._learned(deltas).get(name)
-            case "peers":
-                return [peer[name] for peer in self.peers]
-            case "svd":
-                return lambda: self.memo.svd(name, deltas)
-            case _:
-                return lambda keep: self.memo.threshold(keep, name, deltas)
-
-    def _learned(self, deltas: Weights) -> Weights:
-        """Learn the scales when the first tensor asks, for all tensors together."""
-        assert self.scales is not None
-        if "learned" not in self._once:
-            self._once["learned"] = self.scales(deltas)
-        return self._once["learned"]
+        own: dict[str, Provider] = {
+            "rng": lambda name, _: Rng(self.seed, name, salt=self.salt),
+            "svd": lambda name, deltas: lambda: self.memo.svd(name, deltas),
+            "quantile": lambda name, deltas: lambda keep: self.memo.threshold(keep, name, deltas),
+        }
+        providers = {**own, **self.providers}
+        return {need: providers[need](name, deltas) for need in self.needs}
 
 
 class Memo:

@@ -23,10 +23,6 @@ from deltalab.weights.headers import BITS
 from deltalab.weights.mapping import Checkpoint
 from deltalab.weights.shards import DTYPES, Entry, entries
 
-_NAMES = {
-    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
-    "torch.uint8": "U8", "torch.bool": "BOOL",
-}  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _UNCOPIED = ("README.md", "deltalab.json", ".gitattributes")
 _DIRECTORIES = ("additional_chat_templates",)
@@ -103,7 +99,7 @@ def _renamed(name: Path) -> Path:
 
 def _make(side: Side, file: Path, name: Path, checkpoint: Checkpoint) -> None:
     """Add a file that has no header of safetensors yet, and its tensors."""
-    kinds = {n: _kind(checkpoint, n) for n, place in checkpoint.shards.items() if place == file}
+    kinds = {n: checkpoint.dtype(n) for n, place in checkpoint.shards.items() if place == file}
     names = sorted(kinds, key=lambda n: -BITS[kinds[n]])  # so that all are aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     sizes, position = {}, 0
@@ -121,11 +117,6 @@ def _make(side: Side, file: Path, name: Path, checkpoint: Checkpoint) -> None:
         part, shape = _part(checkpoint, n), checkpoint.shape(n)
         side.entries[n] = Entry(file, DTYPES.get(kinds[n]), shape, begin, sizes[n], part)
         begin += sizes[n]
-
-
-def _kind(checkpoint: Checkpoint, name: str) -> str:
-    """Return the name that a header has for a tensor's dtype."""
-    return _NAMES.get(found := checkpoint.dtype(name), found)
 
 
 def _part(checkpoint: Checkpoint, name: str) -> Callable[[int, int], Tensor]:

@@ -7,9 +7,6 @@ made (`layout`).
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,11 +21,12 @@ from torch import Tensor
 
 from deltalab import console
 from deltalab.apply import editing, layout
-from deltalab.apply.extras import Extras, Memo
+from deltalab.apply.extras import Extras, Memo, thresholds
 from deltalab.apply.layout import Side
-from deltalab.edits import needs_of
+from deltalab.edits import Edit
+from deltalab.store import files
 from deltalab.weights import contents, finite
-from deltalab.weights.mapping import PIECE, LazyWeights, part_of
+from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
 from deltalab.weights.select import selected
 from deltalab.weights.shards import Buffers, Entry, copy, item, keep, pieces, put, read
 
@@ -61,7 +59,7 @@ def stream(
     pre: Path,
     post: Path,
     out: Path,
-    edit: Any,
+    edit: Edit,
     *,
     select: Any,
     seed: int,
@@ -72,8 +70,9 @@ def stream(
 ) -> dict[str, Any]:
     """Write the edited checkpoint to `out` and return its manifest.
 
-    Everything goes to a temporary directory beside `out`, which is renamed at the end: whenever
-    the process is stopped, `out` is absent or complete.
+    Everything goes to a temporary directory beside `out`, which is renamed when it has reached the
+    disk itself: whenever the process or the machine is stopped, `out` is absent or complete. What a
+    killed process has left is named at the next run.
 
     Args:
         pre: pre-trained checkpoint, a file or a directory as for `weights.Checkpoint`.
@@ -91,13 +90,14 @@ def stream(
             None where no setting asks for it.
 
     Raises:
-        ValueError: `out` exists, or the checkpoints do not fit together.
+        ValueError: `out` exists, another process is writing it, or the checkpoints do not fit
+            together.
     """
     if mismatch not in MISMATCH:
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    extras = Extras(needs_of(edit), seed, memo=Memo(limit=0))
+    extras = Extras(edit.needs, seed, memo=Memo(limit=0))
     plan = planned(pre, post, select, mismatch, dequantize)
     manifest = {
         "edit": describe,
@@ -111,18 +111,13 @@ def stream(
         "names": list(plan.pre),
         "kept": plan.kept,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial_out = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        _write(plan, partial_out, edit, extras, kernel)
-        layout.copy_companions(post, partial_out, plan.side)
-        (partial_out / "deltalab.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        _verify(plan, partial_out)
-        partial_out.chmod(0o777 & ~_umask())
-        partial_out.rename(out)
-    except BaseException:
-        shutil.rmtree(partial_out, ignore_errors=True)
-        raise
+    for left, size in files.leftovers(out):
+        console.fail(f"{left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it")
+    with files.building(out) as made:
+        _write(plan, made, edit, extras, kernel)
+        layout.copy_companions(post, made, plan.side)
+        files.write(made / "deltalab.json", json.dumps(manifest, indent=1) + "\n")
+        _verify(plan, made)
     return manifest
 
 
@@ -199,7 +194,7 @@ def _equal(a: Entry, b: Entry) -> bool:
     return all(torch.equal(read(a, *p), read(b, *p)) for p in pieces(prod(a.shape), 1))
 
 
-def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> None:
+def _write(plan: Plan, out: Path, edit: Edit, extras: Extras, kernel: str) -> None:
     """Write all files: headers and untouched tensors as bytes, edited tensors piece by piece.
 
     Pieces are independent: each worker reads one, edits it with one thread and writes it to its
@@ -207,9 +202,9 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
     """
     names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
     deltas = _Deltas(plan, names)
-    if getattr(edit, "scope", None) == "model" and names:
+    if edit.whole_model and "quantile" in edit.needs and names:
         with console.steps("ranking", 2 * len(names)) as deltas.step:
-            extras.for_tensor(names[0], deltas)["quantile"](edit.keep)
+            thresholds(edit, extras.for_tensor(names[0], deltas))
     workers = torch.get_num_threads()
     with (
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -249,7 +244,7 @@ def _write(plan: Plan, out: Path, edit: Any, extras: Extras, kernel: str) -> Non
 def _edit_piece(
     plan: Plan,
     name: str,
-    edit: Any,
+    edit: Edit,
     given: dict[str, Any],
     kernel: str,
     target: BinaryIO,
@@ -305,7 +300,7 @@ def _blame(plan: Plan, name: str) -> None:
     old, new, bad = plan.pre[name], plan.post[name], [0, 0, 0]
     for piece in pieces(plan.rows[name], 1):
         a, b = read(old, *piece), read(new, *piece)
-        for index, held in enumerate((a, b, editing.difference(a, b))):
+        for index, held in enumerate((a, b, difference(a, b))):
             bad[index] += int((~held.isfinite()).sum())
     if any(bad):
         raise ValueError(finite.complaint(name, *bad))
@@ -330,12 +325,11 @@ def _dtype(entry: Entry) -> torch.dtype:
     return entry.dtype
 
 
-def _width(edit: Any, entry: Entry) -> int:
+def _width(edit: Edit, entry: Entry) -> int:
     """Return the entries that must stay together, or 0 for a whole tensor."""
-    unit = getattr(edit, "unit", "tensor")
-    if unit == "row":
+    if edit.unit == "row":
         return prod(entry.shape[1:]) if len(entry.shape) > 1 else 0
-    return 1 if unit == "entry" else 0
+    return 1 if edit.unit == "entry" else 0
 
 
 def _shape(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:
@@ -347,17 +341,21 @@ class _Deltas(LazyWeights):
     """The deltas of the tensors that are edited, for edits that need more than a piece of one."""
 
     def __init__(self, plan: Plan, names: list[str]) -> None:
-        super().__init__(names, self._whole)
+        super().__init__(names, self._whole, self._meta_of)
         self._plan = plan
         self.step: Callable[[], None] = lambda: None
 
     def _whole(self, name: str) -> Tensor:
         """Return one delta: the rows that both sides have."""
         new, count = self._plan.post[name], self._plan.rows[name]
-        flat = editing.difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
+        flat = difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
         if not finite.all_finite(flat):
             _blame(self._plan, name)
         return flat.reshape(_shape(new.shape, count, 0))
+
+    def _meta_of(self, name: str) -> Meta:
+        shape = _shape(self._plan.post[name].shape, self._plan.rows[name], 0)
+        return Meta(shape, torch.float32)
 
     def pieces(self, name: str) -> Iterator[Callable[[], Tensor]]:
         """Yield what `weights.pieces` does, without the whole delta."""
@@ -371,7 +369,7 @@ class _Deltas(LazyWeights):
             read(entry, start, stop, _buffers.take(side, _dtype(entry), stop - start))
             for side, entry in sides.items()
         )
-        delta = editing.difference(a, b)
+        delta = difference(a, b)
         if not finite.all_finite(delta):
             _blame(self._plan, name)
         return delta
@@ -385,9 +383,3 @@ def _verify(plan: Plan, out: Path) -> None:
 
 def _parameters(plan: Plan) -> int:
     return sum(plan.rows[name] for name in plan.pre)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

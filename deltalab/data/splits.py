@@ -71,10 +71,10 @@ def halved(loss: Opened, half: Half | None) -> Opened:
     batches: Sequence[Any] = loss.batches  # type: ignore[attr-defined]
     kept, start = [], 0
     for batch in batches:
-        count = _count(batch)
+        count = examples(batch)
         rows = [i - start for i in range(start, start + count) if half_of(i) == half]
         if rows:
-            kept.append(_rows(batch, rows))
+            kept.append(rows_of(batch, rows))
         start += count
     if not kept:
         raise ValueError(
@@ -85,10 +85,11 @@ def halved(loss: Opened, half: Half | None) -> Opened:
     return found
 
 
-def _count(batch: Any) -> int:
-    return _count(batch[0]) if isinstance(batch, tuple) else len(batch)
+def examples(batch: Any) -> int:
+    """Return how many examples a batch has."""
+    return examples(batch[0]) if isinstance(batch, tuple) else len(batch)
 
 
-def _rows(batch: Any, rows: list[int]) -> Any:
+def rows_of(batch: Any, rows: list[int]) -> Any:
     """Return some examples of a batch."""
-    return tuple(_rows(b, rows) for b in batch) if isinstance(batch, tuple) else batch[rows]
+    return tuple(rows_of(b, rows) for b in batch) if isinstance(batch, tuple) else batch[rows]

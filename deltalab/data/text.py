@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from deltalab.data.formats import plain, short
 from deltalab.data.rows import Row, checked, read
-from deltalab.data.tokens import Marked, Tokens, batches, code, fit, fit_pairs
+from deltalab.data.tokens import Marked, Tokens, batches, code, common, fit, fit_pairs
 
 Message = dict[str, str]
 
@@ -70,17 +70,36 @@ class Encoder:
         text, spans = self.render(messages, where), []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self.render(messages[:number], where, ask=True)
                 after = self.render(messages[: number + 1], where).rstrip()
-                if not (text.startswith(after) and after.startswith(before)):
+                if not text.startswith(after):
                     raise ValueError(
                         f"{where}: the chat template writes message {number} otherwise when it is"
                         " followed by more, so that no answer can be told from its prompt"
                     )
-                spans.append((len(before), len(after)))
+                spans.append((self._begin(messages, number, after, where), len(after)))
         if not spans:
             raise ValueError(f"{where}: no message of the assistant")
         return Marked(text, tuple(spans), where)
+
+    def _begin(self, messages: Sequence[Message], number: int, after: str, where: str) -> int:
+        """Return where the assistant's turn of this number begins in the text that ends with it.
+
+        That is where the words end that ask for it. Templates of models that reason begin the
+        answer with those words (`<think>`), but write no thoughts in a turn that is given: it
+        begins where the two part, or with its own first word.
+        """
+        asked = self.render(messages[:number], where, ask=True)
+        if after.startswith(asked):
+            return len(asked)
+        before = self.render(messages[:number], where) if number else ""
+        if not after.startswith(before):
+            raise ValueError(
+                f"{where}: the chat template writes what comes before message {number} otherwise"
+                " than without it, so that no answer can be told from its prompt"
+            )
+        shared = common(asked, after)
+        own = after.find(messages[number]["content"].strip(), len(before))
+        return shared if own < 0 else min(shared, own)
 
     def pair(self, prompt: str, separator: str, answer: str, where: str) -> Marked:
         """Return one prompt with its answer, marked: a chat of two turns, or plain text."""

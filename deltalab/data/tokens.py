@@ -72,7 +72,7 @@ def code(tokenizer: Any, texts: Sequence[Marked]) -> list[Coded]:
     found: list[dict[int, int]] = [{0: 0} for _ in texts]
     joined, eos = set(), tokenizer.eos_token_id
     for (number, at), start in zip(places, starts, strict=True):
-        found[number][at] = length = _common(start, wholes[number])
+        found[number][at] = length = common(start, wholes[number])
         if length < len(start) - (start[-1] == eos):
             joined.add(number)
     if joined:
@@ -109,10 +109,10 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [found[i] for i in range(len(texts))]
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """Return the length of the common beginning of two lists.
+def common(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return the length of the common beginning of two lists or texts.
 
-    >>> _common([1, 2, 3], [1, 2, 4, 5])
+    >>> common([1, 2, 3], [1, 2, 4, 5])
     2
     """
     pairs = enumerate(zip(one, other, strict=False))

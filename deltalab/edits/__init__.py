@@ -1,52 +1,126 @@
 """Edits: one method a file, each a frozen dataclass that maps a delta to an edited delta.
 
-An edit's fields are the keys of `conf/edit/<name>.yaml`, where alone the defaults stand. Calling it
-is pure: float32 delta in, float32 edited delta of the same shape out. What it needs beside the
-delta it declares as keyword-only arguments out of `NEEDS`; where the fields decide, as a property
-`needs`. Two class attributes, both optional, say how an edit may be run:
-
-* `unit = "entry"`: an entry of the result depends on the same entry of the inputs alone;
-  `unit = "row"`: a row (of the tensor read as (out, rest)) on the same row alone. Such edits run in
-  slices, so that memory stays bounded. Without it an edit sees the whole tensor.
-* `fuses = True`: plain tensor operations without a branch on the data, which a compiler can fuse
-  into one pass over memory: in C on the CPU where `translation` has all of them, else by
-  `torch.compile`. Edits of unit "entry" fuse in any case.
+`Edit` is the whole contract. A new method is two files: its class, and `conf/edit/<name>.yaml` with
+its fields as keys, where alone the defaults stand. The contract tests find it by the latter.
 """
 
 import inspect
 import math
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-NEEDS = ("rng", "grad", "acts", "peers", "svd", "quantile", "scale")
-"""All that an edit may ask for: random numbers of this tensor; the loss gradient at W_post; the
-mean input activations of its layer; other models' deltas; its singular value decomposition; the
-model-wide magnitude threshold; a scale learned for this tensor."""
+Unit = Literal["entry", "row", "tensor"]
 
 
-class Edit(Protocol):
-    """What every edit is: a pure map of one tensor's delta."""
+@dataclass(frozen=True)
+class Line:
+    """A family of edits, W(s) = W(0) + s * direction, and one edit's place in it.
 
-    def __call__(self, delta: Tensor, **needs: Any) -> Tensor:
-        """Return the edited delta."""
-
-
-def needs_of(edit: Any) -> tuple[str, ...]:
-    """Return what an edit asks for: its `needs`, or the keyword-only arguments of its call.
-
-    Raises:
-        ValueError: it asks for something that is not in the vocabulary.
+    Attributes:
+        family: names the line among all lines of a pair, an objective, a selection and a seed.
+        at: the coordinate s of the edit.
+        low: least coordinate of the family, at most 0.
+        high: greatest coordinate of the family, at least 0.
+        most: how many evaluations the line may cost, beside the gradient at W_post.
     """
-    parameters = inspect.signature(type(edit).__call__).parameters.values()
-    declared = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-    names: tuple[str, ...] = getattr(edit, "needs", declared)
-    for name in names:
-        if name not in NEEDS:
-            raise ValueError(
-                f"edit {type(edit).__name__} needs {name!r}, which is not one of {', '.join(NEEDS)}"
-            )
-    return names
+
+    family: str
+    at: float
+    low: float
+    high: float
+    most: int
+
+
+class Moments(NamedTuple):
+    """Mean m and variance v of x, where the shift's entries are E_i = D_i x_i, x_i independent.
+
+    Attributes:
+        mean: m, relative to the delta.
+        variance: v, likewise: the "editing intensity".
+    """
+
+    mean: float
+    variance: float
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A pure map of one tensor's delta; every edit derives from this class.
+
+    What is not given below has the value that it has here. Where the fields decide, a property
+    takes the place of a class attribute.
+
+    Attributes:
+        unit: how much of a tensor an entry of the result depends on: the same "entry" of the
+            inputs alone; the same "row", of the tensor read as (out, rest); or the whole "tensor".
+            The first two run in slices, so that memory stays bounded.
+        fuses: whether it is made of plain tensor operations without a branch on the data, so that
+            `kernels` can write it in C as one pass over memory. Edits of unit "entry" fuse in any
+            case.
+        version: enters the key of every point; to be raised whenever the same settings come to
+            give other weights, so that what was recorded before is not taken for it. A number in
+            the class's own body, for it is read from the source too.
+        whole_model: whether it needs the deltas of the whole model as they are given, and so can
+            only come first in a chain.
+
+    >>> class Half(Edit):
+    ...     version: ClassVar[int] = 1
+    ...
+    ...     def __call__(self, delta: Tensor, *, rng: Any) -> Tensor:
+    ...         return delta / 2
+    >>> Half().needs, Half().unit, Half().line()
+    (('rng',), 'tensor', None)
+    """
+
+    unit: ClassVar[Unit] = "tensor"
+    fuses: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+    whole_model: ClassVar[bool] = False
+
+    def __call__(self, delta: Tensor, *args: Any, **needs: Any) -> Tensor:
+        """Return the edited delta, a new tensor; the same settings and needs give the same bits.
+
+        What an edit needs beside the delta it declares as keyword-only arguments.
+
+        Args:
+            delta: W_post - W_pre, float32, any shape and strides; not to be changed.
+            args: none; declares no more than that subclasses name what they need.
+            needs: what was declared, on the delta's device.
+
+        Returns:
+            float32, of the delta's shape and device; zero where the delta is zero throughout.
+        """
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it asks for beside the delta, of the names in `extras.NEEDS`."""
+        parameters = inspect.signature(type(self).__call__).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+    def line(self) -> Line | None:
+        """Return the straight line through W_post that its shift shares with other edits' shifts.
+
+        Their terms then come from shared slopes (`lines`). The shift must be `at` times a direction
+        that depends on nothing but family, pair, selection and seed.
+        """
+        return None
+
+    def moments(self) -> Moments | None:
+        """Return the moments from which the closed form predicts the change (`prediction`).
+
+        None where the entries of the shift are no independent multiples of the delta's.
+        """
+        return None
+
+    def encode(self, delta: Tensor, *args: Any, **needs: Any) -> Any:
+        """Return the packed form of the edited delta, exactly what a file will hold.
+
+        With it, the call is to be `encode(...).decode()`. None where there is no such form.
+        """
+        return None
 
 
 def within(field: str, value: object, interval: str) -> None:

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, within
 from deltalab.edits.biased_sign import two_multipliers
 
 
 @dataclass(frozen=True)
-class BiasedProduct:
+class BiasedProduct(Edit):
     """DARE's two multipliers, given out by the sign of the delta times the loss gradient.
 
     Entries with D_ij g_ij < 0, g the gradient at W_post, get k, the others (1 - k p) / (1 - p).
@@ -32,6 +32,7 @@ class BiasedProduct:
     k: float
     p: float | None
     fuses: ClassVar[bool] = True
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("k", self.k, "(-inf, inf)")

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, within
 
 
 @dataclass(frozen=True)
-class BiasedSign:
+class BiasedSign(Edit):
     """DARE's two multipliers, given out by the sign of the delta instead of at random.
 
     Entries with D_ij < 0 get k, the others (1 - k p) / (1 - p).
@@ -30,6 +30,7 @@ class BiasedSign:
     k: float
     p: float | None
     fuses: ClassVar[bool] = True
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("k", self.k, "(-inf, inf)")

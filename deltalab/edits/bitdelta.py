@@ -6,14 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import one_of, within
+from deltalab.edits import Edit, one_of, within
 from deltalab.rng import Rng
 
 _MAGNITUDES, _AXES = ("mean", "normal", "uniform"), ("tensor", "row", "column")
 
 
 @dataclass(frozen=True)
-class BitDelta:
+class BitDelta(Edit):
     """Replace every magnitude by the mean magnitude and keep the signs.
 
     D_hat = c mu sign(D) with mu = mean |D|, the scale of least squared error at c = 1, and
@@ -44,6 +44,7 @@ class BitDelta:
     cv: float
     axis: str
     fuses: ClassVar[bool] = True
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("multiple", self.multiple, "[0, inf)")

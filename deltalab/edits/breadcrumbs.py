@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Unit, within
 from deltalab.weights.threshold import kept_count
 
 
 @dataclass(frozen=True)
-class Breadcrumbs:
+class Breadcrumbs(Edit):
     """Keep the middle magnitudes of every row.
 
     Of the n entries of a row, the floor(gamma n) of largest |D| are dropped and the floor(beta n)
@@ -31,7 +31,8 @@ class Breadcrumbs:
 
     beta: float
     gamma: float
-    unit: ClassVar[str] = "row"
+    unit: ClassVar[Unit] = "row"
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("beta", self.beta, "[0, 1]")

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from deltalab.edits import needs_of
+from deltalab.edits import Edit, Unit
 from deltalab.rng import Rng
 from deltalab.settings import conf_dir
 from deltalab.weights import factor
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(Edit):
     """Apply edits in turn: D_hat = F_n(... F_1(D)).
 
     Every step has its own random numbers; the first has those it would have alone. A model-wide
@@ -36,36 +36,41 @@ class Chain:
     """
 
     steps: list[Any]
+    version: ClassVar[int] = 1
     options: ClassVar = {"steps": "edit"}
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, list | tuple) or not self.steps:
             raise ValueError(f"edit.steps={self.steps}: must be a list of at least one edit")
         for step, edit in zip(self.steps[1:], self.edits[1:], strict=True):
-            if getattr(edit, "scope", None) == "model" or "scale" in needs_of(edit):
+            if edit.whole_model:
                 raise ValueError(f"edit.steps={step}: needs the whole model, so must come first")
 
     @cached_property
-    def edits(self) -> tuple[Any, ...]:
+    def edits(self) -> tuple[Edit, ...]:
         """The steps as edits."""
         return tuple(_built(step) for step in self.steps)
 
     @property
     def needs(self) -> tuple[str, ...]:
         """What this edit asks for: all that its steps do."""
-        return tuple(dict.fromkeys(need for edit in self.edits for need in needs_of(edit)))
+        return tuple(dict.fromkeys(need for edit in self.edits for need in edit.needs))
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:  # type: ignore[override]
         """Entry by entry if all steps are."""
-        units = {getattr(edit, "unit", "tensor") for edit in self.edits}
-        return "entry" if units == {"entry"} else "tensor"
+        return "entry" if {edit.unit for edit in self.edits} == {"entry"} else "tensor"
 
-    def __call__(self, delta: Tensor, **given: Any) -> Tensor:
+    @property
+    def whole_model(self) -> bool:  # type: ignore[override]
+        """Whether its first step does."""
+        return self.edits[0].whole_model
+
+    def __call__(self, delta: Tensor, *args: Any, **given: Any) -> Tensor:
         """Return the delta after all steps."""
         hat = delta
         for index, edit in enumerate(self.edits):
-            now = {need: given[need] for need in needs_of(edit)}
+            now = {need: given[need] for need in edit.needs}
             if index and "rng" in now:
                 now["rng"] = _forked(now["rng"], index)
             if index and "svd" in now:
@@ -82,9 +87,9 @@ def _factors_of(delta: Tensor) -> Callable[[], factor.Factors]:
     return lambda: factor.svd(delta.flatten(1))
 
 
-def _built(step: Any) -> Any:
+def _built(step: Any) -> Edit:
     """Return one step as an edit: a name, a mapping from a name to settings, or the edit itself."""
-    if callable(step):
+    if isinstance(step, Edit):
         return step
     name, given = next(iter(step.items())) if isinstance(step, Mapping) and step else (step, {})
     conf = conf_dir() / "edit"
@@ -98,4 +103,5 @@ def _built(step: Any) -> Any:
     for key in given or {}:
         if key not in (valid := [f.name for f in fields(chosen)]):
             raise ValueError(f"edit.steps.{name}.{key}: must be one of {', '.join(valid)}")
-    return chosen(**settings | dict(given or {}))
+    edit: Edit = chosen(**settings | dict(given or {}))
+    return edit

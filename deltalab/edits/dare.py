@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Line, Moments, Unit, within
 from deltalab.rng import Rng
 
 
 @dataclass(frozen=True)
-class Dare:
+class Dare(Edit):
     """Drop entries at random and rescale the rest, without bias.
 
     D_hat = k M D + (1 - k p) / (1 - p) (1 - M) D with M ~ Bernoulli(p) per entry, so that
@@ -32,7 +32,8 @@ class Dare:
 
     p: float
     k: float
-    unit: ClassVar[str] = "entry"
+    unit: ClassVar[Unit] = "entry"
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1)")
@@ -42,3 +43,15 @@ class Dare:
         """Return the delta times k where the mask is set, times (1 - kp)/(1 - p) elsewhere."""
         kept = (1 - self.k * self.p) / (1 - self.p)
         return torch.where(rng.below(delta, self.p), self.k * delta, kept * delta)
+
+    def line(self) -> Line | None:
+        """At fixed p and mask the shift is (1 - k) (p - M) / (1 - p) D: all k lie on one line."""
+        if -1 <= self.k <= 1:
+            return Line(f"dare p={self.p!r}", 1.0 - self.k, 0.0, 2.0, most=9)
+        if 1 < self.k <= 3:
+            return Line(f"dare p={self.p!r} beyond", 1.0 - self.k, -2.0, 0.0, most=9)
+        return None
+
+    def moments(self) -> Moments:
+        """Unbiased, with variance (1 - k)^2 p / (1 - p)."""
+        return Moments(0.0, (1 - self.k) ** 2 * self.p / (1 - self.p))

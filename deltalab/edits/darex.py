@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Unit, within
 from deltalab.rng import Rng
 
 
 @dataclass(frozen=True)
-class Darex:
+class Darex(Edit):
     """Drop entries at random and divide the rest by q instead of 1 - p.
 
     D_hat = (1 - M) D / q with M ~ Bernoulli(p). With q > 1 - p this is biased by the factor
@@ -34,7 +34,7 @@ class Darex:
 
     p: float
     q: float | str
-    version: ClassVar[int] = 2  # the mean inputs are those of half A of the objective
+    version: ClassVar[int] = 2  # mean inputs of half A of the objective, without padding
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1)")
@@ -49,7 +49,7 @@ class Darex:
         return ("rng", "acts") if self.q == "closed_form" else ("rng",)
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:  # type: ignore[override]
         """Entry by entry where q is given; the closed form sees the whole tensor."""
         return "tensor" if self.q == "closed_form" else "entry"
 

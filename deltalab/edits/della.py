@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Unit, within
 from deltalab.rng import Rng
 
 
 @dataclass(frozen=True)
-class Della:
+class Della(Edit):
     """Drop entries with a probability that falls with their rank, and rescale each without bias.
 
     In each row the entries are ranked by |D|, r from 0 (smallest) to 1 (largest); an entry is kept
@@ -33,7 +33,8 @@ class Della:
 
     p: float
     window: float
-    unit: ClassVar[str] = "row"
+    unit: ClassVar[Unit] = "row"
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1)")

@@ -6,16 +6,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.edits import Edit, Unit
+
 
 @dataclass(frozen=True)
-class Discard:
+class Discard(Edit):
     """Discard the delta: D_hat = 0.
 
     >>> Discard()(torch.tensor([1.0, -2.0]))
     tensor([0., 0.])
     """
 
-    unit: ClassVar[str] = "entry"
+    unit: ClassVar[Unit] = "entry"
+    version: ClassVar[int] = 1
 
     def __call__(self, delta: Tensor) -> Tensor:
         """Return zeros."""

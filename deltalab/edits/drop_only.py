@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Moments, Unit, within
 from deltalab.rng import Rng
 
 
 @dataclass(frozen=True)
-class DropOnly:
+class DropOnly(Edit):
     """Drop entries at random and leave the rest as they are.
 
     D_hat = (1 - M) D with M ~ Bernoulli(p), the mask of DARE under the same seed.
@@ -28,7 +28,8 @@ class DropOnly:
     """
 
     p: float
-    unit: ClassVar[str] = "entry"
+    unit: ClassVar[Unit] = "entry"
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1]")
@@ -36,3 +37,7 @@ class DropOnly:
     def __call__(self, delta: Tensor, *, rng: Rng) -> Tensor:
         """Return the delta with the masked entries set to zero."""
         return delta.masked_fill(rng.below(delta, self.p), 0.0)
+
+    def moments(self) -> Moments:
+        """The shift is -M D: those of a Bernoulli number with its sign turned."""
+        return Moments(-self.p, self.p * (1 - self.p))

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Line, Moments, Unit, within
 
 
 @dataclass(frozen=True)
-class Expo:
+class Expo(Edit):
     """Move along the delta: D_hat = (1 + alpha) D.
 
     alpha > 0 extrapolates beyond W_post, -1 < alpha < 0 interpolates towards W_pre,
@@ -27,7 +27,8 @@ class Expo:
     """
 
     alpha: float
-    unit: ClassVar[str] = "entry"
+    unit: ClassVar[Unit] = "entry"
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("alpha", self.alpha, "(-inf, inf)")
@@ -35,3 +36,15 @@ class Expo:
     def __call__(self, delta: Tensor) -> Tensor:
         """Return the scaled delta."""
         return (1 + self.alpha) * delta
+
+    def line(self) -> Line | None:
+        """The shift is alpha D; inwards and outwards are two lines, each with a budget."""
+        if 0 < self.alpha <= 1:
+            return Line("expo outwards", float(self.alpha), 0.0, 1.0, most=6)
+        if -1 <= self.alpha <= 0:
+            return Line("expo inwards", float(self.alpha), -1.0, 0.0, most=5)
+        return None
+
+    def moments(self) -> Moments:
+        """Nothing is random: alpha everywhere."""
+        return Moments(float(self.alpha), 0.0)

@@ -5,9 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from deltalab.edits import Edit, Unit
+
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Edit):
     """Keep the delta: D_hat = D.
 
     >>> import torch
@@ -15,7 +17,8 @@ class Keep:
     tensor([ 1., -2.])
     """
 
-    unit: ClassVar[str] = "entry"
+    unit: ClassVar[Unit] = "entry"
+    version: ClassVar[int] = 1
 
     def __call__(self, delta: Tensor) -> Tensor:
         """Return a copy of the delta."""

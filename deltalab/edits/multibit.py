@@ -1,13 +1,13 @@
 """BitDelta with more magnitude bits (arXiv 2410.13841, Sec. 5.3 and Fig. 4)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltalab.edits import one_of, whole
+from deltalab.edits import Edit, one_of, whole
 from deltalab.weights.threshold import ascending
 
 Array = np.ndarray[Any, Any]
@@ -17,7 +17,7 @@ _STEPS = 16
 
 
 @dataclass(frozen=True)
-class Multibit:
+class Multibit(Edit):
     """Quantise the magnitudes to 2^bits levels, each the mean of its block, and keep the signs.
 
     Blocks of equal count: of n magnitudes, one that exceeds c others lies in block
@@ -40,6 +40,7 @@ class Multibit:
 
     bits: int
     blocks: str
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         whole("bits", self.bits, 0)

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Moments, Unit, within
 from deltalab.rng import Rng
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(Edit):
     """Multiply every entry by a normal number of mean 1.
 
     D_hat = (1 + sigma xi) D with xi ~ N(0, 1): unbiased, of editing intensity sigma^2, to be set
@@ -28,7 +28,8 @@ class Noise:
     """
 
     sigma: float
-    unit: ClassVar[str] = "entry"
+    unit: ClassVar[Unit] = "entry"
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("sigma", self.sigma, "[0, inf)")
@@ -36,3 +37,7 @@ class Noise:
     def __call__(self, delta: Tensor, *, rng: Rng) -> Tensor:
         """Return the delta with its entries scaled at random."""
         return (1 + self.sigma * rng.normal(delta)) * delta
+
+    def moments(self) -> Moments:
+        """Unbiased, with variance sigma^2."""
+        return Moments(0.0, self.sigma**2)

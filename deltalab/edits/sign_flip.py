@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import within
+from deltalab.edits import Edit, Moments, Unit, within
 from deltalab.rng import Rng
 
 
 @dataclass(frozen=True)
-class SignFlip:
+class SignFlip(Edit):
     """Flip the signs of entries chosen at random.
 
     D_hat = (1 - 2 M) D with M ~ Bernoulli(f): relative to the delta, the shift has mean -2 f and
@@ -32,7 +32,8 @@ class SignFlip:
 
     fraction: float
     balanced: bool
-    unit: ClassVar[str] = "entry"
+    unit: ClassVar[Unit] = "entry"
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         within("fraction", self.fraction, "[0, 1)" if self.balanced else "[0, 1]")
@@ -43,3 +44,10 @@ class SignFlip:
         """Return the delta with signs flipped where the mask is set."""
         others = (1 + self.fraction) / (1 - self.fraction) if self.balanced else 1
         return torch.where(rng.below(delta, self.fraction), -delta, others * delta)
+
+    def moments(self) -> Moments:
+        """The shift is -2 M D, or balanced the unbiased one of DARE with k = -1."""
+        f = self.fraction
+        if self.balanced:
+            return Moments(0.0, 4 * f / (1 - f))
+        return Moments(-2 * f, 4 * f * (1 - f))

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deltalab.edits import one_of, within
+from deltalab.edits import Edit, one_of, within
 from deltalab.weights.threshold import Threshold, kept_count, tensor_threshold
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(Edit):
     """Keep the entries of largest magnitude, drop the rest, no rescale.
 
     D_hat = M D with M = 1 on the `keep` fraction of largest |D|: of n entries exactly
@@ -33,11 +34,17 @@ class Ties:
 
     keep: float
     scope: str
+    version: ClassVar[int] = 1
 
     @property
-    def fuses(self) -> bool:
-        """Whether the threshold is known beforehand."""
+    def whole_model(self) -> bool:  # type: ignore[override]
+        """Whether all tensors are ranked together."""
         return self.scope == "model"
+
+    @property
+    def fuses(self) -> bool:  # type: ignore[override]
+        """Whether the threshold is known beforehand."""
+        return self.whole_model
 
     def __post_init__(self) -> None:
         within("keep", self.keep, "[0, 1]")

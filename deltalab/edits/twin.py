@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from deltalab.edits import whole, within
+from deltalab.edits import Edit, whole, within
 
 
 @dataclass(frozen=True)
-class Twin:
+class Twin(Edit):
     """Keep the leading singular components of the delta.
 
     D = U S V' -> D_hat = U_r S_r V_r', the best rank-r approximation: ||D_hat - D||_F^2 is the sum
@@ -33,6 +34,7 @@ class Twin:
 
     rank: int | None
     rate: float | None
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.rate is None):

@@ -41,6 +41,7 @@ class LmEval:
         backend: `hf` scores the live module, `vllm` writes it to a directory and starts vLLM.
         data_dir: a directory that holds the tasks' data, read in place of the hub's.
         run_code: whether tasks may run the code that the model writes (HumanEval).
+        run_task_code: whether task files of `include` may run Python that lies beside them.
         max_new_tokens: the most tokens to generate; None: as the task says.
     """
 
@@ -55,6 +56,8 @@ class LmEval:
     data_dir: str | None = None
     run_code: bool = False
     max_new_tokens: int | None = None
+    run_task_code: bool = False
+    beside: ClassVar = ("run_task_code",)
     contents: ClassVar = {"include": "tree", "data_dir": "tree"}
     reads: ClassVar = ("lm_eval", "tokens")
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltalab.store.records import redacted
+from deltalab.store.records import redacted, secret_in
 from deltalab.weights.headers import plain
 
 FOR_A_WHILE = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
@@ -67,11 +67,13 @@ class Client:
         """Return the answer to a request, which has at least one choice.
 
         Raises:
-            Refused: the endpoint refuses this prompt.
-            ValueError: key, model or address are wrong, or the quota is used up.
+            Refused: the endpoint refuses this prompt, or it holds a secret of the environment.
+            ValueError: key, model or address are wrong, the quota is used up, or the request's
+                fields hold a secret.
             OSError: the endpoint cannot be reached, or keeps failing.
             Stopped: another thread gave up meanwhile.
         """
+        self._check(body)
         data = json.dumps(body).encode()
         for attempt in range(self.retries + 1):
             self._wait(self._not_before - time.monotonic())
@@ -96,6 +98,13 @@ class Client:
             if attempt < self.retries:
                 self._wait(delay)
         raise OSError(f"{self._name()}: no answer after {attempt + 1} tries ({trouble})")
+
+    def _check(self, body: Mapping[str, Any]) -> None:
+        """Let no secret of the environment leave in a body: a key belongs into its header."""
+        fields = json.loads(json.dumps({k: v for k, v in body.items() if k != "messages"}))
+        for kind, part in ((ValueError, fields), (Refused, body.get("messages"))):
+            if name := secret_in(part):
+                raise kind(f"{self._name()}: a request would hold what {name} holds; not sent")
 
     def _once(self, data: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "User-Agent": "deltalab"}
@@ -196,7 +205,7 @@ def address(url: str, setting: str) -> str:
     """Return a base address without its last slash.
 
     Raises:
-        ValueError: no http or https address, or one that holds a password.
+        ValueError: no http or https address, or one that holds a password or a secret.
 
     >>> address("http://localhost:8000/v1/", "judge.url")
     'http://localhost:8000/v1'
@@ -208,6 +217,8 @@ def address(url: str, setting: str) -> str:
         parts, good = None, False
     if parts is not None and "@" in parts.netloc:
         raise ValueError(f"{setting}: must not hold a user or password; DELTALAB_JUDGE_KEY may")
+    if name := secret_in(url):
+        raise ValueError(f"{setting}: must not hold what {name} holds")
     if not good or parts is None or parts.query or parts.fragment:
         raise ValueError(f"{setting}={plain(url)}: must be an address as https://host/v1")
     return url.rstrip("/").removesuffix("/chat/completions")

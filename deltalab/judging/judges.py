@@ -6,6 +6,7 @@ there is no verdict. Verdicts are kept below the directory as they come.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from deltalab.judging.prompts import Prompts
 from deltalab.weights.mapping import ModelPair, loaded
 
 Judge = Callable[[nn.Module, Sequence[Comparison]], Array]
+log = logging.getLogger(__name__)
 OPENAI = "https://api.openai.com/v1"
 
 
@@ -36,8 +38,9 @@ OPENAI = "https://api.openai.com/v1"
 class Endpoint:
     """An OpenAI-compatible endpoint, asked as AlpacaEval 2's `weighted_alpaca_eval_gpt4_turbo`.
 
-    The address is `url`, else DELTALAB_JUDGE_URL, else OPENAI_BASE_URL, else OpenAI's. The key is
-    DELTALAB_JUDGE_KEY, and OPENAI_API_KEY only where the address does not come from a config.
+    The address is `url`, else DELTALAB_JUDGE_URL, else OPENAI_BASE_URL, else OpenAI's. A key goes
+    to its own address alone: DELTALAB_JUDGE_KEY to DELTALAB_JUDGE_URL (where that is not set, to
+    the one after it), OPENAI_API_KEY to OPENAI_BASE_URL or OpenAI's.
 
     Args:
         model: the judge's name at the endpoint.
@@ -142,24 +145,30 @@ class Endpoint:
         return {k: v for k, v in {**fields, **options}.items() if v is not None}
 
     def _place(self) -> tuple[str, str]:
-        """Return the address and the key, which may be empty.
+        """Return the address and the key that belongs to it, which may be empty.
 
-        A config may come from elsewhere: what it names never gets the key meant for OpenAI.
+        A config may come from elsewhere: an address that it names gets a key only where the
+        person's environment names the same address for that key.
         """
-        own = os.environ.get("DELTALAB_JUDGE_KEY", "").strip()
-        if self.url is not None:
-            return address(self.url, "evaluator.judge.url"), own
-        for name in ("DELTALAB_JUDGE_URL", "OPENAI_BASE_URL"):
-            if value := os.environ.get(name):
-                key = own or os.environ.get("OPENAI_API_KEY", "").strip()
-                return address(value, name), key
-        key = own or os.environ.get("OPENAI_API_KEY", "").strip()
-        if not key:
+        own, openai = (
+            os.environ.get(f"{n}_KEY", "").strip() for n in ("DELTALAB_JUDGE", "OPENAI_API")
+        )
+        theirs = address(os.environ.get("OPENAI_BASE_URL") or OPENAI, "OPENAI_BASE_URL")
+        ours = address(os.environ.get("DELTALAB_JUDGE_URL") or theirs, "DELTALAB_JUDGE_URL")
+        chosen = ours if self.url is None else address(self.url, "evaluator.judge.url")
+        key = (own if chosen == ours else "") or (openai if chosen == theirs else "")
+        if not key and chosen == OPENAI:
             raise ValueError(
                 "evaluator.judge: no key for OpenAI's endpoint; set OPENAI_API_KEY, or"
                 " DELTALAB_JUDGE_URL (or evaluator.judge.url) for an endpoint of your own"
             )
-        return OPENAI, key
+        if own and not key:
+            log.warning(
+                "evaluator.judge.url=%s: DELTALAB_JUDGE_KEY is not sent to an address that only a"
+                " config names; DELTALAB_JUDGE_URL makes it that address's key",
+                chosen,
+            )
+        return chosen, key
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltalab.edits import needs_of
+from deltalab.edits import Edit
 from deltalab.kernels import native, translation
 from deltalab.kernels.translation import Body, Program
 from deltalab.rng import Keyed
@@ -32,7 +32,7 @@ _translating = Lock()
 _programs: deque[tuple[Any, Any, Program | None]] = deque(maxlen=16)
 
 
-def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
+def wanted(edit: Edit, count: int, kernel: str, device: str = "cpu") -> bool:
     """Return whether to run an edit of one tensor compiled.
 
     Args:
@@ -47,8 +47,8 @@ def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel}: must be one of {', '.join(KERNELS)}")
-    fusible = getattr(edit, "unit", None) == "entry" or getattr(edit, "fuses", False)
-    able = fusible and set(needs_of(edit)) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
+    fusible = edit.unit == "entry" or edit.fuses
+    able = fusible and set(edit.needs) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
     large = count >= SMALLEST and device == "cpu"
     return able and not _broken and (kernel == "compiled" or (kernel == "auto" and large))
 
@@ -56,7 +56,7 @@ def wanted(edit: Any, count: int, kernel: str, device: str = "cpu") -> bool:
 def edited(
     pre: Tensor,
     post: Tensor,
-    edit: Any,
+    edit: Edit,
     needs: Mapping[str, Any],
     body: Body,
     out: Tensor,
@@ -67,15 +67,16 @@ def edited(
         pre: pre-trained tensor.
         post: post-trained tensor.
         edit: the edit.
-        needs: its keyword arguments, `rng`, `grad` and `quantile` at most.
+        needs: its keyword arguments, `rng`, `grad` and `quantile` at most; the last looks up what
+            has been found, for the edit is recorded while it asks.
         body: the eager function of (pre, post, edit, needs) to compile.
         out: where to put the result, contiguous.
     """
     grads = [t for name, t in needs.items() if name == "grad"]
     dtypes = tuple(t.dtype for t in (pre, post, *grads))
-    known = _known(edit, needs)
+    known = _known(needs)
     try:
-        cpu = post.device.type == "cpu"
+        cpu = all(t.device.type == "cpu" for t in (pre, post, out, *grads))
         matrix = _sees_matrix(edit, post.shape)
         program = _program(edit, dtypes, matrix, body, known) if cpu else None
         if program is None and known:
@@ -92,7 +93,7 @@ def edited(
 
 
 def edited_files(
-    edit: Any,
+    edit: Edit,
     dtypes: tuple[torch.dtype, torch.dtype],
     files: tuple[native.Place, native.Place, native.Place],
     shape: tuple[int, ...],
@@ -106,10 +107,10 @@ def edited_files(
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result.
         shape: of the whole tensor; or for an edit of unit "entry" of any part of it.
-        needs: its keyword arguments, `rng` of the first entry and `quantile` at most.
+        needs: its keyword arguments, `rng` of the first entry and `quantile` at most, as there.
         body: as for `edited`.
     """
-    known, rng = _known(edit, needs), needs.get("rng")
+    known, rng = _known(needs), needs.get("rng")
     try:
         program = _program(edit, dtypes, _sees_matrix(edit, shape), body, known)
         return program is not None and native.edit_files(program, files, prod(shape), rng)
@@ -127,21 +128,18 @@ def _give_up(error: Exception) -> None:
     _broken.append(reason)
 
 
-def _sees_matrix(edit: Any, shape: Sequence[int]) -> bool:
+def _sees_matrix(edit: Edit, shape: Sequence[int]) -> bool:
     """Whether the edit is shown a tensor of this shape as a matrix, and not entry by entry."""
-    return getattr(edit, "unit", None) != "entry" and len(shape) > 1
+    return edit.unit != "entry" and len(shape) > 1
 
 
-def _known(edit: Any, needs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is the same for all entries of a tensor: its share in a model-wide threshold."""
-    if "quantile" not in needs:
-        return {}
-    limit = needs["quantile"](edit.keep)  # found now, not while the edit is being recorded
-    return {"quantile": lambda keep: limit}
+def _known(needs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is the same for all entries of a tensor: its share in model-wide thresholds."""
+    return {name: need for name, need in needs.items() if name == "quantile"}
 
 
 def _program(
-    edit: Any, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body, known: Mapping[str, Any]
+    edit: Edit, dtypes: tuple[torch.dtype, ...], matrix: bool, body: Body, known: Mapping[str, Any]
 ) -> Program | None:
     """Return the edit in C, or None if it has no translation; for one tensor if more is known."""
     setting = (dtypes, matrix, body)
@@ -150,7 +148,7 @@ def _program(
             if edited_ is edit and its == setting and not known:
                 return program
         try:
-            program = translation.program(edit, needs_of(edit), body, dtypes, matrix, known)
+            program = translation.program(edit, edit.needs, body, dtypes, matrix, known)
         except translation.Untranslatable:
             program = None
         if not known:
@@ -176,7 +174,7 @@ def _compiled(body: Callable[..., Tensor], threads: int) -> Callable[..., Tensor
     """Return the compiled body; the number of threads is a constant of the code."""
 
     def traced(
-        pre: Tensor, post: Tensor, edit: Any, keys: Tensor | None, grad: Tensor | None
+        pre: Tensor, post: Tensor, edit: Edit, keys: Tensor | None, grad: Tensor | None
     ) -> Tensor:
         needs: dict[str, Any] = {}
         if keys is not None:

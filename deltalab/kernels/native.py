@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deltalab.kernels.translation import Program
 from deltalab.rng import Rng
+from deltalab.settings import COMPILER
 
 Place = tuple[int, int]
 """A file descriptor and the position in it of the first byte."""
@@ -44,6 +45,9 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
         rng: the random numbers of the tensor, or None.
         out: of post's length and dtype.
 
+    Raises:
+        ValueError: a tensor is not on the CPU, where alone its address can be read.
+
     >>> from deltalab.edits.expo import Expo
     >>> from deltalab.kernels.translation import program
     >>> add = lambda pre, post, edit, needs: pre + edit(post - pre)
@@ -53,6 +57,9 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
     >>> out
     tensor([1.5000, 3.0000, 6.0000])
     """
+    for tensor in (*tensors, out):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"an edit in C takes tensors on the CPU, not on {tensor.device}")
     library, whole = _library(program), out.numel()
     numbers = _doubles(program.numbers)
 
@@ -155,7 +162,7 @@ def _compiled(source: str) -> Any:
     Raises:
         OSError, subprocess.SubprocessError: there is no working compiler.
     """
-    compiler = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-shared", "-fPIC", *_EXACT]
+    compiler = [*shlex.split(COMPILER), "-O3", "-shared", "-fPIC", *_EXACT]
     with TemporaryDirectory(prefix="deltalab-") as directory:
         code, library = Path(directory, "edit.c"), Path(directory, "edit.so")
         code.write_text(source)

@@ -8,7 +8,7 @@ prompts.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class AnswerLoss:
 
     batches: Sequence[Tokens]
     unit: str = "nats per token"
+    together: ClassVar[int] = 8
 
     def __call__(self, module: nn.Module, batch: Tokens) -> tuple[Tensor, Tensor]:
         """Return every answer's loss and its number of tokens."""
@@ -95,6 +96,7 @@ class DpoLoss:
     batches: Sequence[tuple[Tokens, Tokens, Tensor]]
     beta: float
     unit: str = "nats per example"
+    together: ClassVar[int] = 4
 
     def __call__(
         self, module: nn.Module, batch: tuple[Tokens, Tokens, Tensor]

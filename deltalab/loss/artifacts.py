@@ -4,32 +4,38 @@ Tensors lie in `<root>/<kind>/<key>/`, `key` hashing everything that determines 
 `data.safetensors` and `manifest.json`, which names the data's size and digest and comes last.
 A directory without it does not exist; one whose data do not match it is computed again. Numbers are
 one file `<root>/<kind>/<key>.json` with their digest inside. Both appear under their final name by
-one rename, so several processes may share a store: one computes, the others wait and read. The
-store's size is bounded (`deltalab.store.eviction`), and a point never fails because it cannot be
-kept.
+one rename, so several processes may share a store: one computes, the others wait and read, into
+their own memory, so that nobody's removing takes it from them. What a store is, what in it can go
+and what is none of its business is told by `deltalab.store.eviction`; a point never fails because
+something cannot be kept.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deltalab.store import eviction, files, locks
 from deltalab.store.digests import key_of
-from deltalab.store.eviction import DATA, MANIFEST
+from deltalab.store.eviction import DATA, KINDS, LOCKS, MANIFEST
+from deltalab.weights import headers
 
 log = logging.getLogger(__name__)
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
 
 
 @dataclass(frozen=True)
@@ -54,20 +60,20 @@ class Store:
         that share one tensor share it again.
 
         Args:
-            kind: what they are, for instance `gradient`; also the directory's name.
+            kind: what they are, one of `eviction.KINDS`; also the directory's name.
             compute: called when there is no intact copy.
         """
         if self.root is None:
             return dict(compute())
-        path = self._path(kind, {})
-        if (held := _read_tensors(path)) is not None:
+        root, path = Path(self.root), self._path(kind, {})
+        if (held := _read_tensors(root, path)) is not None:
             return held
-        with _alone(eviction.lock_of(Path(self.root), kind, path.name)):
-            if (held := _read_tensors(path)) is not None:
+        with _alone(root, path):
+            if (held := _read_tensors(root, path)) is not None:
                 return held  # another process has made it meanwhile
             tensors = dict(compute())
-            _kept(lambda: _publish(path, tensors), path)
-        _kept(lambda: eviction.evict(Path(str(self.root)), self.most_bytes), path)
+            _kept(lambda: _publish(_place(root, path), tensors), path)
+        _kept(lambda: eviction.evict(root, self.most_bytes), path)
         return tensors
 
     def numbers(self, kind: str, extra: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -81,7 +87,7 @@ class Store:
             return None
         file = self._path(kind, extra).with_suffix(".json")
         try:
-            held = json.loads(file.read_text())
+            held = json.loads(eviction.own(Path(self.root), kind, file.name).read_bytes())
             value: dict[str, Any] = held["value"]
             if held["sha256"] != _digest_of(value):
                 return None
@@ -94,21 +100,31 @@ class Store:
         """Write a JSON artefact, in place of an earlier one; floats keep every bit."""
         if self.root is None:
             return
-        path = self._path(kind, extra).with_suffix(".json")
+        root, path = Path(self.root), self._path(kind, extra).with_suffix(".json")
         text = json.dumps({"sha256": _digest_of(value), "value": value}, allow_nan=False)
-        _kept(lambda: files.write(path, text + "\n"), path)
+        _kept(lambda: files.write(_place(root, path), text + "\n"), path)
 
     def _path(self, kind: str, extra: Mapping[str, Any]) -> Path:
         assert self.root is not None
+        assert kind in KINDS, f"{kind} is no kind of artefact: eviction.KINDS lists them"
         return Path(self.root) / kind / key_of({"of": dict(self.determinants), **extra})
 
 
+def _place(root: Path, path: Path) -> Path:
+    """Return where an artefact goes: into a store, whose marker is there before anything else."""
+    eviction.claim(root)
+    return eviction.room(root, path.parent.name) / path.name
+
+
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _alone(root: Path, path: Path) -> Iterator[None]:
     """Hold an artefact's lock; wait while another process makes the artefact."""
+    lock = eviction.lock_of(root, path.parent.name, path.name)
     with ExitStack() as stack:
         while True:
             try:
+                eviction.claim(root)
+                eviction.room(root, LOCKS)
                 stack.enter_context(locks.held(lock))
                 break
             except locks.Busy as busy:
@@ -141,31 +157,46 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file(unique, file, {"aliases": json.dumps(aliases), "order": order})
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor] | None:
-    data = path / DATA
-    eviction.pin(data)
-    if not _intact(data):
+def _read_tensors(root: Path, path: Path) -> dict[str, Tensor] | None:
+    """Return an artefact's tensors, None where it is not complete and intact."""
+    try:
+        data = eviction.own(root, path.parent.name, path.name, DATA)
+        manifest = json.loads(
+            eviction.own(root, path.parent.name, path.name, MANIFEST).read_bytes()
+        )
+        if data.stat().st_size != manifest["bytes"]:
+            return None
+        found, about, digest = _loaded(data)
+        if digest != manifest["sha256"]:
+            return None
+        aliases: dict[str, str] = json.loads(about["aliases"])
+        tensors = {name: found[aliases.get(name, name)] for name in json.loads(about["order"])}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     eviction.touch(path / MANIFEST)
-    try:
-        with safe_open(data, framework="pt", device="cpu") as file:
-            about = file.metadata()
-            aliases: dict[str, str] = json.loads(about["aliases"])
-            unique = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return None
-    return {name: unique[aliases.get(name, name)] for name in json.loads(about["order"])}
+    return tensors
 
 
-def _intact(data: Path) -> bool:
-    """Whether the data belong to a complete artefact and their bytes are those written."""
-    try:
-        manifest = json.loads((data.parent / MANIFEST).read_text())
-        return bool(
-            data.stat().st_size == manifest["bytes"] and _digest(data) == manifest["sha256"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _loaded(file: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Read a file into memory, in one pass: its tensors, its metadata and the digest of its bytes.
+
+    It is not mapped: a file that another machine removes from a network file system would end a
+    process that has it mapped (SIGBUS), where reading raises `OSError`.
+    """
+    claimed = headers.read(file)
+    digest, tensors = hashlib.sha256(), {}
+    with open(file, "rb", buffering=0) as handle:
+        start = handle.read(8)
+        header = handle.read(int.from_bytes(start, "little"))
+        digest.update(start + header)
+        for name, entry in claimed.items():
+            raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+            view = raw.numpy().data
+            while view and (count := handle.readinto(view)):
+                digest.update(view[:count])
+                view = view[count:]
+            tensors[name] = raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+    return tensors, json.loads(header)["__metadata__"], digest.hexdigest()
 
 
 def _digest_of(value: Any) -> str:
@@ -179,30 +210,30 @@ def _digest(file: Path) -> str:
 
 def _publish(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write data and then manifest into a temporary directory, and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    made = files.temporary(path)
+    made.mkdir()
     try:
-        file = temporary / DATA
+        file = made / DATA
         _write_tensors(tensors, file)
         manifest = {"bytes": file.stat().st_size, "sha256": _digest(file)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest) + "\n")
-        os.chmod(temporary, 0o755)  # mkdtemp's 0700 would shut out other users of the store
-        _replace(temporary, path)
+        (made / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        _replace(made, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            eviction.discard(path.parent, made.name)
 
 
-def _replace(new: Path, path: Path) -> None:
+def _replace(made: Path, path: Path) -> None:
     """Put a directory in the place of another; a name that is taken meanwhile keeps its holder."""
     for _ in range(3):
         try:
-            os.rename(new, path)
-        except OSError:  # something is there: move it out of the way, and try again
-            try:
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            files.publish(made, path)
+        except OSError as problem:  # something is there: move it out of the way, and try again
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            with suppress(OSError):
+                old = files.temporary(path)
                 os.rename(path, old)
-                shutil.rmtree(old, ignore_errors=True)
-            except OSError:
-                continue
+                eviction.discard(path.parent, old.name)
         else:
             return

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltalab.edits import Edit
 from deltalab.loss.artifacts import Store
-from deltalab.loss.lines import Lines, approximate, line_of
+from deltalab.loss.lines import Lines, approximate
 from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import gradient
 from deltalab.loss.prediction import Predict, Predictor
 from deltalab.loss.riemann import Riemann, Term
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, delta
+from deltalab.weights.layouts import layout_of
+from deltalab.weights.mapping import ModelPair, Weights, delta, live, meta
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +54,14 @@ class Engine:
     _told: list[bool] = field(default_factory=list, init=False)
     _predictors: dict[Predict, Predictor] = field(default_factory=dict, init=False)
 
+    @property
+    def gradient(self) -> Weights:
+        """The gradient at W_post, under the names of the pair's files."""
+        return layout_of(self.pair.module).filed(self.first)
+
     @cached_property
-    def gradient(self) -> dict[str, Tensor]:
-        """The gradient at W_post: from the store, or one evaluation."""
+    def first(self) -> dict[str, Tensor]:
+        """The gradient at W_post, under the module's names: from the store, or one evaluation."""
 
         def compute() -> dict[str, Tensor]:
             self._made.append(1)
@@ -71,11 +78,12 @@ class Engine:
 
     def changes(
         self,
-        edit: Any,
+        edit: Edit,
         shift: Weights,
         selection: Mapping[str, Any],
         settings: Riemann,
         predict: Predict,
+        post: Weights | None = None,
     ) -> Changes:
         """Return the terms and predictions of one edit.
 
@@ -85,13 +93,18 @@ class Engine:
             selection: what determines the shift beside pair and edit, ready for JSON: select, seed.
             settings: the rules.
             predict: what to predict.
+            post: the pair's post-trained weights as far as the edit shifts them, where they are in
+                memory: every node of the path starts from them.
 
         Raises:
             ValueError: as for `riemann.terms`.
         """
-        module, post = self.pair.module, self.pair.post
-        first = self.gradient if settings.starts_at_post or predict.enabled else None
-        line = line_of(edit) if _exact(post, shift) else None
+        module, whole = self.pair.module, self.pair.post
+        post = live(module, whole if post is None else post, whole)
+        if layout_of(module).groups:
+            shift = dict(live(module, shift))
+        first = self.first if settings.starts_at_post or predict.enabled else None
+        line = edit.line() if _exact(post, shift) else None
         if settings.rule is not None and not _exact(post, shift) and not self._told:
             self._told.append(True)
             log.warning(
@@ -129,8 +142,8 @@ class Engine:
         return Changes(terms, prediction, made)
 
     @property
-    def _delta(self) -> LazyWeights:
-        return delta(self.pair.pre, self.pair.post)
+    def _delta(self) -> Weights:
+        return live(self.pair.module, delta(self.pair.pre, self.pair.post))
 
 
 def _exact(post: Weights, shift: Weights) -> bool:
@@ -138,4 +151,4 @@ def _exact(post: Weights, shift: Weights) -> bool:
 
     In 16 bits, rounding moves every point off the line by as much as a small delta.
     """
-    return all(post[name].dtype in (torch.float32, torch.float64) for name in shift)
+    return all(meta(post, name).dtype in (torch.float32, torch.float64) for name in shift)

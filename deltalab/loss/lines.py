@@ -1,10 +1,10 @@
 """Terms of edits whose shifts lie on one line through W_post, from shared slopes along it.
 
 DARE with fixed p and seed shifts by (k-1)(M-p)/(1-p) D: all k lie on one line. So does ExPO's
-alpha D. The slope <grad L(W(s)), dW/ds> is evaluated at few s, and the change to any point of the
-line is its integral. Which s, is decided once for the whole line, by cutting the interval where the
-error estimate stands worst against what is wanted: a point's value does not depend on which points
-came before it.
+alpha D. An edit says so itself (`Edit.line`). The slope <grad L(W(s)), dW/ds> is evaluated at few
+s, and the change to any point of the line is its integral. Which s, is decided once for the whole
+line, by cutting the interval where the error estimate stands worst against what is wanted: a
+point's value does not depend on which points came before it.
 
 Any other edit has its straight path from W_post, and Radau's rule on it, whose first node all edits
 of a pair share. So have BitDelta's multiples: they too lie on a line, but it passes W_post by, and
@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from deltalab.edits.dare import Dare
-from deltalab.edits.expo import Expo
+from deltalab.edits import Line
 from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import checkpointing, inner, move, probing, slopes, targets
@@ -42,44 +41,6 @@ PESSIMISM = 4.0
 
 CARRY = 0.25
 """How much of the surprise at an interval's middle is expected to remain in either half."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A family of edits, W(s) = W(0) + s * direction, and one edit's place in it.
-
-    Attributes:
-        family: names the line among all lines of a pair, an objective, a selection and a seed.
-        at: the coordinate s of the edit.
-        low: least coordinate of the family, at most 0.
-        high: greatest coordinate of the family, at least 0.
-        most: how many evaluations the line may cost, beside the gradient at W_post.
-    """
-
-    family: str
-    at: float
-    low: float
-    high: float
-    most: int
-
-
-def line_of(edit: Any) -> Line | None:
-    """Return the line that an edit shares with others; None where there is none.
-
-    >>> line_of(Dare(p=0.5, k=-1.0)).at, line_of(Expo(alpha=0.3)).at
-    (2.0, 0.3)
-    """
-    match edit:
-        case Dare(p=p, k=k) if -1 <= k <= 1:
-            return Line(f"dare p={p!r}", 1.0 - k, 0.0, 2.0, most=9)
-        case Dare(p=p, k=k) if 1 < k <= 3:
-            return Line(f"dare p={p!r} beyond", 1.0 - k, -2.0, 0.0, most=9)
-        case Expo(alpha=alpha) if 0 < alpha <= 1:
-            return Line("expo outwards", float(alpha), 0.0, 1.0, most=6)
-        case Expo(alpha=alpha) if -1 <= alpha <= 0:
-            return Line("expo inwards", float(alpha), -1.0, 0.0, most=5)
-        case _:
-            return None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,11 @@ from deltalab.weights.mapping import ModelPair
 
 
 class Loss(Protocol):
-    """An opened objective: fixed micro-batches on the module's device, and their losses."""
+    """An opened objective: fixed micro-batches on the module's device, and their losses.
+
+    A loss may say by an attribute `together` on how many examples a step of learning is made, so
+    that what is learned (`deltalab.loss.distill`) does not depend on the size of a micro-batch.
+    """
 
     @property
     def unit(self) -> str:
@@ -183,6 +187,7 @@ class CrossEntropy:
     batches: Sequence[tuple[Tensor, Tensor]]
     most: int
     unit: str = "nats per example"
+    together: ClassVar[int] = 256
 
     def __call__(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return every image's cross-entropy and weight 1."""

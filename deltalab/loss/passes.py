@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from deltalab.loss.objectives import Loss, evaluating
-from deltalab.weights.mapping import Weights
+from deltalab.weights.mapping import Weights, meta
 
 CHUNK = 1 << 18
 """Entries of a tensor whose float64 products are alive at a time: 4 MiB of two factors, which stay
@@ -43,13 +43,13 @@ def targets(module: nn.Module, shift: Weights) -> dict[str, nn.Parameter]:
                 f"the edit shifts {name!r}, which is no parameter of the model; leave it out with"
                 " select.exclude"
             )
-        parameter, value = parameters[name], shift[name]
-        if parameter.shape != value.shape:
+        parameter, shape = parameters[name], meta(shift, name).shape
+        if parameter.shape != shape:
             raise ValueError(
-                f"tensor {name!r}: shape {tuple(value.shape)} of the shift,"
-                f" {tuple(parameter.shape)} in the model"
+                f"tensor {name!r}: shape {shape} of the shift, {tuple(parameter.shape)} in the"
+                " model"
             )
-        if id(parameter) not in seen and bool(value.any()):
+        if id(parameter) not in seen and bool(shift[name].any()):
             seen.add(id(parameter))
             found[name] = parameter
     return found

@@ -13,46 +13,19 @@ With g and H the gradient and Hessian of the objective at W_post, and E the shif
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltalab.edits.dare import Dare
-from deltalab.edits.drop_only import DropOnly
-from deltalab.edits.expo import Expo
-from deltalab.edits.noise import Noise
-from deltalab.edits.sign_flip import SignFlip
+from deltalab.edits import Edit, Line, Moments
 from deltalab.loss.artifacts import Store
-from deltalab.loss.lines import Line
 from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import curvature, inner, probing, targets
 from deltalab.rng import Rng
 from deltalab.store.digests import key_of
-from deltalab.weights.mapping import LazyWeights, Weights
-
-
-def moments(edit: Any) -> tuple[float, float] | None:
-    """Return mean m and variance v of x in E_i = D_i x_i; None where entries are not independent.
-
-    >>> moments(Dare(p=0.5, k=0.0)), moments(DropOnly(p=0.25))
-    ((0.0, 1.0), (-0.25, 0.1875))
-    """
-    match edit:
-        case Dare(p=p, k=k):
-            return 0.0, (1 - k) ** 2 * p / (1 - p)
-        case DropOnly(p=p):
-            return -p, p * (1 - p)
-        case Expo(alpha=alpha):
-            return float(alpha), 0.0
-        case SignFlip(fraction=f, balanced=False):
-            return -2 * f, 4 * f * (1 - f)
-        case SignFlip(fraction=f):
-            return 0.0, 4 * f / (1 - f)
-        case Noise(sigma=sigma):
-            return 0.0, sigma**2
-        case _:
-            return None
+from deltalab.weights.mapping import LazyWeights, Weights, meta
 
 
 def first_order(module: nn.Module, gradient: Weights, shift: Weights) -> float:
@@ -109,7 +82,7 @@ class Predictor:
         shift: Weights,
         delta: Weights,
         loss: Loss,
-        edit: Any,
+        edit: Edit,
         line: Line | None,
         selection: Mapping[str, Any],
         gradient: Weights,
@@ -123,17 +96,18 @@ class Predictor:
             delta: W_post - W_pre of the whole pair.
             loss: the opened objective.
             edit: the edit.
-            line: the line it shares with others (`lines.line_of`), if it does.
+            line: the line it shares with others (`Edit.line`), if it does.
             selection: what else determines the shift, ready for JSON: select, seed, dtype.
             gradient: the gradient at W_post.
         """
         found: dict[str, Any] = {"first_order": first_order(module, gradient, shift)}
         bent, products = self._along(module, post, shift, loss, line, selection)
         found["second_order"] = found["first_order"] + bent / 2
-        known = moments(edit)
+        known = edit.moments()
         if known is not None and self.settings.probes:
+            chosen = LazyWeights(shift, delta.__getitem__, partial(meta, delta))
             closed, error, made = self._closed(
-                module, post, shift, delta, loss, known, gradient, selection
+                module, post, chosen, delta, loss, known, gradient, selection
             )
             found |= {"closed_form": closed, "closed_form_error": error}
             products += made
@@ -165,23 +139,27 @@ class Predictor:
         self,
         module: nn.Module,
         post: Weights,
-        shift: Weights,
+        chosen: Weights,
         delta: Weights,
         loss: Loss,
-        known: tuple[float, float],
+        known: Moments,
         gradient: Weights,
         selection: Mapping[str, Any],
     ) -> tuple[float, float, int]:
-        """Return the closed form, its standard error from the probes, and the products made."""
+        """Return the closed form, its standard error from the probes, and the products made.
+
+        It is a mean over draws: the deltas of all selected tensors count, also of such as this
+        draw happened to leave where they were.
+        """
         mean, variance = known
         made = 0
-        names = list(targets(module, shift))
+        names = list(targets(module, chosen))
         if not names:
             return 0.0, 0.0, 0
         value = 0.0
         if mean:
             some = {n: delta[n] for n in names}
-            key = {"bent": "delta", "select": selection.get("select")}
+            key = {"bent": "delta", "select": selection.get("select"), "names": sorted(names)}
             whole = self._load("curvature", key)
             if not whole:
                 whole["delta"] = quadratic(module, post, some, loss)
@@ -241,7 +219,7 @@ def diagonal_probe(
         return torch.where(Rng(seed, f"hutchinson/{name}").below(values, 0.5), -values, values)
 
     names = dict(module.named_parameters(remove_duplicate=False))
-    vector = LazyWeights([n for n in delta if n in names], signed)
+    vector = LazyWeights([n for n in delta if n in names], signed, partial(meta, delta))
     touched = targets(module, vector)
     with probing(module, touched, post):
         return curvature(module, touched, vector, loss)

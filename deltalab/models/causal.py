@@ -8,31 +8,46 @@ import torch
 from torch import nn
 
 from deltalab.data.text import Encoder
-from deltalab.models import hub
+from deltalab.models import conversion, hub
 from deltalab.weights import checkpoints, configs
 from deltalab.weights.aligned import fill, matched, paired
 from deltalab.weights.headers import plain
+from deltalab.weights.layouts import set_layout
 from deltalab.weights.mapping import Checkpoint, ModelPair, mixed_dtypes
 
 log = logging.getLogger(__name__)
 
 
 def filled(
-    module: nn.Module, pre: Checkpoint, post: Checkpoint, mismatch: str, encoder: Encoder
+    module: nn.Module,
+    pre: Checkpoint,
+    post: Checkpoint,
+    mismatch: str,
+    encoder: Encoder,
+    untied: bool = True,
 ) -> ModelPair:
     """Fill a module with the post-trained weights and return the pair around it.
 
     The checkpoints are read tensor by tensor; the module holds the only copy in memory.
+
+    Args:
+        module: of the post-trained model's architecture.
+        pre: the pre-trained checkpoint.
+        post: the post-trained checkpoint.
+        mismatch: as for `aligned.paired`.
+        encoder: the pair's tokenizer.
+        untied: whether a head that the pre-trained checkpoint lacks is its embedding.
 
     Raises:
         ValueError: the checkpoints fit neither the module nor each other.
     """
     if line := mixed_dtypes(pre, post):
         log.warning(line)
-    new = matched(module, post, "model.post")
-    old = matched(module, pre, "model.pre")
-    dtype = next(module.parameters()).dtype
-    weights = paired(old, new, mismatch, dtype)
+    new = matched(module, post, "model.post", conversion.found)
+    old = matched(module, pre, "model.pre", conversion.found, untied)
+    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    weights = paired(old, new, mismatch, dtypes, dict(module.named_buffers()))
+    set_layout(module, new.layout(module))
     fill(module, new)
     return ModelPair(pre=weights[0], post=weights[1], module=module, transform=encoder)
 
@@ -92,19 +107,67 @@ def architecture(config: Any, dtype: str, device: str, attn: str | None, code: b
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn}
+    kind = getattr(torch, dtype)
+    options = {"dtype": kind, "attn_implementation": attn}
     try:
         with no_init_weights(), torch.device(device):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=code, **options)
-    except (ValueError, ImportError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        _kept_wide(module, kind)
+        if device != "meta":
+            _tables(module)
+    except Exception as error:  # built by code that raises what it likes, assertions too
         if attn not in (None, "eager") and "attention" in str(error).lower():
             raise ValueError(f"model.attn={attn}: {_line(error)}") from None
+        if isinstance(error, AssertionError) and "padding_idx" in str(error).lower():
+            raise ValueError(
+                f"model.post: pad_token_id={config.pad_token_id} in its config.json is beyond the"
+                f" vocabulary of {config.vocab_size}; set it to null there: padding is masked"
+            ) from None
         raise ValueError(
             f"model.post: transformers makes no causal language model of its config.json"
             f" ({_line(error)})"
         ) from None
     module.tie_weights()
+    padding_learns(module)
     return module.eval()
+
+
+def _kept_wide(module: Any, dtype: torch.dtype) -> None:
+    """Give the tensors that an architecture keeps in float32 in 16 bits that dtype.
+
+    Which they are, transformers says (`_keep_in_fp32_modules` and its strict sister).
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = module._get_dtype_plan(dtype) if hasattr(module, "_get_dtype_plan") else {}
+    if plan:
+        wanted, of, _ = build_glob_alternation(list(plan))
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if (match := wanted.search(name)) is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(plan[of[match.lastgroup]])
+
+
+def _tables(module: Any) -> None:
+    """Compute the tables that no checkpoint holds, as transformers does on loading.
+
+    In float32 and rounded once, where building a module in 16 bits computes them in those; frozen
+    all else, which is read from the checkpoint.
+    """
+    if hasattr(module, "initialize_weights"):
+        for tensor in module.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        module.initialize_weights()
+
+
+def padding_learns(module: Any) -> None:
+    """Let the padding token's row of the input embedding have its gradient like any other.
+
+    `nn.Embedding` leaves it out (`padding_idx`), also where the token stands in the text, as one
+    that is the end of a sequence too. What is padding, the batches' masks say; no output changes.
+    """
+    for part in module.modules():
+        if type(part) is nn.Embedding or part is module.get_input_embeddings():
+            part.padding_idx = None
 
 
 def generation(module: Any, path: Path) -> None:

@@ -15,7 +15,7 @@ from deltalab.models.live import check_dtype, device_of, live_pair
 from deltalab.models.timm_vit import created, frozen_args, transform_of
 from deltalab.store.latest import latest
 from deltalab.weights.checkpoints import check_local, opened
-from deltalab.weights.mapping import LazyWeights, ModelPair
+from deltalab.weights.mapping import LazyWeights, Meta, ModelPair, meta
 
 log = logging.getLogger(__name__)
 _ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
@@ -176,7 +176,13 @@ def _named(side: clip_names.Found, tuned: bool) -> LazyWeights:
             return side.projection
         return side.tower[name.removeprefix("visual.")]
 
-    return LazyWeights(names + [clip_names.PROJECTION] * tuned, load)
+    def told(name: str) -> Meta:
+        if name == clip_names.PROJECTION:
+            assert side.projection is not None
+            return meta({name: side.projection}, name)
+        return side.tower.meta(name.removeprefix("visual."))
+
+    return LazyWeights(names + [clip_names.PROJECTION] * tuned, load, told)
 
 
 def _head(spec: ClipPair, pre: Path, dim: int) -> Tensor:

@@ -8,12 +8,13 @@ is found in either, and read when it is asked for.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from deltalab.weights.headers import plain
-from deltalab.weights.mapping import Checkpoint, LazyWeights
+from deltalab.weights.mapping import Checkpoint, LazyWeights, Meta
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 PROJECTION = "visual_projection"
@@ -146,7 +147,12 @@ def found(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], setting
             f"{setting}: {projection!r} has shape {checkpoint.shape(projection)}, the tower's width"
             f" is {width}"
         )
-    return Found(LazyWeights(shapes, load), matrix, layout)
+
+    def told(name: str) -> Meta:
+        dtypes = (checkpoint.meta(each).dtype for each in sources[name])
+        return Meta(shapes[name], reduce(torch.promote_types, dtypes))
+
+    return Found(LazyWeights(shapes, load, told), matrix, layout)
 
 
 def _recognised(checkpoint: Checkpoint, setting: str) -> tuple[Layout, str]:

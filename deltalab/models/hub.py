@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from deltalab.store.records import secret_in
 from deltalab.weights import contents
 
 
@@ -129,6 +130,8 @@ def _local(source: str, setting: str, revision: str | None) -> Path | None:
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         raise FileNotFoundError(f"{setting}={source}: no such file or directory")
+    if name := secret_in(source):
+        raise ValueError(f"{setting}: what {name} holds is not asked of the hub")
     return None
 
 

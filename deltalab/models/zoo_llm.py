@@ -9,6 +9,7 @@ from torch import nn
 
 from deltalab.data.text import Encoder
 from deltalab.models import embedded
+from deltalab.models.causal import padding_learns
 from deltalab.models.live import live_pair
 from deltalab.store.latest import latest
 from deltalab.weights.mapping import Checkpoint, ModelPair
@@ -95,4 +96,5 @@ def _architecture(config: "LlamaConfig") -> nn.Module:
     from transformers import LlamaForCausalLM
 
     module: nn.Module = LlamaForCausalLM(config)
+    padding_learns(module)
     return module

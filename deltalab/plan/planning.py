@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltalab.loss.lines import line_of
+from deltalab.edits import Edit
 from deltalab.loss.passes import CHUNK
 from deltalab.loss.riemann import Riemann
 
@@ -91,7 +90,7 @@ class Plan:
 def plan(
     module: nn.Module,
     touched: Sequence[str],
-    edits: Sequence[Any],
+    edits: Sequence[Edit],
     settings: Riemann,
     activations: int | None = None,
     predicted: bool = False,
@@ -140,7 +139,7 @@ def plan(
     )
 
 
-def most_evaluations(edits: Sequence[Any], settings: Riemann) -> int:
+def most_evaluations(edits: Sequence[Edit], settings: Riemann) -> int:
     """Return the most gradient evaluations that a sweep can take, shared ones once.
 
     >>> from deltalab.edits.expo import Expo
@@ -152,7 +151,7 @@ def most_evaluations(edits: Sequence[Any], settings: Riemann) -> int:
     fixed = len(edits) * len(nodes - {0.0} if shared else nodes)
     budget: dict[str, int] = {}
     for edit in edits if settings.adaptive else ():
-        line = line_of(edit)
+        line = edit.line()
         budget[line.family if line else repr(edit)] = line.most if line else 2 + 5
     return shared + fixed + sum(budget.values())
 

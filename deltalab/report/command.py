@@ -2,7 +2,8 @@
 
 For every experiment found in `DIR/records/*.json` it writes `DIR/<experiment>.md` and its figures
 `DIR/<experiment>_*.png` and `.svg`, and prints the table; then one page of everything there,
-`DIR/index.html`. The same records give the same bytes.
+`DIR/index.html`. The same records give the same bytes. Where git tracks such a file, the report
+goes to `DIR/report` instead, unless `into` says otherwise.
 """
 
 import re
@@ -16,16 +17,19 @@ from typing import NoReturn
 from deltalab.commands import command
 from deltalab.report.outcomes import Outcome, at_margin, rules
 from deltalab.report.reading import read
+from deltalab.store import files, placing
 from deltalab.store.effects import check_margin
 
 USAGE = """\
-usage: deltalab-report [results=DIR] [experiment=NAME] [from=wandb] [margin=SHARE]
+usage: deltalab-report [results=DIR] [into=DIR] [experiment=NAME] [from=wandb] [margin=SHARE]
                        [compare='EDIT;EDIT']
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
 DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
 
   results=DIR      where the records are and the report goes (default: results)
+  into=DIR         where the report goes instead; without it nothing that git tracks is overwritten:
+                   a report goes to DIR/report where git tracks one of its files in DIR
   experiment=NAME  report this experiment alone (default: every one there is)
   from=wandb       read what tracker=wandb has logged, DIR/wandb/*run-*, instead of DIR/records
   margin=SHARE     class the points by another margin than that of their records: which share of
@@ -34,7 +38,8 @@ DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one 
                    the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
 """
 SETTINGS = {
-    "results": "results", "experiment": "", "from": "records", "margin": "", "compare": "",
+    "results": "results", "into": "", "experiment": "", "from": "records", "margin": "",
+    "compare": "",
 }  # fmt: skip
 SOURCES = {"records": "records/*.json", "wandb": "wandb/*run-*/run-*.wandb"}
 
@@ -80,7 +85,7 @@ def settings(arguments: Sequence[str]) -> dict[str, str]:
     """Read `key=value` arguments over the defaults.
 
     >>> settings(["results=out"])
-    {'results': 'out', 'experiment': '', 'from': 'records', 'margin': '', 'compare': ''}
+    {'results': 'out', 'into': '', 'experiment': '', 'from': 'records', 'margin': '', 'compare': ''}
     """
     found = dict(SETTINGS)
     for argument in arguments:
@@ -100,6 +105,7 @@ def report(
     compare: str = "",
     source: str = "records",
     margin: str = "",
+    into: str = "",
 ) -> None:
     """Write and print the report of one experiment, or of all (`experiment` empty)."""
     share = _share(margin)
@@ -117,14 +123,36 @@ def report(
         own = [p for p in points if p.failure is None and experiment in ("", p.experiment)]
         _compare(own, compare, directory)
         return
+    chosen = [experiment] if experiment else names
+    place = _place(directory, into, chosen)
     figures = find_spec("matplotlib") is not None
-    if not figures and points:
+    if not figures and points and place:
         _warn("no figures without matplotlib (pip install deltalab[report])")
-    for name in [experiment] if experiment else names:
+    for name in chosen:
         own = [point for point in points if point.experiment == name]
         _show(own, name)
-        print(f"wrote {write(own, name, directory, figures=figures)}")
-    _page(points, directory)
+        if place:
+            print(f"wrote {write(own, name, place, figures=figures)}")
+    if place:
+        _page(points, directory, place)
+
+
+def _place(directory: Path, into: str, experiments: Sequence[str]) -> Path | None:
+    """Return where the report goes, None where nothing can be written beside the records."""
+    from deltalab.report.figures import FIGURES
+    from deltalab.report.page import NAME
+    from deltalab.report.page.plain import stem
+
+    names = [NAME]
+    for one in map(stem, experiments):
+        names += [f"{one}.md", *(f"{one}_{f}.{kind}" for f in FIGURES for kind in ("png", "svg"))]
+    place = Path(into).expanduser() if into else placing.place(directory, names)
+    if (why := placing.refusal(place)) is None:
+        return place
+    if into:
+        raise ValueError(f"into={into}: no report can be written there ({why})")
+    _warn(f"no report can be written in {place} ({why}): name a directory with into=DIR")
+    return None
 
 
 def _share(margin: str) -> float | None:
@@ -151,7 +179,7 @@ def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def _page(points: Sequence[Outcome], directory: Path) -> None:
+def _page(points: Sequence[Outcome], directory: Path, place: Path) -> None:
     """Write the page of the whole directory, whichever experiment was asked for."""
     from deltalab.report import page
     from deltalab.report.page.libraries import missing
@@ -159,7 +187,7 @@ def _page(points: Sequence[Outcome], directory: Path) -> None:
     if absent := missing():
         _warn(f"no index.html without {', '.join(absent)} (pip install deltalab[report])")
     else:
-        print(f"wrote {page.write(directory, points, _warn)}")
+        print(f"wrote {page.write(directory, points, _warn, place)}")
 
 
 def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
@@ -197,9 +225,7 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
         for path, caption in draw(done, directory, name):
             sections += [f"![{re.split('[,;.]', caption)[0]}]({path.name})", "", f"*{caption}*", ""]
     sections += _failures([point for point in points if point.failure is not None])
-    page = directory / f"{name}.md"
-    page.write_text("\n".join(sections).rstrip("\n") + "\n", encoding="utf-8")
-    return page
+    return files.write(directory / f"{name}.md", "\n".join(sections).rstrip("\n") + "\n")
 
 
 def _draws(points: Sequence[Outcome], directory: Path) -> list[str]:

@@ -5,6 +5,7 @@ the class would import torch, and transformers with a language model, to find a 
 """
 
 import ast
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -61,7 +62,10 @@ def _found(module: str, name: str) -> Described | None:
     defaults: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     for base in own.bases:
-        if isinstance(base, ast.Name) and (above := _found(*_origin(tree, module, base.id))):
+        origin = _origin(tree, module, base.id) if isinstance(base, ast.Name) else ("", "")
+        if origin[0].split(".")[0] in ("", *sys.stdlib_module_names):
+            continue  # typing and abc, which say nothing of a class
+        if above := _found(*origin):
             defaults |= above.defaults
             constants |= above.constants
     for field, value, constant in _assigned(own):

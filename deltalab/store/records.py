@@ -93,8 +93,16 @@ def redacted(value: Any) -> Any:
     What environment variables named `...KEY`, `...TOKEN`, `...SECRET` and the like hold is replaced
     by `***`, however it came into the data.
     """
-    secrets = [v for k, v in os.environ.items() if _SECRET.search(k) and len(v) >= 8]
-    return _redacted(value, secrets)
+    return _redacted(value, list(_secrets().values()))
+
+
+def secret_in(value: Any) -> str | None:
+    """Return the variable of the environment whose secret nested data hold, if they hold one."""
+    return next((k for k, v in _secrets().items() if _redacted(value, [v]) != value), None)
+
+
+def _secrets() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if _SECRET.search(k) and len(v) >= 8}
 
 
 def _redacted(value: Any, secrets: list[str]) -> Any:

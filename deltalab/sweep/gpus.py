@@ -2,10 +2,10 @@
 
 The locks lie in the machine's directory for temporary files, by the GPU's own name, so that the
 workers of two sweeps, also of two users, never share a GPU by accident. The system releases them
-when a worker ends, however it ends.
+when a worker ends, however it ends. (`nvidia-smi` rather than NVML's own package: one question a
+worker is not worth a dependency that every machine without a GPU would install too.)
 """
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from deltalab import console
 
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader")
-_claimed: dict[str, int] = {}  # the GPU of this process, and its lock's open file
+_claimed: dict[str, FileLock] = {}  # the GPU of this process, and its lock
 
 
 def visible() -> list[str]:
@@ -54,7 +56,8 @@ def claim(devices: Sequence[str]) -> str:
     if _claimed:
         return next(iter(_claimed))
     torch = sys.modules.get("torch")
-    assert torch is None or not torch.cuda.is_initialized(), "CUDA has started before the claim"
+    if torch is not None and torch.cuda.is_initialized():
+        raise RuntimeError("CUDA has started before this process has claimed a GPU")
     told = False
     while True:
         for name in devices:
@@ -68,28 +71,12 @@ def claim(devices: Sequence[str]) -> str:
         time.sleep(1.0)
 
 
-def _lock(name: str) -> int | None:
-    """Return the open file of a device's lock, or None if another process holds it."""
+def _lock(name: str) -> FileLock | None:
+    """Return a device's lock, held, or None if another process holds it."""
     path = Path(tempfile.gettempdir()) / f"deltalab-{name.replace('/', '-')}.lock"
-    handle = _open(path)
+    lock = FileLock(path, mode=0o666)  # which every user of the machine may take
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
+        lock.acquire(blocking=False)
+    except Timeout:
         return None
-    return handle
-
-
-def _open(path: Path) -> int:
-    """Open a lock file that every user of the machine may lock, and follow no link."""
-    while True:
-        try:
-            return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            pass
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        except FileExistsError:
-            continue
-        os.fchmod(handle, 0o666)
-        return handle
+    return lock

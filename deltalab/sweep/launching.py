@@ -33,11 +33,19 @@ class Job(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What became of a job: None for one that was not begun because its process was to stop."""
+    """What became of a job: None for one that was not begun because its process was to stop.
+
+    Attributes:
+        number: the job's.
+        result: what it returned or raised.
+        printed: what it printed.
+        last: whether no further point of the sweep can be run.
+    """
 
     number: int
     result: JobReturn | None
     printed: str
+    last: bool = False
 
 
 class WorkerDied(Exception):
@@ -91,6 +99,8 @@ def run(data: bytes, job: Job) -> Done:
             )
         except stopping.Stopped:
             return Done(job.number, None, "")
+        except stopping.Ended as end:
+            return Done(job.number, failed(job, end.why), printed.getvalue(), last=True)
         except Exception as error:  # the config of this point cannot be composed
             console.point_done(f"failed: {' '.join(job.overrides)}: {console.one_line(error)}")
             result = failed(job, error)
@@ -121,7 +131,7 @@ def collect(jobs: Sequence[Job], finished: Iterable[Done]) -> dict[int, JobRetur
     """Show every finished job's line and return the results by number."""
     overrides = {job.number: job.overrides for job in jobs}
     results = {}
-    for number, result, printed in finished:
+    for number, result, printed, _ in finished:
         if result is None or number not in overrides:
             continue
         if printed.strip():
@@ -168,10 +178,15 @@ def workers(sweep: Sweep, jobs: Sequence[Job], count: int, devices: Sequence[str
 def _drain(
     work: Callable[[Job], Done], jobs: Sequence[Job], count: int, results: dict[int, JobReturn]
 ) -> bool:
-    """Run jobs until they are done, or a process dies, which it tells, or a stop is wanted."""
+    """Run jobs until they are done, or a process dies, which it tells, or a stop is wanted.
+
+    Raises:
+        stopping.Ended: no further point can be run.
+    """
     from joblib import Parallel, delayed
 
     stop = threading.Event()
+    ended: list[Exception] = []
 
     def wanted() -> Iterator[Any]:
         for job in jobs:
@@ -192,8 +207,13 @@ def _drain(
                 stop.set()
                 stopping.want()
             results.update(collect(jobs, [done]))
+            if done.last and done.result is not None and not ended:
+                stop.set()
+                ended.append(done.result._return_value)
     except BrokenExecutor:
         return True
+    for why in ended:
+        raise stopping.Ended(why)
     return False
 
 

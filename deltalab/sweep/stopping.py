@@ -1,4 +1,7 @@
-"""SIGTERM as a wish: stop after the point at hand, with everything that is finished recorded."""
+"""SIGTERM as a wish: stop after the point at hand, with everything that is finished recorded.
+
+What is no point but one piece of work stops at once, and leaves nothing half done (`ending`).
+"""
 
 import signal
 import threading
@@ -13,6 +16,18 @@ _state = {"wanted": False, "working": False}
 
 class Stopped(BaseException):
     """The process was asked to stop, and nothing is half done."""
+
+
+class Ended(BaseException):
+    """No further point of a sweep can be run.
+
+    Attributes:
+        why: what stands in the way.
+    """
+
+    def __init__(self, why: Exception) -> None:
+        self.why = why
+        super().__init__(str(why))
 
 
 @contextmanager
@@ -36,6 +51,29 @@ def working() -> Iterator[None]:
         _state["working"] = False
 
 
+@contextmanager
+def ending() -> Iterator[None]:
+    """Let SIGTERM, or the end of the terminal, stop the body at once, so that it can tidy up.
+
+    A second signal ends the process. A signal that this process ignores (nohup) stays ignored.
+
+    Raises:
+        Stopped: in the body, wherever it is.
+    """
+    mine = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in mine:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def want() -> None:
     """Ask this process to stop before its next unit of work."""
     _state["wanted"] = True
@@ -49,6 +87,11 @@ def wanted() -> bool:
 def busy() -> bool:
     """Whether a unit of work is at hand."""
     return _state["working"]
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped
 
 
 def _wish(number: int, frame: FrameType | None) -> None:

@@ -52,6 +52,11 @@ def keys(folder: Path) -> list[str]:
     return [file.read_text().strip() for file in sorted(begun, key=lambda f: int(f.parent.name))]
 
 
+def begun(folder: Path) -> int:
+    """Return how many points of a sweep have begun, those that failed before their key included."""
+    return len({file.parent for name in (KEY, FAILURE) for file in folder.glob(f"*/{name}")})
+
+
 def listed(results: Path) -> Iterator[Listed]:
     """Yield all sweeps of a results directory, the latest first."""
     files = []

@@ -13,6 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from deltalab.report.offline import POINT, RECORD
+from deltalab.settings import home
+from deltalab.store.records import secret_in
 from deltalab.tracking import runs
 
 MODES = ("offline", "online", "disabled")
@@ -73,10 +75,13 @@ class Wandb:
     dir: str = "results"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dir", home(self.dir, "tracker.dir"))
         if self.mode not in MODES:
             raise ValueError(f"tracker.mode={self.mode!r}: must be one of {', '.join(MODES)}")
         if not self.project:
             raise ValueError(f"tracker.project={self.project!r}: must be a project's name")
+        if name := secret_in([self.project, self.entity, self.group]):
+            raise ValueError(f"tracker: what {name} holds is no name of a project, team or group")
         if find_spec("wandb") is None:
             raise ValueError("tracker=wandb: needs the package wandb (pip install deltalab[wandb])")
 

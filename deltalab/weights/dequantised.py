@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltalab.weights import quantised
 from deltalab.weights.headers import plain
-from deltalab.weights.mapping import Checkpoint
+from deltalab.weights.mapping import Checkpoint, Meta
 
 _FLOATS = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
@@ -150,14 +150,10 @@ class Dequantised(Checkpoint):
         rows = code.rows(self._source, first, -(-stop // width))
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, decoded."""
+    def meta(self, name: str) -> Meta:
+        """Return a tensor's shape and dtype, decoded, without decoding it."""
         code = self._codes.get(name)
-        return self._source.shape(name) if code is None else code.shape
-
-    def dtype(self, name: str) -> str:
-        """Return the name of a tensor's dtype, decoded."""
-        return self._source.dtype(name) if name not in self._codes else "BF16"
+        return self._source.meta(name) if code is None else Meta(code.shape, torch.bfloat16)
 
 
 def _codes(source: Checkpoint) -> Iterator[tuple[str, Code]]:

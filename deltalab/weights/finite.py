@@ -7,12 +7,14 @@ weights can have a delta that float32 does not hold.
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights
+from deltalab.weights.layouts import layout_of
+from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, difference, live, meta
 
 NONFINITE = ("error", "zero")
 _SLICE = 1 << 17
@@ -43,7 +45,9 @@ def check_edited(edited: Weights) -> None:
 
 
 def checked(pair: ModelPair, nonfinite: str = "error") -> ModelPair:
-    """Return the pair if all that could be edited is finite; reads every tensor once.
+    """Return the pair if all that could be edited is finite; reads every pre-trained tensor once.
+
+    The post-trained ones are taken from the module, which has just been filled with them.
 
     Infinities that both models share in a buffer, as attention masks have, are left alone: their
     delta is zero.
@@ -58,9 +62,11 @@ def checked(pair: ModelPair, nonfinite: str = "error") -> ModelPair:
     """
     check(nonfinite)
     buffers = {name for name, _ in pair.module.named_buffers()}
+    state = layout_of(pair.module).filed(pair.module.state_dict())
     bad, moved = [], False
     for name in pair.post:
-        pre, post = pair.pre[name], pair.post[name]
+        pre = pair.pre[name]
+        post = state[name].detach().to(pre.device, meta(pair.post, name).dtype)
         moved = moved or not torch.equal(pre, post)
         if not post.is_floating_point() or _finite(pre, post):
             continue
@@ -110,10 +116,8 @@ def _finite(pre: Tensor, post: Tensor) -> bool:
 
 def _mask(pre: Tensor, post: Tensor, buffer: bool) -> Tensor:
     """Return where a number is none, on either side or in the delta."""
-    bad = ~(post.float() - pre.float()).isfinite()
-    if buffer:
-        return bad & ~(pre == post)
-    return bad | ~pre.isfinite() | ~post.isfinite()
+    bad = ~difference(pre, post).isfinite()
+    return bad if buffer else bad | ~pre.isfinite() | ~post.isfinite()
 
 
 def _complaint(name: str, pre: Tensor, post: Tensor, count: int) -> str:
@@ -141,9 +145,11 @@ def _zeroed(pair: ModelPair, names: list[str], buffers: set[str]) -> ModelPair:
             if name not in names:
                 return own[name]
             mask = _mask(pair.pre[name], pair.post[name], name in buffers)
-            return own[name].masked_fill(mask.to(own[name].device), 0)
+            return own[name].masked_fill(mask, 0)
 
-        return LazyWeights(own, load)
+        if isinstance(own, LazyWeights):
+            return own.loading(load)
+        return LazyWeights(own, load, partial(meta, own))
 
     new = replace(pair, pre=cleaned(pair.pre), post=cleaned(pair.post))
     _refill(pair.module, new.post, names)
@@ -153,5 +159,5 @@ def _zeroed(pair: ModelPair, names: list[str], buffers: set[str]) -> ModelPair:
 def _refill(module: nn.Module, post: Weights, names: list[str]) -> None:
     state = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name in names:
-            state[name].copy_(post[name])
+        for name, value in live(module, {n: post[n] for n in names}, post).items():
+            state[name].copy_(value)

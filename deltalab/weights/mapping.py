@@ -8,7 +8,7 @@ a sharded 70B checkpoint on disk run the same code, one tensor at a time.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,31 @@ from deltalab.weights.contents import main_file
 
 Weights = Mapping[str, Tensor]
 
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F4": torch.float4_e2m1fn_x2,
 }
+"""The dtypes by their names in safetensors headers."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 PARTS = ("attention", "mlp", "norm", "embedding", "head", "other")
 """The parts of a model that a term is split into, in the order in which they are reported."""
 
@@ -64,26 +83,71 @@ PIECE = 1 << 20
 """Entries of a piece."""
 
 
+@dataclass(frozen=True)
+class Meta:
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def floating(self) -> bool:
+        """Whether the tensor is of a real floating-point dtype."""
+        return self.dtype.is_floating_point
+
+
+def meta(weights: Weights, name: str) -> Meta:
+    """Return a tensor's shape and dtype; nothing is read where the weights can tell.
+
+    Weights that read or compute their tensors have a method `meta(name)` of their own; of a plain
+    mapping the tensor itself is asked.
+
+    >>> meta({"n": torch.ones(2, 3).int()}, "n")
+    Meta(shape=(2, 3), dtype=torch.int32)
+    """
+    if (own := getattr(weights, "meta", None)) is not None:
+        told: Meta = own(name)
+        return told
+    tensor = weights[name]
+    return Meta(tuple(tensor.shape), tensor.dtype)
+
+
 class LazyWeights(Mapping[str, Tensor]):
     """Weights whose tensors are computed when they are asked for, and not kept.
 
     Args:
         names: the tensor names, in order.
         load: computes the tensor of one name.
+        meta: tells its shape and dtype, without computing it.
 
-    >>> double = LazyWeights(["a"], lambda name: torch.tensor([2.0]))
-    >>> double["a"], list(double)
-    (tensor([2.]), ['a'])
+    >>> pair = Meta((1,), torch.float32)
+    >>> double = LazyWeights(["a"], lambda name: torch.tensor([2.0]), lambda name: pair)
+    >>> double["a"], list(double), double.meta("a").shape
+    (tensor([2.]), ['a'], (1,))
     """
 
-    def __init__(self, names: Iterable[str], load: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self, names: Iterable[str], load: Callable[[str], Tensor], meta: Callable[[str], Meta]
+    ) -> None:
         self._names = dict.fromkeys(names)
         self._load = load
+        self._meta = meta
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         return self._load(name)
+
+    def meta(self, name: str) -> Meta:
+        """Return a tensor's shape and dtype, without computing it."""
+        if name not in self._names:
+            raise KeyError(name)
+        return self._meta(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -93,6 +157,25 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # the inherited test would compute the tensor
+
+    def loading(self, load: Callable[[str], Tensor]) -> "LazyWeights":
+        """Return weights of the same names, computed otherwise."""
+        return LazyWeights(self, load, self._meta)
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> LazyWeights:
+    """Return weights whose floating-point tensors have the dtype in which they are evaluated.
+
+    >>> half = cast({"w": torch.ones(1), "n": torch.tensor(3)}, torch.float16)
+    >>> half["w"].dtype, half.meta("w").dtype, half["n"]
+    (torch.float16, torch.float16, tensor(3))
+    """
+
+    def told(name: str) -> Meta:
+        own = meta(weights, name)
+        return replace(own, dtype=dtype) if own.floating else own
+
+    return LazyWeights(weights, lambda name: weights[name].to(told(name).dtype), told)
 
 
 def pieces(weights: Weights, name: str) -> Iterator[Callable[[], Tensor]]:
@@ -115,8 +198,7 @@ def pieces(weights: Weights, name: str) -> Iterator[Callable[[], Tensor]]:
 class _Shard:
     """One file: what its header says of each tensor, and how to get the tensor itself."""
 
-    dtypes: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
+    metas: Mapping[str, Meta]
     load: Callable[[str], Tensor]
 
 
@@ -144,7 +226,7 @@ class Checkpoint(Mapping[str, Tensor]):
         index = headers.index(main) if main.name.endswith(".index.json") else None
         files = dict.fromkeys(index.values() if index else [main])
         self._shards = {file: _shard(file) for file in files}
-        found = {file: shard.shapes for file, shard in self._shards.items()}
+        found = {file: shard.metas for file, shard in self._shards.items()}
         if index is not None:
             _check_index(main, index, found)
         self.shards = index or dict.fromkeys(found[main], main)
@@ -161,28 +243,32 @@ class Checkpoint(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.shards
 
+    def meta(self, name: str) -> Meta:
+        """Return a tensor's shape and dtype from the header, without reading the tensor."""
+        return self._shards[self.shards[name]].metas[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header, without reading the tensor."""
-        return self._shards[self.shards[name]].shapes[name]
+        return self.meta(name).shape
 
     def dtype(self, name: str) -> str:
         """Return the name that the file has for a tensor's dtype, such as `BF16`."""
-        return self._shards[self.shards[name]].dtypes[name]
+        dtype = self.meta(name).dtype
+        return _NAMES.get(dtype, str(dtype))
 
 
 def _shard(file: Path) -> _Shard:
     if file.suffix in pickles.ENDINGS:
         held = pickles.read(file)
-        dtypes = {n: _DTYPE_NAMES.get(t.dtype, str(t.dtype)) for n, t in held.items()}
-        return _Shard(dtypes, {n: tuple(t.shape) for n, t in held.items()}, held.__getitem__)
+        return _Shard({name: meta(held, name) for name in held}, held.__getitem__)
     entries = headers.read(file)
     try:
         handle = safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         reason = headers.plain(str(error))[:200]
         raise ValueError(f"{file}: not a valid safetensors file ({reason})") from None
-    dtypes = {n: e.dtype for n, e in entries.items()}
-    return _Shard(dtypes, {n: e.shape for n, e in entries.items()}, handle.get_tensor)
+    metas = {name: Meta(entry.shape, DTYPES[entry.dtype]) for name, entry in entries.items()}
+    return _Shard(metas, handle.get_tensor)
 
 
 def _check_index(
@@ -232,12 +318,14 @@ def check_same_layout(pre: Weights, post: Weights) -> None:
     for name in post:
         if name not in pre:
             raise ValueError(f"tensor {name!r} is in the post-trained model only")
-        if (a := shape_of(pre, name)) != (b := shape_of(post, name)):
+        a, b = meta(pre, name), meta(post, name)
+        if a.shape != b.shape:
             raise ValueError(
-                f"tensor {name!r}: shape {a} in the pre-trained model, {b} in the post-trained"
+                f"tensor {name!r}: shape {a.shape} in the pre-trained model, {b.shape} in the"
+                " post-trained"
             )
-        if floating(pre, name) != floating(post, name):
-            one, other = ("", " not") if floating(pre, name) else (" not", "")
+        if a.floating != b.floating:
+            one, other = ("", " not") if a.floating else (" not", "")
             raise ValueError(
                 f"tensor {name!r}:{one} floating-point in the pre-trained model,{other} in the"
                 " post-trained model"
@@ -259,31 +347,44 @@ def mixed_dtypes(pre: Checkpoint, post: Checkpoint) -> str | None:
     )
 
 
-def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
-    """Return a tensor's shape, from the file header where the weights are a `Checkpoint`."""
-    return weights.shape(name) if isinstance(weights, Checkpoint) else tuple(weights[name].shape)
+def difference(pre: Tensor, post: Tensor) -> Tensor:
+    """Return W_post - W_pre in float32: what delta and shift mean everywhere.
 
+    Entries that are equal as stored give zero, infinite ones too, as the masks of attention hold.
 
-def floating(weights: Weights, name: str) -> bool:
-    """Return whether a tensor is of a real floating-point dtype, from the header if there is one.
-
-    >>> floating({"w": torch.ones(1), "n": torch.ones(1).int()}, "n")
-    False
+    >>> difference(torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf]))
+    tensor([0.5000, 0.0000])
     """
-    if isinstance(weights, Checkpoint):
-        return weights.dtype(name).startswith(("F", "BF"))
-    return weights[name].is_floating_point()
+    return torch.where(pre == post, 0.0, post.float() - pre.float())
 
 
 def delta(pre: Weights, post: Weights) -> LazyWeights:
-    """Return W_post - W_pre of every floating-point tensor, in float32, lazily.
+    """Return the `difference` of every floating-point tensor, lazily.
 
     >>> pre, post = {"w": torch.tensor([1.0])}, {"w": torch.tensor([1.5])}
     >>> delta(pre, post)["w"]
     tensor([0.5000])
     """
-    names = [n for n in post if floating(post, n)]
-    return LazyWeights(names, lambda n: post[n].float() - pre[n].float())
+    names = [n for n in post if meta(post, n).floating]
+    shape = lambda n: Meta(meta(post, n).shape, torch.float32)  # noqa: E731
+    return LazyWeights(names, lambda n: difference(pre[n], post[n]), shape)
+
+
+LAYOUT = "_layout_of_files"
+"""The attribute of a live module that says how files make its tensors (`weights.layouts`)."""
+
+
+def live(module: nn.Module, weights: Weights, rest: Weights | None = None) -> Weights:
+    """Return weights under a live module's names, whatever their files call them.
+
+    Args:
+        module: the live module.
+        weights: under the names of its files, or its own.
+        rest: as for `layouts.Layout.live`.
+    """
+    layout = module.__dict__.get(LAYOUT)
+    found: Weights = weights if layout is None else layout.live(weights, rest)
+    return found
 
 
 @contextmanager
@@ -296,11 +397,13 @@ def loaded(module: nn.Module, weights: Weights, restore: Weights) -> Iterator[nn
 
     Args:
         module: the live module, holding `restore`.
-        weights: the tensors to evaluate, cast to the module's dtype as they are copied.
+        weights: the tensors to evaluate, cast to the module's dtype as they are copied; under the
+            names of the pair's files, or the module's.
         restore: the tensors to put back; must name all that `weights` names.
     """
     written: dict[int, tuple[str, Tensor]] = {}
     state = module.state_dict(keep_vars=True)
+    weights, restore = live(module, weights, restore), live(module, restore)
     try:
         with torch.no_grad():
             for name in weights:

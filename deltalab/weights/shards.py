@@ -5,24 +5,20 @@ the process's own. Here only the bytes that are asked for are read, into buffers
 again, so that streaming a checkpoint needs as much memory as one slice.
 """
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+from deltalab.weights import headers, mapping
+
+DTYPES = {name: mapping.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 """The floating-point dtypes that are edited; all others, such as integers and 8-bit floats that
 go with scales of their own, are carried over as they are."""
 
@@ -58,32 +54,10 @@ def entries(file: Path) -> dict[str, Entry]:
     Raises:
         ValueError: not a valid safetensors file.
     """
-    with open(file, "rb") as handle:
-        header = _header(handle, file)
-        start = handle.tell()
-    found = {}
-    for name, item in header.items():
-        if name != "__metadata__":
-            begin, end = item["data_offsets"]
-            dtype, shape = DTYPES.get(item["dtype"]), tuple(item["shape"])
-            if dtype is not None and dtype.itemsize * prod(shape) != end - begin:
-                raise ValueError(f"{file}: tensor {name!r} has {end - begin} bytes")
-            found[name] = Entry(file, dtype, shape, start + begin, end - begin)
-    total = max((e.begin + e.size for e in found.values()), default=start)
-    if file.stat().st_size != total:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes, its header says {total}")
-    return dict(sorted(found.items(), key=lambda pair: pair[1].begin))
-
-
-def _header(handle: BinaryIO, file: Path) -> dict[str, Any]:
-    try:
-        length = int.from_bytes(handle.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError("truncated header")
-        header: dict[str, Any] = json.loads(handle.read(length))
-    except ValueError as error:
-        raise ValueError(f"{file}: not a valid safetensors file ({error})") from None
-    return header
+    return {
+        name: Entry(file, DTYPES.get(e.dtype), e.shape, e.begin, e.end - e.begin)
+        for name, e in headers.read(file).items()
+    }
 
 
 class Buffers(threading.local):

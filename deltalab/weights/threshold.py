@@ -178,7 +178,7 @@ def _high(patterns: Tensor) -> Tensor:
 
 def _low(patterns: Tensor, pivot: int) -> Tensor:
     """Return the 15 low bits where the high ones are the pivot, else a word beyond them."""
-    return torch.where(patterns >> 15 == pivot, patterns & 0x7FFF, 1 << 15)
+    return (patterns & 0x7FFF).masked_fill(patterns >> 15 != pivot, 1 << 15)
 
 
 def _reach(counts: Tensor, count: int) -> tuple[int, int]:

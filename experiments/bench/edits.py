@@ -16,7 +16,6 @@ from torch import Tensor
 
 from deltalab.apply import editing
 from deltalab.apply.editing import edited_tensor
-from deltalab.edits import needs_of
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -85,7 +84,7 @@ def main() -> None:
             ways = {"floor": partial(torch.add, pre, post, out=place)}
             for name, edit in EDITS.items():
                 given = {"rng": Rng(0, "w"), "grad": grad}
-                needs = {need: given[need] for need in needs_of(edit)}
+                needs = {need: given[need] for need in edit.needs}
                 ways[name] = partial(edited_tensor, pre, post, edit, out=place, **needs)
             times = alternate(ways, repeats)
             rivals = alternate({**{f"our {n}": ways[n] for n in theirs}, **theirs}, min(repeats, 5))

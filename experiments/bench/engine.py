@@ -33,7 +33,7 @@ from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
 from deltalab.loss.artifacts import Store
-from deltalab.loss.lines import Lines, approximate, line_of
+from deltalab.loss.lines import Lines, approximate
 from deltalab.loss.objectives import Classification, Loss, Measured, change, measure
 from deltalab.loss.passes import gradient
 from deltalab.loss.prediction import Predict, Predictor
@@ -161,7 +161,7 @@ def run(name: str) -> None:
         value, error = bench.changed(edited)
         row: dict[str, Any] = {"family": family, "edit": repr(edit), "change": value}
         row |= {"error": error, "relative_shift": _norm(shift) / _norm(whole_delta)}
-        line = line_of(edit)
+        line = edit.line()
         clock = time.perf_counter()
         found = approximate(
             settings,

@@ -13,7 +13,6 @@ from typing import Any
 from deltalab.edits.dare import Dare
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
-from deltalab.loss.prediction import moments
 from deltalab.report.figures.style import looks, panels
 from deltalab.report.outcomes import Outcome, number, spearman
 from experiments.paper.drawing import one_legend
@@ -136,7 +135,7 @@ def _groups(points: Sequence[Outcome]) -> Groups:
     for point in points:
         if point.edit not in EDITS:
             continue
-        found = moments(EDITS[point.edit](**point.settings))
+        found = EDITS[point.edit](**point.settings).moments()
         k = number(point.settings.get("k"))
         name = point.edit if k is None else f"k = {k:g}"
         if found is not None and found[1] > 0:

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ALONE = {"num_return_sequences": 1, "return_dict_in_generate": False, "max_time": None}
+"""One text a prompt, and whole: what `generation_config.json` may say of it is no matter of scores.
+How far a text may go is the task's; whatever else that file says, transformers puts where the task
+says nothing, as it would on the saved checkpoint."""
+
 _LOUD = ("lm_eval", "transformers", "datasets", "evaluate")
 
 
@@ -91,10 +96,15 @@ class Stops:
         texts: the stop texts.
         start: tokens of the prompts, which are not looked at.
         closing: for each text, by token, whether the token can complete it: from `closing_tokens`.
+        beams: of beam search, which asks of every candidate whether it has just ended, and keeps
+            those that have itself: a row is another candidate at every step.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], start: int, closing: Tensor) -> None:
+    def __init__(
+        self, tokenizer: Any, texts: Sequence[str], start: int, closing: Tensor, beams: int = 1
+    ) -> None:
         self._tokenizer = tokenizer
+        self._beams = beams
         self._texts = texts
         self._start = start
         self._closing = closing
@@ -104,8 +114,9 @@ class Stops:
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Return which rows have ended, shape (rows,)."""
-        if not len(self._done):
+        if not len(self._done) or self._beams > 1:
             self._done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            self.ends.clear()
         for which, row in (self._closing[:, ids[:, -1]] & ~self._done).nonzero().tolist():
             tail = ids[row, max(self._start, ids.shape[1] - self._reach[which]) :]
             if self._texts[which] in self._tokenizer.decode(tail):
@@ -116,8 +127,9 @@ class Stops:
 
     def padded(self, ids: Tensor, pad: int) -> Tensor:
         """Return the generated batch with every row's tokens after its end replaced by padding."""
-        for row, end in self.ends.items():
-            ids[row, end:] = pad
+        if self._beams == 1:  # beam search has done so
+            for row, end in self.ends.items():
+                ids[row, end:] = pad
         return ids
 
 
@@ -162,17 +174,30 @@ def _class() -> Any:
             if settings.get("temperature", 0.0) == 0.0 and not settings.get("do_sample"):
                 settings.pop("temperature", None)
                 settings["do_sample"] = False
-            texts = tuple(text for text in stop if text)
-            stops = Stops(self.tokenizer, texts, context.shape[1], self._closing(texts))
+            texts, start = tuple(text for text in stop if text), context.shape[1]
+            settings = {**ALONE, **settings, "max_new_tokens": self._room(max_length, start)}
+            beams = settings.get("num_beams") or self.model.generation_config.num_beams or 1
+            stops = Stops(self.tokenizer, texts, start, self._closing(texts), beams)
+            if self.model.generation_config.stop_strings:
+                settings["tokenizer"] = self.tokenizer
             ids = self.model.generate(
                 input_ids=context,
-                max_length=max_length,
                 stopping_criteria=StoppingCriteriaList([stops]),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
                 **settings,
             )
             return stops.padded(ids, self.tokenizer.pad_token_id)
+
+        def _room(self, length: int, start: int) -> int:
+            """Return how many tokens may follow the prompt, whatever the checkpoint's files say."""
+            room = min(length, self.max_length) - start
+            if room < 1:
+                raise ValueError(
+                    f"generation_kwargs.max_length={length}: the prompt has {start} tokens and the"
+                    f" context holds {self.max_length}; set evaluator.max_new_tokens instead"
+                )
+            return int(room)
 
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **settings: Any) -> Any:
             settings["disable_tqdm"] = True

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
+from deltalab.evaluators.lm.code import templates
 from deltalab.evaluators.lm.hflm import quiet
-from deltalab.evaluators.lm.tasks import Entry, Run, seeded, templates_kept
+from deltalab.evaluators.lm.tasks import LENGTHS, Entry, Run, seeded
 
 _DEFAULT_NEW_TOKENS = 256  # what lm-eval generates where a task does not say
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Prepared:
         groups = self.run.groups
         tasks = {"tasks": self.run.tasks, "groups": groups}
         tasks["group_map"] = {name: group.child_names for name, group in groups.items()}
-        with templates_kept():
+        with templates():
             results: Mapping[str, Any] = evaluate(
                 lm=lm,
                 task_dict=tasks,
@@ -70,7 +70,7 @@ def prepare(run: Run, template: Any, multiturn: bool, seed: int) -> Prepared:
         seed: of the choice of examples.
     """
     requests = {}
-    with quiet(), redirect_stderr(StringIO()), seeded(seed), templates_kept():
+    with quiet(), redirect_stderr(StringIO()), seeded(seed), templates():
         for name, task in run.tasks.items():
             task.set_fewshot_seed(seed)
             type(task).build_all_requests(
@@ -132,7 +132,7 @@ def _text_and_room(name: str, request: Any, context: int) -> tuple[str, float]:
     if request.request_type != "generate_until":
         return "", math.inf  # long texts are scored in windows
     text, settings = request.args
-    length = next((settings[k] for k in _LENGTHS if settings.get(k)), _DEFAULT_NEW_TOKENS)
+    length = next((settings[k] for k in LENGTHS if settings.get(k)), _DEFAULT_NEW_TOKENS)
     if length >= context:
         raise ValueError(
             f"{name}: {length} tokens are to be generated and the context holds {context};"

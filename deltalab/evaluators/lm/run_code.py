@@ -1,55 +1,100 @@
 """Runs the programs that a model wrote, once the user allows it: what HumanEval's pass@k needs.
 
-This stands in for the metric `code_eval`, which would be fetched from the hub. A program runs in a
-Python process of its own, in an empty directory, for a limited time and in limited memory; it is
-not kept from the files and the network of this machine.
+This stands in for the metric `code_eval`, which would be fetched from the hub. A program runs under
+`confined.py`, alone where the system has namespaces: without the environment, the files and the
+network of this machine. Where it has none, a warning says so once.
 """
 
+import logging
 import math
+import os
 import secrets
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-SECONDS = 3
+SECONDS = 3.0
 MEMORY = 4 << 30
-_CHILD = f"""
-import os, resource, signal, sys
-resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
-proof, done = sys.argv.pop(), os.dup(1)
-program = sys.stdin.read()
-for stream in (0, 1, 2):
-    os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-write = os.write
-signal.setitimer(signal.ITIMER_REAL, {SECONDS})
-exec(compile(program, "program", "exec"), {{}})
-write(done, proof.encode())
-"""
+START = 30
+"""Seconds that a busy machine may take to start Python."""
+_SCRIPT = Path(__file__).with_name("confined.py")
+_log = logging.getLogger(__name__)
 
 
 def passes(program: str) -> bool:
     """Return whether a program runs to its end: no exception, no exit, within the limits.
 
+    What runs in the program's own process can always claim so. A claim is believed only where the
+    same program, followed by a test that must fail instead of one that must pass, makes none: the
+    two differ in one random number, so that a program passes by running its tests alone.
+
     >>> passes("assert 1 + 1 == 2"), passes("assert 1 + 1 == 3"), passes("import os; os._exit(0)")
     (True, False, False)
     """
-    proof = secrets.token_hex(8)  # an exit code would also be 0 where a program leaves early
+    one, other = secrets.token_hex(8), secrets.token_hex(8)
+    return _claims(program, one, one) and not _claims(program, one, other)
+
+
+def _claims(program: str, one: str, other: str) -> bool:
+    """Whether a program claims to have reached its end and found two texts equal."""
+    tested = f"{program}\nif {one!r} != {other!r}: raise AssertionError"
+    return _run(tested, _way(), SECONDS).returncode == 0
+
+
+@cache
+def _way() -> str:
+    """Return how programs are confined here: `alone`, or `here` where that is not to be had."""
+    packages = [name for name in ("numpy",) if find_spec(name)]
+    usual = ["collections", "ctypes", "hashlib", "math", "random", "re", "typing", *packages]
+    tried = _run(f"import {', '.join(usual)}", "alone", START)
+    if tried.returncode == 0:
+        return "alone"
+    _log.warning(
+        "evaluator.run_code: programs cannot be run apart on this system (%s): those of the model"
+        " run as you, in reach of your files and of the network",
+        tried.stderr.decode(errors="replace").strip() or "Python does not start there",
+    )
+    return "here"
+
+
+def _run(program: str, way: str, seconds: float) -> "subprocess.CompletedProcess[bytes]":
+    """Run a program under limits; returns 0 where it claims to have reached its end."""
     with tempfile.TemporaryDirectory(prefix="deltalab-") as directory:
-        try:
-            run = subprocess.run(
-                [sys.executable, "-I", "-c", _CHILD, proof],
-                input=program.encode(errors="replace"),
-                capture_output=True,
-                cwd=directory,
-                timeout=SECONDS + 30,  # a busy machine may take long to start Python
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return False
-    return run.stdout.decode(errors="replace") == proof
+        command = [sys.executable, "-I", str(_SCRIPT), directory, str(seconds), str(MEMORY), way]
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=directory,
+            env=_environment(directory, way),
+            start_new_session=True,
+        ) as process:
+            try:
+                _, error = process.communicate(
+                    program.encode(errors="replace"), timeout=seconds + START
+                )
+            except subprocess.TimeoutExpired:
+                error = b"no answer in time"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, 9)
+    return subprocess.CompletedProcess(command, process.returncode, stderr=error)
+
+
+def _environment(directory: str, way: str) -> dict[str, str]:
+    """Return all that a program sees of the environment: no secret, and nothing of the person's."""
+    home = "/box" if way == "alone" else directory
+    own = {"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home}
+    own |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    libraries = os.environ.get("LD_LIBRARY_PATH")  # Python itself may need it to start
+    return own | ({"LD_LIBRARY_PATH": libraries} if libraries else {})
 
 
 def pass_at(k: int, right: int, of: int) -> float:

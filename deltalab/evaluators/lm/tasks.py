@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
-from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from deltalab.evaluators.lm import code, run_code
 from deltalab.evaluators.lm import data as lm_data
-from deltalab.evaluators.lm import run_code
 from deltalab.evaluators.lm.asked import Asked, refusal
 from deltalab.evaluators.lm.hflm import quiet
 from deltalab.settings import near
 from deltalab.store.latest import latest
 
 EMBEDDED = Path(__file__).parents[2] / "tasks"
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What lm-eval calls the most tokens of an answer, the first given one counting."""
 _NAME = re.compile(r"^\s*(?:- )?(?:task|group|tag):[ \t]*[\"']?([\w.\-]+)", re.MULTILINE)
 
 
@@ -69,7 +70,7 @@ def load(spec: Any) -> tuple[Run, ...]:
             run, or has fewer examples than are asked for.
     """
     runs: list[Run] = []
-    with quiet(), redirect_stderr(StringIO()), seeded(spec.seed), templates_kept():
+    with quiet(), redirect_stderr(StringIO()), seeded(spec.seed), code.templates():
         index = _index(spec)
         for task, count in [(each, n) for each in spec.tasks for n in each.shots]:
             for name, leaves, groups in _parts(_built(index, spec, task)):
@@ -114,6 +115,29 @@ def _parts(built: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield from ((name, {name: leaf}, {}) for name, leaf in leaves.items())
 
 
+def generation(
+    own: Mapping[str, Any], chosen: Mapping[str, Any], length: int | None
+) -> dict[str, Any]:
+    """Return a task's generation settings with what was chosen in place of its own.
+
+    Lengths have several names (`LENGTHS`), of which one is left: the chosen one.
+
+    Args:
+        own: the task file's.
+        chosen: those set for this task.
+        length: the most tokens, of all tasks; None leaves it to the task.
+
+    >>> generation({"max_gen_toks": 256, "do_sample": False}, {"max_new_tokens": 9}, 50)
+    {'do_sample': False, 'max_gen_toks': 9}
+    """
+    wanted = next((chosen[name] for name in LENGTHS if chosen.get(name)), length)
+    if wanted is None or "max_length" in chosen:
+        return {**own, **chosen}
+    bounds = (*LENGTHS, "max_length")
+    found = {k: v for k, v in {**own, **chosen}.items() if k not in bounds}
+    return {**found, "max_gen_toks": wanted}
+
+
 def _configure(leaf: Any, spec: Any, task: Asked, count: int | None) -> None:
     """Set what differs from the task's own settings, and keep its documents in memory."""
     where = f"evaluator.tasks.{task.name}"
@@ -127,9 +151,10 @@ def _configure(leaf: Any, spec: Any, task: Asked, count: int | None) -> None:
     if examples is not None and (n := leaf.get_config("num_fewshot")) > len(examples):
         raise ValueError(f"{where}.shots={n}: its data hold {len(examples)} examples to draw from")
     if leaf.get_config("output_type") == "generate_until":
-        length = {} if spec.max_new_tokens is None else {"max_gen_toks": spec.max_new_tokens}
         chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in task.generation}
-        leaf.set_config("generation_kwargs", {**length, **chosen}, update=True)
+        own = leaf.get_config("generation_kwargs") or {}
+        asked = generation(own, chosen, spec.max_new_tokens)
+        leaf.set_config("generation_kwargs", asked)
     documents = list(leaf.eval_docs)  # lm-eval would prepare them again at every look
     lm_data.check_nltk(documents, where)
     name = "test_docs" if leaf.has_test_docs() else "validation_docs"
@@ -186,8 +211,14 @@ def _built(index: Any, spec: Any, task: Asked) -> Any:
     if entry.yaml_path and lm_data.raw(entry.yaml_path).get("unsafe_code") and not spec.run_code:
         raise ValueError(refusal(task.name))  # before its file imports what would run the code
     try:
-        with run_code.in_place() if spec.run_code else nullcontext():
+        stock = (_stock(), EMBEDDED)
+        with (
+            run_code.in_place() if spec.run_code else nullcontext(),
+            code.refused(stock, spec.run_task_code),
+        ):
             return index._factory.build(entry, overrides=overrides, registry=index.task_index)
+    except code.Refused as error:
+        raise ValueError(f"{where}: {error}") from None
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{where}: needs the package {error.name}, which is not installed"
@@ -206,11 +237,10 @@ def _index(spec: Any) -> Any:
     Raises:
         ValueError: a task that no file names, or whose file cannot be read.
     """
-    import lm_eval
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    stock = Path(lm_eval.__file__).parent / "tasks"
+    stock = _stock()
     own = [EMBEDDED, *(lm_data.directory(d, "evaluator.include") for d in spec.include)]
     names = [task.name for task in spec.tasks]
     folders = [
@@ -233,6 +263,13 @@ def _index(spec: Any) -> Any:
     if gone := [name for name in missing if name not in index.task_index]:
         raise ValueError(f"evaluator.tasks.{gone[0]}: {files[gone[0]]} names it, but not as a task")
     return index
+
+
+def _stock() -> Path:
+    """Return the directory of lm-eval's own task files."""
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent / "tasks"
 
 
 def _within(task: str, folder: str) -> bool:
@@ -261,22 +298,3 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
-
-
-@contextmanager
-def templates_kept() -> Iterator[None]:
-    """Compile every prompt template once; lm-eval would compile it again for every document."""
-    from lm_eval.utils import env
-
-    env.from_string = _compiled
-    try:
-        yield
-    finally:
-        del env.from_string
-
-
-@lru_cache(maxsize=256)
-def _compiled(source: str) -> Any:
-    from lm_eval.utils import env
-
-    return type(env).from_string(env, source)

@@ -95,25 +95,37 @@ class PointsSweeper(BasicSweeper):
 
     def sweep(self, arguments: List[str]) -> Any:
         from deltalab import console
-        from deltalab.sweep import closing, sweeps
+        from deltalab.sweep import closing, stopping, sweeps
 
         HydraConfig.instance().set_config(self.config)
         points = self.points(list(arguments))
         if self.config.plan:
             return self._plan(points)
+        is_group = self.hydra_context.config_loader.repository.group_exists
+        self.validate_batch_is_legal(list(representatives(points, is_group)))
+        self._check(points, is_group)
         directory = Path(self.config.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, directory / "multirun.yaml")
         sweeps.write(directory, list(arguments), points)
-        is_group = self.hydra_context.config_loader.repository.group_exists
-        self.validate_batch_is_legal(list(representatives(points, is_group)))
-        with console.sweep(len(points)):
-            results = list(self._launched(points))
+        try:
+            with console.sweep(len(points)):
+                results = list(self._launched(points))
+        except stopping.Ended as end:
+            left = len(points) - sweeps.begun(directory)
+            raise ValueError(f"{console.one_line(end.why)}; {left} points were not run") from None
         closing.sweep_ended(self.config, directory)
         failures = [r._return_value for r in results if r.status != JobStatus.COMPLETED]
         if failures:
             raise console.SweepFailed(failures, len(points))
         return results
+
+    def _check(self, points: List[List[str]], is_group: Callable[[str], bool]) -> None:
+        """Refuse a sweep of which one value is out of range, before its first point."""
+        from deltalab import cli
+
+        for cfg, hydra in self._composed(list(distinct(points, is_group))):
+            cli.check(cfg, hydra)
 
     def _launched(self, points: List[List[str]]) -> Iterator[Any]:
         """Run all points and yield their results; those that other processes run come last.
@@ -196,6 +208,28 @@ def representatives(
             kind.add(override if whole else name)
         if frozenset(kind) not in seen:
             seen.add(frozenset(kind))
+            yield list(point)
+
+
+def distinct(
+    points: Iterable[Sequence[str]], is_group: Callable[[str], bool]
+) -> Iterator[List[str]]:
+    """Yield points that together have all values of a sweep, and all of one section together.
+
+    Of 3 models, 9 rates times 5 centres and 3 seeds this yields 3 times 45 points, with each seed
+    in one of them at least: what one section of the settings, as `edit`, may be depends on its own
+    values and on the chosen options.
+    """
+    seen = set()
+    for point in points:
+        sections: Dict[str, List[str]] = {}
+        for override in point:
+            key = override.split("=")[0].lstrip("+~").split("@")[0]
+            sections.setdefault("" if is_group(key) else key.split(".")[0], []).append(override)
+        options = tuple(sections.pop("", ()))
+        kinds = {(options, name, tuple(own)) for name, own in sections.items()} or {(options,)}
+        if not kinds <= seen:
+            seen |= kinds
             yield list(point)
 
 

@@ -7,7 +7,7 @@ there are none, CSV files beside the cards) its points. The same files give the 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,28 @@ from deltalab.report.page.parsing import read_cards
 from deltalab.report.page.plain import without_card
 from deltalab.report.page.points import MOST_POINTS, Points, gather, tabulate
 from deltalab.report.page.views import shown
+from deltalab.store import files
+
+NAME = "index.html"
 
 
-def write(directory: Path, points: Sequence[Outcome], warn: Warn) -> Path:
+def write(
+    directory: Path, points: Sequence[Outcome], warn: Warn, place: Path | None = None
+) -> Path:
     """Write the page of a results directory.
 
     Args:
-        directory: holds `paper/*.json`, `*.md` and figures; gets `index.html`.
+        directory: holds `paper/*.json`.
         points: its records, all of them.
         warn: told in one line of what cannot be shown.
+        place: holds the reports `*.md` and their figures, gets `index.html`; None: `directory`.
     """
+    place = directory if place is None else place
     cards = read_cards(directory, warn)
     every = gather(points, cards, warn)
-    cards += without_card(directory, points, [name for card in cards for name in card.experiments])
-    path = directory / "index.html"
+    cards += without_card(place, points, [name for card in cards for name in card.experiments])
     records = len({point.key for point in points})
-    path.write_text(render(cards, tabulate(every), records), encoding="utf-8")
-    return path
+    return files.write(place / NAME, render(cards, tabulate(every), records))
 
 
 def render(cards: Sequence[Card], points: Points, records: int) -> str:
@@ -72,7 +77,7 @@ def render(cards: Sequence[Card], points: Points, records: int) -> str:
 
 
 def _own(name: str) -> str:
-    return files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(value: Any) -> Any:
