@@ -169,10 +169,6 @@ class Rng(Draws):
         key0, key1 = key(self.seed, self.name, stream, high, self.salt)
         return signed(key0 + low), key1
 
-    def keys(self, streams: int) -> Tensor:
-        """Return the key words of the first streams for `Keyed`, int32 of shape (streams, 2)."""
-        return torch.tensor([self.words(stream) for stream in range(streams)], dtype=torch.int32)
-
     def bits(self, like: Tensor, stream: int = 0) -> Tensor:
         """Return 32 random bits per element.
 
@@ -192,25 +188,6 @@ class Rng(Draws):
             position += count
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return flat.reshape(like.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Keyed(Draws):
-    """The numbers of an `Rng` with the keys as a tensor, so that a compiled edit fits all tensors.
-
-    Covers up to 2^31 elements within one page of 2^32 indices.
-
-    >>> rng, like = Rng(0, "w", start=7), torch.empty(5)
-    >>> bool((Keyed(rng.keys(2)).bits(like, 1) == rng.bits(like, 1)).all())
-    True
-    """
-
-    words: Tensor
-
-    def bits(self, like: Tensor, stream: int = 0) -> Tensor:
-        """Return 32 random bits per element, as `Rng.bits`."""
-        counter = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
-        return mix(counter, self.words[stream, 0], self.words[stream, 1]).reshape(like.shape)
 
 
 def _counters(count: int, device: torch.device) -> Tensor:

@@ -55,6 +55,7 @@ STREAMED = [
     Della(p=0.5, window=0.4),
     Breadcrumbs(beta=0.3, gamma=0.1),
     ONE_BIT,
+    BitDelta(multiple=1.5, magnitudes="uniform", cv=0.4, axis="row"),
     Multibit(bits=2, blocks="equal_count"),
     Ties(keep=0.2, scope="model"),
     Ties(keep=0.2, scope="tensor"),
@@ -101,7 +102,7 @@ def test_the_order_of_tensors_does_not_matter(edit) -> None:
     gradient = {n: tensor((12, 16), seed=5) for n in pre}
 
     def run(names: str) -> dict[str, Tensor]:
-        extras = Extras(edit.needs, 7, {"grad": lambda name, _: gradient[name]}, Memo())
+        extras = Extras(edit.needs, 7, {"grad": lambda name, _: gradient[name]}, memo=Memo())
         given = ({n: w[n] for n in names} for w in (pre, post))
         return dict(editing.edited(*given, edit, "all", extras))
 
@@ -366,14 +367,14 @@ def test_killed_at_work_out_is_absent(pair, tmp_path) -> None:
 
 SLOW = """
 import sys, time
-from deltalab import save
+from deltalab import applying
 from deltalab.apply import stream
 verify = stream._verify
 def slow(*arguments):
     print("written", flush=True)
     time.sleep(60)
 stream._verify = slow
-save.main()
+applying.main()
 """
 
 
@@ -443,7 +444,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(pair, tmp_path, monkeypatch) 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "deltalab.save", *map(str, arguments)],
+        [sys.executable, "-m", "deltalab.applying", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -46,7 +46,7 @@ ORDER = (
         "plan",
         "sweep",
         "cli",
-        "save",
+        "applying",
         "cache",
     ),
     *("plugins", "__main__", "testing", "__init__", "experiments"),

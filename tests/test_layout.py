@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltalab import save
+from deltalab import applying as save
 from deltalab.apply import stream
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
@@ -219,6 +219,6 @@ def test_running_statistics_stay_those_of_the_post_trained_model(tmp_path):
 def test_what_is_open_stays_a_mapping_of_tensors(tmp_path):
     held = tensors(0)
     opened = Checkpoint(stored(tmp_path, held, PYTORCH["sub-directory"]))
-    assert {n: mapping.shape_of(opened, n) for n in opened} == {
+    assert {n: mapping.meta(opened, n).shape for n in opened} == {
         n: tuple(t.shape) for n, t in held.items()
     }

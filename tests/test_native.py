@@ -10,6 +10,7 @@ from test_apply import FUSED, bits, tensor
 from torch import Tensor
 
 from deltalab.apply import editing
+from deltalab.edits import Edit
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
 from deltalab.edits.bitdelta import BitDelta
@@ -209,29 +210,65 @@ def test_what_has_no_translation_is_refused(body, reason: str) -> None:
         translation.program(None, (), body, (F32, F32), matrix=True)
 
 
-def test_what_has_no_translation_is_left_to_torch() -> None:
-    edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row")
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_what_has_no_translation_runs_as_it_is(axis: str, monkeypatch) -> None:
+    edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis=axis)
     (pre, post), needs = pair(F32), needed(edit)
     assert fused._program(edit, (F32, F32), True, editing._edited, {}) is None
+    monkeypatch.delattr(torch, "compile")
     compiled = editing.edited_tensor(pre, post, edit, "compiled", **needs)
-    assert torch.equal(compiled, editing.edited_tensor(pre, post, edit, "eager", **needs))
+    assert torch.equal(bits(compiled), bits(editing._edited(pre, post, edit, needs)))
 
 
 @pytest.mark.parametrize(
     "compiler", ["/no/such/compiler", "false", "sh -c 'echo wrong >&2; exit 1'"]
 )
-def test_without_a_compiler_edits_run_eagerly_with_one_warning(compiler, monkeypatch) -> None:
+def test_a_program_that_does_not_compile_runs_eagerly_with_one_warning(
+    compiler: str, monkeypatch
+) -> None:
+    """It alone: other edits and other dtypes are compiled as soon as that can be done."""
+    own = native.COMPILER
     monkeypatch.setattr(native, "COMPILER", compiler)
-    monkeypatch.setattr(fused, "_broken", [])
+    monkeypatch.setattr(fused, "_failed", {})
     native._compiled.cache_clear()
     pre, post = tensor((50, 50)), tensor((50, 50), seed=1)
     reason = "wrong" if "wrong" in compiler else compiler
-    with pytest.warns(UserWarning, match=f"edits run uncompiled.*{reason}"):
+    text = f"edit Expo .float32, float32. runs uncompiled, because compiling its C failed.*{reason}"
+    with pytest.warns(UserWarning, match=text):
         out = editing.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
     assert torch.equal(out, editing.edited_tensor(pre, post, Expo(alpha=0.5), "eager"))
+    monkeypatch.setattr(native, "COMPILER", own)
+    ran, original = [], native.edit
+    noting = lambda made, *rest: ran.append(made.dtypes) or original(made, *rest)  # noqa: E731
+    monkeypatch.setattr(native, "edit", noting)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        editing.edited_tensor(pre, post, Expo(alpha=0.5), "compiled")
+        editing.edited_tensor(pre, post, Expo(alpha=0.25), "compiled")
+        assert ran == [], "remembered"
+        editing.edited_tensor(pre, post, Dare(p=0.5, k=0.5), "compiled", rng=Rng(0, "w"))
+        editing.edited_tensor(pre.half(), post.half(), Expo(alpha=0.5), "compiled")
+    assert ran == [(F32, F32), (F16, F16)]
+
+
+def test_what_an_edit_raises_is_raised_and_concerns_it_alone(tmp_path, monkeypatch) -> None:
+    class Angry(Edit):
+        unit = "entry"
+
+        def __call__(self, delta: Tensor) -> Tensor:
+            raise ValueError("edit.c=3: must be below 2")
+
+    monkeypatch.setattr(fused, "_failed", {})
+    pre, post = tensor((300, 300)), tensor((300, 300), seed=1)
+    ran, original = [], native.edit
+    monkeypatch.setattr(native, "edit", lambda *given: ran.append(1) or original(*given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="^edit.c=3: must be below 2$"):
+            editing.edited_tensor(pre, post, Angry())
+        assert between_files(tmp_path, Angry(), pre, post, Rng(0, "w")) is None
+        editing.edited_tensor(pre, post, Expo(alpha=0.5))
+    assert ran == [1]
+    assert fused._failed == {}
 
 
 def test_small_tensors_do_not_compile() -> None:

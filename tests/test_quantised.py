@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltalab import cli, save
+from deltalab import applying as save
+from deltalab import cli
 from deltalab.weights import checkpoints, quantised
 from deltalab.weights.mapping import Checkpoint
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltalab.rng import Keyed, Rng, _log, _root, _sine, key, mix
+from deltalab.rng import Rng, _log, _root, _sine, key, mix
 
 N = 1 << 20
 GOLDEN = [-1408204131, -2064692328, -2066612818, -1828342549]
@@ -117,14 +117,6 @@ def test_the_hash_in_plain_integers() -> None:
     got = Rng(3, "name", start=(1 << 32) - 3).bits(torch.empty(3), stream=2).tolist()
     wanted = [reference((1 << 32) - 3 + i, key0, key1) for i in range(3)]
     assert [g & mask for g in got] == wanted
-
-
-def test_keyed_equals_rng() -> None:
-    rng, like = Rng(5, "w", start=77), torch.empty(33, 31)
-    keyed = Keyed(rng.keys(4))
-    for stream in range(4):
-        assert torch.equal(keyed.bits(like, stream), rng.bits(like, stream))
-    assert torch.equal(keyed.normal(like, 1), rng.normal(like, 1))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0])

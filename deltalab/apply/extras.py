@@ -136,14 +136,14 @@ def thresholds(edit: Edit, needs: Mapping[str, Any]) -> dict[float, Threshold]:
     """
     found: dict[float, Threshold] = {}
 
-    refused: list[Exception] = []
+    problems: list[Exception] = []
 
     def quantile(fraction: float) -> Threshold:
         if fraction not in found:
             try:
                 found[fraction] = needs["quantile"](fraction)
-            except Exception as error:  # of the real deltas
-                refused.append(error)
+            except Exception as problem:
+                problems.append(problem)
                 raise
         return found[fraction]
 
@@ -152,8 +152,8 @@ def thresholds(edit: Edit, needs: Mapping[str, Any]) -> dict[float, Threshold]:
     try:
         edit(few, **given | {"quantile": quantile})
     except Exception:  # on so few entries; what is wrong with it will be said on the real ones
-        if refused:
-            raise refused[0] from None
+        if problems:  # with the model, not with the edit
+            raise problems[0] from None
     return found
 
 

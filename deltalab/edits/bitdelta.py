@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import Edit, one_of, within
+from deltalab.edits import Edit, Unit, one_of, within
 from deltalab.rng import Rng
 
 _MAGNITUDES, _AXES = ("mean", "normal", "uniform"), ("tensor", "row", "column")
@@ -51,6 +51,11 @@ class BitDelta(Edit):
         one_of("magnitudes", self.magnitudes, _MAGNITUDES)
         within("cv", self.cv, "[0, inf)")
         one_of("axis", self.axis, _AXES)
+
+    @property
+    def unit(self) -> Unit:  # type: ignore[override]
+        """Row by row where each has a scale of its own."""
+        return "row" if self.axis == "row" else "tensor"
 
     def __call__(self, delta: Tensor, *, rng: Rng) -> Tensor:
         """Return the signs times the scales."""

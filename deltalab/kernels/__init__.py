@@ -1,5 +1,5 @@
-"""Edits as one pass over memory: recorded operations become C, or a compiled function.
+"""Edits as one pass over memory: recorded operations become C.
 
-`translation` records what an edit does, `native` writes and compiles the C, `fused` chooses. Only
-`apply` imports this package.
+`translation` records what an edit does and writes it, `native` compiles and runs it, `fused` is the
+door: only `apply` comes in by it.
 """

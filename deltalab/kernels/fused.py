@@ -1,17 +1,16 @@
 """Edits as one compiled pass over memory: read W_pre and W_post, edit, write W_edit.
 
-On the CPU the edit is written in C (`translation`, `native`), which takes a tenth of a second;
-elsewhere, and where it takes operations that have no translation, `torch.compile` does the work.
-The compiled function is the eager one, so that all give the same bits. Numbers in an edit's fields
-and the random keys enter as values, so that a sweep over hyper-parameters compiles once.
+On the CPU an edit is written in C (`translation`, `native`), which takes a tenth of a second and
+gives the bits of the edit's own operations; what has no translation, and what is on another device,
+is left to those. Numbers in an edit's fields and the random keys enter as values, so that a sweep
+over hyper-parameters compiles once.
 """
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from math import prod
-from subprocess import CalledProcessError
+from subprocess import CalledProcessError, SubprocessError
 from threading import Lock
 from typing import Any
 
@@ -21,14 +20,13 @@ from torch import Tensor
 from deltalab.edits import Edit
 from deltalab.kernels import native, translation
 from deltalab.kernels.translation import Body, Program
-from deltalab.rng import Keyed
 
 KERNELS = ("auto", "eager", "compiled")
 SMALLEST = 1 << 16
 """Elements from which `auto` compiles: below, eager slices cost less than a compiler ever saves."""
-_STREAMS = 4
-_broken: list[str] = []
-_translating = Lock()
+_failed: dict[tuple[type[Edit], tuple[torch.dtype, ...]], str] = {}
+"""Why the C of an edit and its dtypes could not be compiled; others are compiled all the same."""
+_translating, _compiling = Lock(), Lock()
 _programs: deque[tuple[Any, Any, Program | None]] = deque(maxlen=16)
 
 
@@ -50,7 +48,7 @@ def wanted(edit: Edit, count: int, kernel: str, device: str = "cpu") -> bool:
     fusible = edit.unit == "entry" or edit.fuses
     able = fusible and set(edit.needs) <= {"rng", "grad", "quantile"} and 0 < count < 1 << 31
     large = count >= SMALLEST and device == "cpu"
-    return able and not _broken and (kernel == "compiled" or (kernel == "auto" and large))
+    return able and (kernel == "compiled" or (kernel == "auto" and large))
 
 
 def edited(
@@ -73,22 +71,15 @@ def edited(
         out: where to put the result, contiguous.
     """
     grads = [t for name, t in needs.items() if name == "grad"]
-    dtypes = tuple(t.dtype for t in (pre, post, *grads))
-    known = _known(needs)
-    try:
-        cpu = all(t.device.type == "cpu" for t in (pre, post, out, *grads))
-        matrix = _sees_matrix(edit, post.shape)
-        program = _program(edit, dtypes, matrix, body, known) if cpu else None
-        if program is None and known:
-            return False
-        if program is None:
-            out.copy_(_by_torch(pre, post, edit, needs, body))
-        else:
-            flat = [t.detach().contiguous().view(-1) for t in (pre, post, *grads)]
-            native.edit(program, flat, needs.get("rng"), out.view(-1))
-    except Exception as error:
-        _give_up(error)
+    inputs = (pre, post, *grads)
+    if any(t.device.type != "cpu" for t in (*inputs, out)):
         return False
+    matrix = _sees_matrix(edit, post.shape)
+    program = _program(edit, tuple(t.dtype for t in inputs), matrix, body, _known(needs))
+    if program is None or not _compiles(edit, program):
+        return False
+    flat = [t.detach().contiguous().view(-1) for t in inputs]
+    native.edit(program, flat, needs.get("rng"), out.view(-1))
     return True
 
 
@@ -110,22 +101,35 @@ def edited_files(
         needs: its keyword arguments, `rng` of the first entry and `quantile` at most, as there.
         body: as for `edited`.
     """
-    known, rng = _known(needs), needs.get("rng")
-    try:
-        program = _program(edit, dtypes, _sees_matrix(edit, shape), body, known)
-        return program is not None and native.edit_files(program, files, prod(shape), rng)
-    except Exception as error:
-        _give_up(error)
+    program = _program(edit, dtypes, _sees_matrix(edit, shape), body, _known(needs))
+    if program is None or not _compiles(edit, program):
         return False
+    return native.edit_files(program, files, prod(shape), needs.get("rng"))
 
 
-def _give_up(error: Exception) -> None:
-    """Say once why edits run eagerly from here on."""
+def _compiles(edit: Edit, program: Program) -> bool:
+    """Whether the C of an edit can be compiled here; where not, that is said once."""
+    key = type(edit), program.dtypes
+    with _compiling:  # a stream's threads all come for the same one
+        if key in _failed:
+            return False
+        try:
+            native.load(program)
+        except (OSError, SubprocessError) as error:
+            _failed[key] = reason = _reason(error)
+            types = ", ".join(str(dtype).removeprefix("torch.") for dtype in program.dtypes)
+            warnings.warn(
+                f"edit {type(edit).__name__} ({types}) runs uncompiled, because compiling its C"
+                f" failed: {reason}",
+                stacklevel=4,
+            )
+            return False
+    return True
+
+
+def _reason(error: Exception) -> str:
     said = error.stderr.decode(errors="replace") if isinstance(error, CalledProcessError) else ""
-    reason = (said.strip() or str(error).strip() or type(error).__name__).splitlines()[0]
-    if not _broken:
-        warnings.warn(f"edits run uncompiled, because compiling failed: {reason}", stacklevel=3)
-    _broken.append(reason)
+    return (said.strip() or str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _sees_matrix(edit: Edit, shape: Sequence[int]) -> bool:
@@ -154,33 +158,3 @@ def _program(
         if not known:
             _programs.append((edit, setting, program))
         return program
-
-
-def _by_torch(pre: Tensor, post: Tensor, edit: Any, needs: Mapping[str, Any], body: Body) -> Tensor:
-    shape, rng = post.shape, needs.get("rng")
-    if _sees_matrix(edit, shape):
-        flat = [t.detach().contiguous().flatten(1) for t in (pre, post)]
-    else:
-        flat = [t.detach().reshape(-1) for t in (pre, post)]
-    keys = rng.keys(_STREAMS).to(post.device) if rng is not None else None
-    grad = needs["grad"].detach().reshape(flat[1].shape) if "grad" in needs else None
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
-        made: Tensor = _compiled(body, torch.get_num_threads())(*flat, edit, keys, grad)
-    return made.reshape(shape)
-
-
-@lru_cache(maxsize=4)
-def _compiled(body: Callable[..., Tensor], threads: int) -> Callable[..., Tensor]:
-    """Return the compiled body; the number of threads is a constant of the code."""
-
-    def traced(
-        pre: Tensor, post: Tensor, edit: Edit, keys: Tensor | None, grad: Tensor | None
-    ) -> Tensor:
-        needs: dict[str, Any] = {}
-        if keys is not None:
-            needs["rng"] = Keyed(keys)
-        if grad is not None:
-            needs["grad"] = grad
-        return body(pre, post, edit, needs)
-
-    return torch.compile(traced, dynamic=True, fullgraph=True, options={"cpp.threads": threads})

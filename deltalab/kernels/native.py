@@ -60,7 +60,7 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
     for tensor in (*tensors, out):
         if tensor.device.type != "cpu":
             raise ValueError(f"an edit in C takes tensors on the CPU, not on {tensor.device}")
-    library, whole = _library(program), out.numel()
+    library, whole = load(program), out.numel()
     numbers = _doubles(program.numbers)
 
     def run(stage: int, sums: Any, piece: tuple[int, int]) -> float:
@@ -89,7 +89,7 @@ def edit_files(
         Whether it was done: false if a file ends early or cannot be written, or if an entry of any
         of the three is not finite.
     """
-    library, numbers = _library(program), _doubles(program.numbers)
+    library, numbers = load(program), _doubles(program.numbers)
     pre, post = program.dtypes
     sizes = (pre.itemsize, post.itemsize, post.itemsize)
 
@@ -149,8 +149,12 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="edit")
 
 
-def _library(program: Program) -> Any:
-    """Return the loaded program, compiled by the first thread that asks for it."""
+def load(program: Program) -> Any:
+    """Return the loaded program, compiled by the first thread that asks for it.
+
+    Raises:
+        OSError, subprocess.SubprocessError: there is no compiler, or it refuses the program.
+    """
     with _compiling:
         return _compiled(program.source)
 
