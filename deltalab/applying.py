@@ -10,6 +10,7 @@ takes the settings of `deltalab` that choose a model and an edit (model, edit, s
 """
 
 import gc
+import logging
 import sys
 from typing import Any
 
@@ -64,7 +65,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from deltalab.run import build
     from deltalab.settings import conf_dir
     from deltalab.sweep import composing
-    from deltalab.weights import select
+    from deltalab.weights import configs, select
 
     gc.freeze()
     gc.enable()
@@ -96,7 +97,10 @@ def save(arguments: list[str]) -> dict[str, Any]:
     edit = build(settings["edit"], "edit")
     extras.check_needs(edit)
     out = Path(own["out"]).expanduser()
-    pre, post = _checkpoints(settings["model"])
+    pre, post, dequantize = _checkpoints(settings["model"])
+    old, new = (configs.content(place / "config.json") for place in (pre, post))  # none of files
+    if line := configs.differences(old, new):
+        logging.getLogger("deltalab").warning(line)
     manifest = stream.stream(
         pre,
         post,
@@ -106,13 +110,14 @@ def save(arguments: list[str]) -> dict[str, Any]:
         seed=cfg.seed,
         mismatch=own["mismatch"],
         kernel=own["kernel"],
+        dequantize=dequantize,
         describe={"name": type(edit).__module__.rpartition(".")[2], **described},
     )
     return {**manifest, "out": str(out)}
 
 
-def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the paths of the pre- and the post-trained checkpoint, fetched if need be."""
+def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None]:
+    """Return the paths of both checkpoints, fetched if need be, and whether they are decoded."""
     from deltalab.run import build
 
     spec: Any = None
@@ -123,7 +128,7 @@ def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any]:
         side = missing[0] if missing else "pre"
         raise ValueError(f"model.{side}=: name the checkpoint (a file, a directory, a hub id)")
     pre, post = spec.checkpoints
-    return pre, post
+    return pre, post, getattr(spec, "dequantize", None)
 
 
 if __name__ == "__main__":

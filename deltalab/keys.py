@@ -35,7 +35,7 @@ READERS = {
 """Versions of what many classes share: a mended fault makes the records stale that used it."""
 ALWAYS = ("apply", "passes", "rng")
 """Readers beneath every point."""
-NEUTRAL: dict[str, Any] = {"salt": ""}
+NEUTRAL: dict[str, Any] = {"model.dequantize": False, "salt": ""}
 """Settings that came later, each with the value that reproduces what was done without it."""
 BESIDE = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale", "data",

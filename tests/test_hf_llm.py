@@ -19,7 +19,6 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.discard import Discard
 from deltalab.edits.ties import Ties
 from deltalab.models import hub, vocabulary
-from deltalab.models.causal import differences
 from deltalab.models.hf_llm import HfPair
 from deltalab.run import build
 from deltalab.settings import conf_dir
@@ -553,11 +552,36 @@ def test_tables_that_old_versions_saved_are_ignored(pair):
     assert torch.equal(logits(found.module), logits(reference(pair[1])))
 
 
-def test_configurations_that_compute_differently_are_told(pair, caplog):
-    configure(pair[0], rms_norm_eps=1e-2, transformers_version="4.0")
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rms_norm_eps": 1e-2, "transformers_version": "4.0"}, "rms_norm_eps"),
+        ({"rope_parameters": None, "rope_theta": 1e6}, "rope_theta"),
+        ({"rope_parameters": None}, None),  # the default is 10000, as the other side has it
+        ({"rope_parameters": {"rope_theta": 10000, "rope_type": "linear", "factor": 2.0}}, "rope"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope"),
+        ({"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None}, None),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": False, "mlp_bias": False}, None),
+        ({"dtype": None, "torch_dtype": "float16", "use_cache": False, "_name_or_path": "x"}, None),
+        ({"eos_token_id": 5, "architectures": ["Other"], "id2label": {"0": "a"}}, None),
+    ],
+)
+@pytest.mark.parametrize("side", [0, 1])
+def test_configurations_are_compared_by_what_they_mean(changes, told, side, pair, caplog, tmp_path):
+    configure(pair[side], **changes)
+    file = pair[side] / "config.json"  # null stands for a field that is not there
+    content = {k: v for k, v in json.loads(file.read_text()).items() if v is not None}
+    file.write_text(json.dumps(content))
     spec(pair).open()
-    assert "config.json of model.pre and model.post differ in rms_norm_eps" in caplog.text
-    assert differences({"eos_token_id": 1}, {"eos_token_id": 2}) is None
+    warning = "config.json of model.pre and model.post differ in "
+    assert (warning in caplog.text) == (told is not None)
+    assert f"{warning}{told or ''}" in caplog.text or told is None
+    caplog.clear()
+    stream(pair, tmp_path / "out")
+    written = {"rope_parameters": None} in ({k: changes[k]} for k in changes) and len(changes) < 3
+    if told is None or not written:  # without transformers a default that is not written is unknown
+        assert (warning in caplog.text) == (told is not None)
 
 
 class Fake:

@@ -206,6 +206,16 @@ def test_zeros_in_their_place_are_not_promised(tmp_path):
         save.save(["model=hf_llm", *sides, f"out={tmp_path / 'out'}", "nonfinite=zero"])
 
 
+def test_running_statistics_stay_those_of_the_post_trained_model(tmp_path):
+    """Extrapolated by alpha = 1, a variance of 0.1 from 1 would be -0.8."""
+    for i, value in enumerate((1.0, 0.1)):
+        held = {"bn.weight": torch.full((3,), value), "bn.running_var": torch.full((3,), value)}
+        stored(tmp_path / f"{i}", held)
+    found = streamed(tmp_path / "0", tmp_path / "1", tmp_path / "out", Expo(alpha=1.0))
+    assert found["bn.weight"].tolist() == pytest.approx([-0.8] * 3)
+    assert found["bn.running_var"].tolist() == pytest.approx([0.1] * 3)
+
+
 def test_what_is_open_stays_a_mapping_of_tensors(tmp_path):
     held = tensors(0)
     opened = Checkpoint(stored(tmp_path, held, PYTORCH["sub-directory"]))

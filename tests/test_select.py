@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from deltalab.weights.select import PRESETS, Selection, check, selected
 
@@ -66,3 +67,18 @@ def test_patterns_narrow_a_preset() -> None:
 def test_mistakes(setting, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         check(setting)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "vit_tiny_patch16_224", "swinv2_tiny_window8_256", "volo_d1_224"]
+)
+def test_statistics_and_tables_are_never_selected(name):
+    """A module knows which of its tensors are parameters; so must the names of a file."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        module = timm.create_model(name)
+    parameters = {n for n, _ in module.named_parameters()}
+    floating = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+    assert {n for n, t in floating.items() if selected("all", n, tuple(t.shape))} == parameters
+    for buffer in ("model.layers.0.self_attn.rotary_emb.inv_freq", "h.0.attn.bias"):
+        assert not any(selected(preset, buffer, (1, 1, 8, 8)) for preset in PRESETS)

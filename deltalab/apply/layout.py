@@ -1,28 +1,28 @@
 """A checkpoint as it is written: what files it has, and where in them each tensor lies.
 
 A safetensors checkpoint is written with its own files, headers and index, byte for byte. PyTorch's
-own files become safetensors of the usual names, one for one.
+own files become safetensors of the usual names, one for one; of decoded weights names, dtypes and
+headers are new, and the configuration says no more that they are quantised.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from deltalab.weights import pickles
+from deltalab.weights import configs, pickles, quantised
 from deltalab.weights.checkpoints import opened
+from deltalab.weights.dequantised import Dequantised
+from deltalab.weights.headers import BITS
 from deltalab.weights.mapping import Checkpoint
 from deltalab.weights.shards import DTYPES, Entry, entries
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _UNCOPIED = ("README.md", "deltalab.json", ".gitattributes")
 _DIRECTORIES = ("additional_chat_templates",)
@@ -51,41 +51,44 @@ class Side:
     Attributes:
         entries: its tensors, file by file in byte order, at the places where they are written.
         files: what becomes of each of its files.
-        index: the index to write; None where that of the source fits, or there is none.
+        index: the index to write, empty for none; None where that of the source fits.
+        decoded: whether its weights were quantised.
     """
 
     entries: dict[str, Entry]
     files: dict[Path, Written]
     index: dict[str, object] | None
+    decoded: bool
 
 
-def read(path: Path, setting: str) -> Side:
+def read(path: Path, setting: str, dequantize: bool | None = None) -> Side:
     """Read the headers of a checkpoint.
 
     Args:
         path: as for `weights.Checkpoint`.
         setting: the setting that names it, for messages.
+        dequantize: as for `checkpoints.opened`.
 
     Raises:
         ValueError: as `checkpoints.opened`.
     """
-    checkpoint = opened(path, setting)
+    checkpoint = opened(path, setting, dequantize)
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    side = Side({}, {}, None)
+    decoded = isinstance(checkpoint, Dequantised)
+    side = Side({}, {}, None, decoded)
     for file in dict.fromkeys(checkpoint.shards.values()):
         name = file.relative_to(root)
-        if file.suffix in pickles.ENDINGS:
+        if decoded or file.suffix in pickles.ENDINGS:
             _make(side, file, _renamed(name), checkpoint)
         else:
             side.entries.update(entries(file))
             side.files[file] = Written(name, None, file.stat().st_size)
-    made = any(written.head is not None for written in side.files.values())
-    if made and len(side.files) > 1:
-        places = {n: str(side.files[e.file].name) for n, e in side.entries.items()}
-        total = sum(entry.size for entry in side.entries.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        return Side(side.entries, side.files, index)
-    return side
+    if all(written.head is None for written in side.files.values()):
+        return side
+    places = {n: str(side.files[e.file].name) for n, e in side.entries.items()}
+    total = sum(entry.size for entry in side.entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return replace(side, index=index if len(side.files) > 1 else {})
 
 
 def _renamed(name: Path) -> Path:
@@ -96,61 +99,73 @@ def _renamed(name: Path) -> Path:
 
 def _make(side: Side, file: Path, name: Path, checkpoint: Checkpoint) -> None:
     """Add a file that has no header of safetensors yet, and its tensors."""
-    names = [n for n, place in checkpoint.shards.items() if place == file]
-    kinds = {n: checkpoint[n].dtype for n in names}
-    names.sort(key=lambda n: -kinds[n].itemsize)  # the widest first, so that all are aligned
+    kinds = {n: checkpoint.dtype(n) for n, place in checkpoint.shards.items() if place == file}
+    names = sorted(kinds, key=lambda n: -BITS[kinds[n]])  # so that all are aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     sizes, position = {}, 0
     for n in names:
         shape = checkpoint.shape(n)
-        sizes[n] = prod(shape) * kinds[n].itemsize
+        sizes[n] = prod(shape) * BITS[kinds[n]] // 8
         offsets = [position, position := position + sizes[n]]
-        header[n] = {"dtype": _NAMES[kinds[n]], "shape": shape, "data_offsets": offsets}
+        header[n] = {"dtype": kinds[n], "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     side.files[file] = Written(name, head, len(head) + position)
     begin = len(head)
     for n in names:
-        dtype = kinds[n] if kinds[n] in _FLOATING else None
-        load = _loader(checkpoint, n)
-        side.entries[n] = Entry(file, dtype, checkpoint.shape(n), begin, sizes[n], load)
+        part, shape = _part(checkpoint, n), checkpoint.shape(n)
+        side.entries[n] = Entry(file, DTYPES.get(kinds[n]), shape, begin, sizes[n], part)
         begin += sizes[n]
 
 
-_FLOATING = tuple(DTYPES.values())
-
-
-def _loader(checkpoint: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
+def _part(checkpoint: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
+    """Return the function that gives a part of a flat tensor."""
+    if isinstance(checkpoint, Dequantised):
+        return partial(checkpoint.part, name)
     return lambda start, stop: checkpoint[name].reshape(-1)[start:stop]
 
 
-def copy_companions(post: Path, out: Path, index: Mapping[str, object] | None) -> None:
+def copy_companions(post: Path, out: Path, side: Side) -> None:
     """Copy configuration, tokenizer, templates and generation files, and the index last of all.
 
     Args:
         post: the checkpoint, a directory or a file; of a file nothing is beside it but the index
             that it is.
         out: the directory written.
-        index: the index to write in place of its own.
+        side: what was read of the checkpoint.
     """
+    indices = [post] if _is_index(post) else []
     if post.is_dir():
         files = [f for f in sorted(post.iterdir()) if f.is_file() and f.name not in _UNCOPIED]
         files = [f for f in files if not f.name.startswith(".")]
         for name in _DIRECTORIES:
             files += sorted(f for f in (post / name).glob("*") if f.is_file())
         for file in (f for f in files if f.suffix not in _WEIGHTS and not _is_index(f)):
+            if side.decoded and file.name in quantised.BESIDE:
+                continue
             target = out / file.relative_to(post)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
         indices = [f for f in files if f.name.endswith(".safetensors.index.json")]
-    else:
-        indices = [post] if _is_index(post) else []
-    if index is not None:
-        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        return
-    for file in indices:
-        shutil.copyfile(file, out / file.name)
+    if side.decoded and (config := configs.content(out / "config.json")):
+        (out / "config.json").write_text(json.dumps(_decoded(config), indent=2) + "\n")
+    if side.index is None:
+        for file in indices:
+            shutil.copyfile(file, out / file.name)
+    elif side.index:
+        (out / INDEX).write_text(json.dumps(side.index, indent=1) + "\n")
+
+
+def _decoded(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration of decoded weights."""
+    found = {
+        name: _decoded(value) if isinstance(value, dict) and name.endswith("config") else value
+        for name, value in config.items()
+        if name not in quantised.DECLARED
+    }
+    names = [name for name in ("dtype", "torch_dtype") if name in found]
+    return found | dict.fromkeys(names, "bfloat16")
 
 
 def _is_index(file: Path) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from deltalab import console
 from deltalab.apply import editing, layout
 from deltalab.apply.extras import Extras, Memo, thresholds
-from deltalab.apply.layout import Written
+from deltalab.apply.layout import Side
 from deltalab.edits import Edit
 from deltalab.store import files
 from deltalab.weights import contents, finite
@@ -40,8 +40,7 @@ class Plan:
 
     Attributes:
         post: its tensors, file by file in byte order.
-        files: what each of its files becomes.
-        index: the index to write, where it is not the one that is there.
+        side: what its files become.
         pre: the pre-trained counterpart of each tensor that is edited.
         alias: the name under which a tensor is edited; tied tensors share one.
         rows: the leading entries that are edited where the vocabularies differ.
@@ -49,8 +48,7 @@ class Plan:
     """
 
     post: dict[str, Entry]
-    files: dict[Path, Written]
-    index: dict[str, object] | None
+    side: Side
     pre: dict[str, Entry]
     alias: dict[str, str]
     rows: dict[str, int]
@@ -68,6 +66,7 @@ def stream(
     mismatch: str = "error",
     kernel: str = "auto",
     describe: dict[str, Any] | None = None,
+    dequantize: bool | None = None,
 ) -> dict[str, Any]:
     """Write the edited checkpoint to `out` and return its manifest.
 
@@ -87,6 +86,8 @@ def stream(
             the other rows of post; "keep_post" keeps such tensors as post has them.
         kernel: as for `apply.edited_tensor`.
         describe: said about the edit in the manifest.
+        dequantize: whether quantised weights are decoded, and those of post written as bfloat16;
+            None where no setting asks for it.
 
     Raises:
         ValueError: `out` exists, another process is writing it, or the checkpoints do not fit
@@ -97,12 +98,13 @@ def stream(
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
     extras = Extras(edit.needs, seed, memo=Memo(limit=0))
-    plan = planned(pre, post, select, mismatch)
+    plan = planned(pre, post, select, mismatch, dequantize)
     manifest = {
         "edit": describe,
         "select": str(select),
         "seed": seed,
         "mismatch": mismatch,
+        "dequantize": bool(dequantize),
         "pre": {"path": str(pre), "digest": contents.of_checkpoint(pre)},
         "post": {"path": str(post), "digest": contents.of_checkpoint(post)},
         "edited": {"tensors": len(plan.pre), "parameters": _parameters(plan)},
@@ -113,24 +115,27 @@ def stream(
         console.fail(f"{left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it")
     with files.building(out) as made:
         _write(plan, made, edit, extras, kernel)
-        layout.copy_companions(post, made, plan.index)
+        layout.copy_companions(post, made, plan.side)
         files.write(made / "deltalab.json", json.dumps(manifest, indent=1) + "\n")
         _verify(plan, made)
     return manifest
 
 
-def planned(pre: Path, post: Path, select: Any, mismatch: str) -> Plan:
+def planned(
+    pre: Path, post: Path, select: Any, mismatch: str, dequantize: bool | None = None
+) -> Plan:
     """Decide from the headers alone, tied tensors apart, what happens to every tensor.
 
     Raises:
         ValueError: the sides differ and `mismatch` does not allow it, or one holds no weights.
     """
-    olds, side = layout.read(pre, "model.pre").entries, layout.read(post, "model.post")
+    olds = layout.read(pre, "model.pre", dequantize).entries
+    side = layout.read(post, "model.post", dequantize)
     news = side.entries
     ties, old_ties = _tied(news), _tied(olds)
     chosen = {name for name, new in news.items() if selected(select, name, new.shape)}
     same = {name: name for name in news}
-    plan = Plan(news, side.files, side.index, pre={}, alias=same, rows={}, kept={})
+    plan = Plan(news, side, pre={}, alias=same, rows={}, kept={})
     for one, other in ties.items():
         if one in chosen or other in chosen:  # one tensor under two names: edited once, under the
             lead = other if other in chosen else one  # name that is selected, the table's if both
@@ -205,7 +210,7 @@ def _write(plan: Plan, out: Path, edit: Edit, extras: Extras, kernel: str) -> No
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         console.steps("tensors", len(plan.post)) as step,
     ):
-        for file, written in plan.files.items():
+        for file, written in plan.side.files.items():
             (out / written.name).parent.mkdir(parents=True, exist_ok=True)
             with open(out / written.name, "wb", buffering=0) as target, open(file, "rb") as source:
                 ours = {n: e for n, e in plan.post.items() if e.file == file}
@@ -371,7 +376,7 @@ class _Deltas(LazyWeights):
 
 
 def _verify(plan: Plan, out: Path) -> None:
-    for written in plan.files.values():
+    for written in plan.side.files.values():
         if (found := (out / written.name).stat().st_size) != written.size:
             raise OSError(f"{out / written.name}: {found} bytes were written, not {written.size}")
 

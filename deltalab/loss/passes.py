@@ -39,7 +39,10 @@ def targets(module: nn.Module, shift: Weights) -> dict[str, nn.Parameter]:
     seen: set[int] = set()
     for name in shift:
         if name not in parameters:
-            raise ValueError(f"the edit shifts {name!r}, which is no parameter of the model")
+            raise ValueError(
+                f"the edit shifts {name!r}, which is no parameter of the model; leave it out with"
+                " select.exclude"
+            )
         parameter, shape = parameters[name], meta(shift, name).shape
         if parameter.shape != shape:
             raise ValueError(

@@ -9,20 +9,13 @@ from torch import nn
 
 from deltalab.data.text import Encoder
 from deltalab.models import conversion, hub
-from deltalab.weights import checkpoints
+from deltalab.weights import checkpoints, configs
 from deltalab.weights.aligned import fill, matched, paired
 from deltalab.weights.headers import plain
 from deltalab.weights.layouts import set_layout
 from deltalab.weights.mapping import Checkpoint, ModelPair, mixed_dtypes
 
 log = logging.getLogger(__name__)
-_OF_NO_EFFECT = {
-    "_name_or_path", "_model_name_or_path", "architectures", "attention_dropout", "auto_map",
-    "bos_token_id", "dtype", "eos_token_id", "initializer_range", "max_position_embeddings",
-    "pad_token_id", "pretraining_tp", "tie_word_embeddings", "torch_dtype", "transformers_version",
-    "unk_token_id", "use_cache", "vocab_size",
-}  # fmt: skip
-"""Fields of a configuration in which two models of one architecture may differ."""
 
 
 def filled(
@@ -59,13 +52,16 @@ def filled(
     return ModelPair(pre=weights[0], post=weights[1], module=module, transform=encoder)
 
 
-def configuration(path: Path, setting: str, code: bool = False) -> Any:
+def configuration(
+    path: Path, setting: str, code: bool = False, dequantize: bool | None = None
+) -> Any:
     """Return the configuration in a directory; no code that comes with it is run, unless asked.
 
     Args:
         path: the directory.
         setting: the setting that names it, for messages.
         code: whether Python code that the directory holds or names may be run.
+        dequantize: as for `checkpoints.opened`.
 
     Raises:
         FileNotFoundError: no `config.json`.
@@ -78,7 +74,7 @@ def configuration(path: Path, setting: str, code: bool = False) -> Any:
         adapter = (path / "adapter_config.json").is_file()
         hint = "an adapter; merge it into its model and save that" if adapter else "no config.json"
         raise FileNotFoundError(f"{setting}={path}: {hint}")
-    checkpoints.check_declared(path, setting)
+    checkpoints.check_declared(path, setting, dequantize)
     if code:
         log.warning(
             "model.trust_remote_code=true: the classes of configuration, model and tokenizer that"
@@ -95,6 +91,8 @@ def configuration(path: Path, setting: str, code: bool = False) -> Any:
             ) from None
         raise ValueError(f"{setting}={path}: config.json: {_line(error)}") from None
     config._attn_implementation = None  # the file could name code on the hub
+    if hasattr(config, "quantization_config"):  # of weights that are decoded
+        del config.quantization_config
     return config
 
 
@@ -183,20 +181,23 @@ def generation(module: Any, path: Path) -> None:
             raise ValueError(f"{path}/generation_config.json: {_line(error)}") from None
 
 
-def differences(pre: dict[str, Any], post: dict[str, Any]) -> str | None:
+def differences(pre: Path, post: Path, config: Any, code: bool) -> str | None:
     """Return the line to warn with where two configurations compute differently.
 
-    >>> differences({"rope_theta": 1e4, "vocab_size": 8}, {"rope_theta": 1e6, "vocab_size": 9})
-    'config.json of model.pre and model.post differ in rope_theta: both run with that of model.post'
+    Args:
+        pre: the pre-trained model.
+        post: the post-trained model.
+        config: its configuration, with all defaults.
+        code: whether the models have code of their own: then their files are compared as they are.
     """
-    shared = (pre.keys() & post.keys()) - _OF_NO_EFFECT
-    found = sorted(name for name in shared if pre[name] != post[name])
-    if not found:
-        return None
-    return (
-        f"config.json of model.pre and model.post differ in {plain(', '.join(found)[:200])}: both"
-        " run with that of model.post"
-    )
+    contents = hub.described_by(pre), hub.described_by(post)
+    if not contents[0] or code:
+        return configs.differences(*contents)
+    try:
+        other = configuration(pre, "model.pre", dequantize=True)
+    except ValueError:  # of a model that is not opened by it
+        return configs.differences(*contents)
+    return configs.differences(other.to_dict(), config.to_dict(), complete=True)
 
 
 def _line(error: Exception) -> str:

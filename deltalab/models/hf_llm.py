@@ -42,6 +42,8 @@ class HfPair:
         mismatch: where the vocabularies differ: "error", or "keep_post" to leave embeddings and
             head as the post-trained model has them.
         trust_remote_code: whether Python code that comes with the models may be run.
+        dequantize: whether weights in 8-bit floats or packed integers are decoded, as
+            `weights.dequantised` says; else quantised models are refused.
 
     Raises:
         ValueError: a setting is none of those.
@@ -59,6 +61,7 @@ class HfPair:
     context: int | None = None
     mismatch: str = "error"
     trust_remote_code: bool = False
+    dequantize: bool = False
     contents: ClassVar = {"pre": "model", "post": "model", "tokenizer": "tokenizer"}
     reads: ClassVar = ("checkpoint", "tokens")
 
@@ -90,11 +93,11 @@ class HfPair:
         Where the hub cannot be asked, a preset's is built from what its publisher says of it.
         """
         code = self.trust_remote_code
-        check_local(self.pre, "model.pre")
-        check_local(self.post, "model.post")
+        check_local(self.pre, "model.pre", self.dequantize)
+        check_local(self.post, "model.post", self.dequantize)
         try:
             post = hub.described(self.post, "model.post", self.post_revision, code)
-            config = configuration(post, "model.post", code)
+            config = configuration(post, "model.post", code, self.dequantize)
         except hub.Absent:
             if (config := facts.configuration(self.post)) is None:
                 raise
@@ -107,10 +110,13 @@ def _open(spec: HfPair) -> ModelPair:
     device = device_of(spec.device)
     pre, post = spec.checkpoints
     code = spec.trust_remote_code
-    config = configuration(post, "model.post", code)
-    if line := differences(hub.described_by(pre), hub.described_by(post)):
+    config = configuration(post, "model.post", code, spec.dequantize)
+    if line := differences(pre, post, config, code):
         log.warning(line)
-    sides = opened(pre, "model.pre"), opened(post, "model.post")
+    sides = (
+        opened(pre, "model.pre", spec.dequantize),
+        opened(post, "model.post", spec.dequantize),
+    )
     encoder = _encoder(spec, pre, post, config)
     module = architecture(config, spec.dtype, device, spec.attn, code)
     pair = filled(module, *sides, spec.mismatch, encoder)

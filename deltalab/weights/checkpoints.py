@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from deltalab.weights import quantised
+from deltalab.weights.dequantised import Dequantised
 from deltalab.weights.mapping import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -19,47 +20,58 @@ _MERGE = "an adapter; merge it into its model and save that"
 _MODEL = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
-def opened(path: Path, setting: str) -> Checkpoint:
+def opened(path: Path, setting: str, dequantize: bool | None = None) -> Checkpoint:
     """Return a checkpoint that holds a model's weights.
 
     Args:
         path: as for `weights.Checkpoint`.
         setting: the setting that names it, for messages.
+        dequantize: whether quantised weights are decoded; None where no setting asks for it.
 
     Raises:
-        ValueError: it is an adapter or quantised.
+        ValueError: it is an adapter, or quantised and not to be decoded, or not known how.
         FileNotFoundError: as for `weights.Checkpoint`.
     """
     check_no_adapter(path, setting)
     found = Checkpoint(path)
     if name := next((n for n in found if _ADAPTER.search(n)), None):
         raise ValueError(f"{setting}={path}: {_MERGE} (tensor {name!r})")
-    if sign := quantised.sign(found):
-        raise _quantised(path, setting, sign)
-    return found
+    if (sign := quantised.sign(found)) is None:
+        return found
+    try:
+        decoded = Dequantised(found)
+    except ValueError as error:
+        if dequantize:
+            raise ValueError(f"{setting}={path}: model.dequantize=true: {error}") from None
+        raise _quantised(path, setting, sign) from None
+    if not dequantize:
+        raise _quantised(path, setting, sign, hint=dequantize is not None)
+    return decoded
 
 
-def check_declared(directory: Path, setting: str) -> None:
+def check_declared(directory: Path, setting: str, dequantize: bool | None = None) -> None:
     """Raise `ValueError` where configuration files say of weights that they are quantised."""
-    if sign := quantised.declared(directory):
-        raise _quantised(directory, setting, sign)
+    if not dequantize and (sign := quantised.declared(directory)):
+        known = any(f"({method})" in sign for method in ("fp8", "compressed-tensors"))
+        raise _quantised(directory, setting, sign, hint=known and dequantize is not None)
 
 
-def _quantised(path: Path, setting: str, sign: str) -> ValueError:
+def _quantised(path: Path, setting: str, sign: str, hint: bool = False) -> ValueError:
+    way = ", or decode them with model.dequantize=true" if hint else ""
     return ValueError(
         f"{setting}={path}: its weights are quantised ({sign}), which no edit applies to; name the"
-        " checkpoint that was quantised"
+        f" checkpoint that was quantised{way}"
     )
 
 
-def check_local(source: str, setting: str) -> None:
+def check_local(source: str, setting: str, dequantize: bool | None = None) -> None:
     """Raise `ValueError` as `opened` does, where a source is a local path with weights in it.
 
     For plans, which need no weights: what a run would refuse is refused by its plan.
     """
     if (path := Path(source).expanduser()).exists():
         with suppress(FileNotFoundError):
-            opened(path, setting)
+            opened(path, setting, dequantize)
 
 
 def check_no_adapter(path: Path, setting: str) -> None:

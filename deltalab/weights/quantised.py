@@ -5,12 +5,12 @@ checkpoint holds is judged by what its configuration declares and by names and d
 headers, of which either is enough: both get lost when files are copied.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deltalab.weights import configs
 from deltalab.weights.headers import plain
 from deltalab.weights.mapping import Checkpoint
 
@@ -43,40 +43,39 @@ def sign(checkpoint: Checkpoint) -> str | None:
     "tensor 'up.qweight' of dtype I32"
     """
     path = checkpoint.path
-    return declared(path if path.is_dir() else path.parent) or _coded(checkpoint)
+    return declared(path if path.is_dir() else path.parent) or coded(checkpoint, checkpoint)
 
 
 def declared(directory: Path) -> str | None:
     """Return what the configuration files in a directory say of quantised weights, or None."""
-    for content in _sections(_content(directory / "config.json")):
+    return next((f"{where}{_method(found)}" for where, found in _given(directory)), None)
+
+
+def given(directory: Path) -> list[Mapping[str, Any]]:
+    """Return all settings of quantisation that the configuration files in a directory have."""
+    return [found for _, found in _given(directory) if isinstance(found, Mapping)]
+
+
+def _given(directory: Path) -> Iterator[tuple[str, Any]]:
+    for content in _sections(configs.content(directory / "config.json")):
         for field in DECLARED:
             if found := content.get(field):
-                return f"{field} in config.json{_method(found)}"
+                yield f"{field} in config.json", found
     for file in BESIDE:
-        if found := _content(directory / file):
-            return f"{file}{_method(found)}"
-    return None
+        if found := configs.content(directory / file):
+            yield file, found
 
 
-def _coded(checkpoint: Checkpoint) -> str | None:
-    """Return the first tensor that holds codes, by its name and dtype."""
+def coded(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
+    """Return the first of some tensors that holds codes, by its name and dtype, or None."""
     stems = {name.rpartition(".")[0] for name in checkpoint if _COMPANION.search(name)} - {""}
-    for name in checkpoint:
+    for name in names:
         dtype, dimensions = checkpoint.dtype(name), len(checkpoint.shape(name))
         integers = dtype in INTEGERS and dimensions > 1 and not _TABLE.search(name)
         scaled = {name, name.rpartition(".")[0]} & stems
         if (integers and (scaled or _CODES.search(name))) or (dtype in EIGHT_BITS and dimensions):
             return f"tensor {plain(name[:100])!r} of dtype {dtype}"
     return None
-
-
-def _content(file: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where there is none: others complain of what is damaged."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _sections(content: dict[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -19,16 +19,24 @@ _TABLE = re.compile(
     r"|pos_embed\w*|relative_attention_bias|\w*bias_table)(\.weight)?$"
 )
 
+_NOT_LEARNED = re.compile(
+    r"(^|[._])(running_mean|running_var|num_batches_tracked|position_ids|(original_)?inv_freq"
+    r"|masked_bias|relative_position_index|(input|output)_(min|max))$"
+)
+"""Statistics of the data and tables that are computed: no parameters, though files hold them."""
+_MASK = re.compile(r"(^|\.)attn(\.attention)?\.bias$")  # of four dimensions, unlike a bias
+
 
 @dataclass(frozen=True)
 class Selection:
     """A preset, narrowed by patterns.
 
     A tensor is selected if its preset selects it, its name matches one of `include` (where there
-    are any) and none of `exclude`.
+    are any) and none of `exclude`. Running statistics and computed tables are never selected: they
+    stay those of the post-trained model, as their layers were fine-tuned beside them.
 
     Args:
-        preset: `all` floating-point tensors; `matrices` of at least two dimensions, embeddings
+        preset: `all` floating-point parameters; `matrices` of at least two dimensions, embeddings
             included; `linear`, the weights of linear and convolution layers; `proj`, linear weights
             inside attention and MLP blocks; `no_embed`, all but embeddings and head.
         include: regular expressions, searched for anywhere in the name.
@@ -86,7 +94,11 @@ def selected(
     True
     >>> selected("proj", "head.weight", (10, 4)), selected("linear", "head.weight", (10, 4))
     (False, True)
+    >>> selected("all", "bn1.running_var", (4,)), selected("all", "bn1.weight", (4,))
+    (False, True)
     """
+    if _NOT_LEARNED.search(name) or (len(shape) > 2 and _MASK.search(name)):
+        return False
     chosen = check(select)
     if chosen.include and not any(re.search(p, name) for p in chosen.include):
         return False
