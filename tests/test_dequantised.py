@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deltalab import applying as save
+from deltalab.models.checkpoints import opened
 from deltalab.models.hf_llm import HfPair
 from deltalab.weights import shards
-from deltalab.weights.checkpoints import opened
 from deltalab.weights.mapping import Checkpoint
 
 STEM = "model.layers.0.mlp.up_proj."

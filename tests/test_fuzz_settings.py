@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from deltalab import cli, console, run, settings
-from deltalab.report import reading
+from deltalab.store import reading
 
 DECLARED = (ValueError, FileNotFoundError)
 TARGETS = ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from test_report import demo_records, record, save
 
-from deltalab.report import page, reading
+from deltalab.report import page
 from deltalab.report.page.chart import chart, is_symlog
 from deltalab.report.page.parsing import read_cards
 from deltalab.report.page.plain import without_card
 from deltalab.report.page.points import gather, tabulate
+from deltalab.store import reading
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">{{7*7}}\''

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltalab.report import reading
 from deltalab.settings import conf_dir
+from deltalab.store import reading
 from deltalab.store.record import Outcome
 from deltalab.store.terms import Term
 from experiments.paper import (

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from deltalab import applying as save
 from deltalab import cli
-from deltalab.weights import checkpoints, quantised
+from deltalab.models import checkpoints
+from deltalab.weights import quantised
 from deltalab.weights.mapping import Checkpoint
 
 STEM = "model.layers.0.mlp.up_proj."

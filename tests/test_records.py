@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from deltalab.report import reading
-from deltalab.store import records
+from deltalab.store import reading, records
 from deltalab.store.digests import key_of
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from deltalab.report import columns, outcomes, reading, summary, tables
+from deltalab.report import columns, outcomes, summary, tables
 from deltalab.report.command import main
 from deltalab.report.figures import accuracy, agreement, parts
-from deltalab.store import effects
+from deltalab.store import effects, reading
 from deltalab.store.record import Outcome
 
 PARTS = {"attention": 0.3, "mlp": 0.6, "norm": 0.02, "embedding": 0.03, "head": 0.05, "other": 0.0}

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltalab import cli, run
-from deltalab.report import reading
-from deltalab.store import records
+from deltalab.store import reading, records
 from deltalab.sweep import closing, sweeps
 from deltalab.tracking import trackers
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from deltalab.models.checkpoints import opened
+from deltalab.models.dequantised import Dequantised
 from deltalab.weights import configs, pickles, quantised
-from deltalab.weights.checkpoints import opened
-from deltalab.weights.dequantised import Dequantised
 from deltalab.weights.headers import BITS
 from deltalab.weights.mapping import Checkpoint
 from deltalab.weights.shards import DTYPES, Entry, entries

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from deltalab.data.text import Encoder
-from deltalab.models import conversion, hub
-from deltalab.weights import checkpoints, configs
+from deltalab.models import checkpoints, conversion, hub
+from deltalab.weights import configs
 from deltalab.weights.aligned import fill, matched, paired
 from deltalab.weights.headers import plain
 from deltalab.weights.layouts import set_layout

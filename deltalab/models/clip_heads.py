@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from deltalab.models import vocabulary
 from deltalab.models.causal import configuration
+from deltalab.models.checkpoints import opened
 from deltalab.settings import packaged
-from deltalab.weights.checkpoints import opened
 from deltalab.weights.headers import plain
 from deltalab.weights.mapping import Checkpoint
 

@@ -10,10 +10,10 @@ from torch import nn
 from deltalab.data.text import Encoder
 from deltalab.models import facts, hub, vocabulary
 from deltalab.models.causal import architecture, configuration, differences, filled, generation
+from deltalab.models.checkpoints import check_local, opened
 from deltalab.models.live import device_of
 from deltalab.store.latest import latest
 from deltalab.weights.aligned import MISMATCH
-from deltalab.weights.checkpoints import check_local, opened
 from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)

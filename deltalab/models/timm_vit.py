@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from deltalab.models.checkpoints import opened
 from deltalab.models.live import check_dtype, live_pair
 from deltalab.settings import near
 from deltalab.store import reach
 from deltalab.store.latest import latest
-from deltalab.weights.checkpoints import opened
 from deltalab.weights.mapping import (
     Checkpoint,
     ModelPair,

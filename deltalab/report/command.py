@@ -16,9 +16,9 @@ from typing import NoReturn
 
 from deltalab.commands import command
 from deltalab.report.outcomes import at_margin, pair_names, rules
-from deltalab.report.reading import TRACKED, read, read_tracked
 from deltalab.store import exporting, files, placing
 from deltalab.store.effects import check_margin
+from deltalab.store.reading import TRACKED, read, read_tracked
 from deltalab.store.record import Outcome
 
 USAGE = """\

@@ -11,7 +11,7 @@ from typing import Any
 
 from deltalab.store import pairs
 from deltalab.store.effects import classify
-from deltalab.store.fields import number, plain
+from deltalab.store.fields import plain
 from deltalab.store.record import Outcome, class_of
 from deltalab.store.terms import Term
 
@@ -93,12 +93,6 @@ def rules(points: Sequence[Outcome]) -> dict[str, str]:
     return titles
 
 
-def sort_key(point: Outcome) -> tuple[Any, ...]:
-    """Order points by pair, edit, hyper-parameters (numbers by value), selection and seed."""
-    settings = [(name, *_ordered(value)) for name, value in point.settings.items()]
-    return *point.of, point.edit, settings, point.select or "", point.seed or 0, point.key
-
-
 def by_pair(points: Sequence[Outcome]) -> list[list[Outcome]]:
     """Put points together that are of one pair and were measured alike (`Outcome.of`)."""
     found: dict[Any, list[Outcome]] = {}
@@ -169,8 +163,3 @@ def _differing(point: Outcome, twins: Sequence[Outcome]) -> list[str]:
     keys = dict.fromkeys(name for each in every for name in each)
     apart = [name for name in keys if len({plain(each.get(name)) for each in every}) > 1]
     return [f"{name}={plain(own.get(name))}" for name in apart[:3]] or [point.setup or "?"]
-
-
-def _ordered(value: Any) -> tuple[int, float, str]:
-    found = number(value)
-    return (0, found, "") if found is not None else (1, 0.0, plain(value))

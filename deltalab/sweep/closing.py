@@ -16,8 +16,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from deltalab.report.outcomes import relative_error, sort_key
+from deltalab.report.outcomes import relative_error
 from deltalab.store import exporting
+from deltalab.store.reading import sort_key
 from deltalab.store.record import Outcome, parse
 from deltalab.store.records import Record, path_of
 from deltalab.sweep import sweeps

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from deltalab.report.reading import TRACKED
 from deltalab.settings import home
 from deltalab.store import files
+from deltalab.store.reading import TRACKED
 from deltalab.store.record import parse
 from deltalab.store.records import secret_in
 from deltalab.tracking import runs

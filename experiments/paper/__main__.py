@@ -7,7 +7,7 @@ Without names: all that have been swept. Exit code 1 where points failed or are 
 import sys
 from pathlib import Path
 
-from deltalab.report.reading import read
+from deltalab.store.reading import read
 from deltalab.sweep.sweeps import listed
 from experiments.paper import committed, log
 from experiments.paper.artefacts import ARTEFACTS

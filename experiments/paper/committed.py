@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltalab.report import reading
+from deltalab.store import reading
 from deltalab.store.record import Outcome
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.card import judged, save

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltalab.report import reading
-from deltalab.report.outcomes import rules, sort_key
+from deltalab.report.outcomes import rules
 from deltalab.report.page.cards import Card, Warn
+from deltalab.store import reading
 from deltalab.store.fields import Field, Shows
+from deltalab.store.reading import sort_key
 from deltalab.store.record import Outcome, table
 
 MOST_POINTS = 10_000

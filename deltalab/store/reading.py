@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
-from deltalab.report.outcomes import sort_key
+from deltalab.store.fields import number, plain
 from deltalab.store.record import Outcome, parse
 from deltalab.store.records import enrolled, path_of
 
@@ -76,3 +77,14 @@ def lines(path: Path) -> list[Outcome]:
             except (ValueError, RecursionError) as problem:
                 raise ValueError(f"line {count}: {problem}") from None
     return points
+
+
+def sort_key(point: Outcome) -> tuple[Any, ...]:
+    """Order points by pair, edit, hyper-parameters (numbers by value), selection and seed."""
+    settings = [(name, *_ordered(value)) for name, value in point.settings.items()]
+    return *point.of, point.edit, settings, point.select or "", point.seed or 0, point.key
+
+
+def _ordered(value: Any) -> tuple[int, float, str]:
+    found = number(value)
+    return (0, found, "") if found is not None else (1, 0.0, plain(value))
