@@ -311,7 +311,7 @@ def test_a_point_without_a_plan_still_needs_its_models(planned, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "model.post=meta-llama/Meta-Llama-3-8B-Instruct: no such path" in capfd.readouterr().err
+    assert "model.pre=meta-llama/Meta-Llama-3-8B: no such path" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         planned("model=hf_llm", "model.pre=org/unknown", "model.post=org/unknown", "evaluator=none")
     assert "model.post=org/unknown: no such path here" in capfd.readouterr().err

@@ -119,7 +119,7 @@ def save(directory: Path, records: list[dict]) -> Path:
 
 
 def parsed(records: list[dict]) -> list[Outcome]:
-    return sorted(map(reading.parse, records), key=outcomes.sort_key)
+    return sorted(map(reading.parse, records), key=reading.sort_key)
 
 
 def body(page: str) -> list[list[str]]:
