@@ -31,12 +31,14 @@ def main() -> None:
     try:
         with stopping.ending():
             manifest = save(sys.argv[1:])
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+    except (Exception, stopping.Stopped) as error:
+        if isinstance(error, stopping.Stopped) or stopping.stopped():
+            console.fail("stopped; nothing was written")
+            sys.exit(143)
+        if not isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
+            raise
         console.fail(console.one_line(error))
         sys.exit(2)
-    except stopping.Stopped:
-        console.fail("stopped; nothing was written")
-        sys.exit(143)
     except KeyboardInterrupt:
         console.fail("interrupted; nothing was written")
         sys.exit(130)

@@ -198,13 +198,15 @@ def main() -> None:
         sys.argv[1:] = flags.arranged(arguments, lambda: known_names(arguments))
         with composing.guarded():
             run()
-    except console.SweepFailed as error:
-        fail(error, 2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)
-    except mistakes() as error:
-        fail(error)
-    except stopping.Stopped:
-        console.fail("stopped; finished points are recorded, the same command continues")
-        sys.exit(143)
+    except (Exception, stopping.Stopped) as error:
+        if isinstance(error, stopping.Stopped) or stopping.stopped():
+            console.fail("stopped; finished points are recorded, the same command continues")
+            sys.exit(143)
+        if isinstance(error, console.SweepFailed):
+            fail(error, 2 if all(isinstance(e, mistakes()) for e in error.failures) else 1)
+        if isinstance(error, mistakes()):
+            fail(error)
+        raise
     except KeyboardInterrupt:
         console.fail("interrupted; finished points are recorded, the same command continues")
         sys.exit(130)

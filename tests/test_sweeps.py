@@ -119,6 +119,32 @@ def test_sigterm_stops_after_the_point_at_hand(tmp_path):
     assert done_in(tmp_path) == RATES
 
 
+TIDIED = """
+import os, signal, sys
+from deltalab import cli
+from deltalab.sweep import composing, stopping
+
+def composed():
+    with stopping.working():
+        pass
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        raise AttributeError("what tidies up met the half of a config")
+
+composing.guarded = composed
+sys.argv = ["deltalab", "edit=dare"]
+cli.main()
+"""
+
+
+def test_sigterm_in_the_midst_of_what_raises_an_error_of_its_own_is_still_a_stop():
+    """OmegaConf, interrupted while it copies a config, raises an AttributeError instead."""
+    found = subprocess.run([sys.executable, "-c", TIDIED], capture_output=True, text=True)
+    assert found.returncode == 143, found.stderr
+    assert found.stderr.splitlines()[-1].startswith("deltalab: stopped; finished points")
+
+
 def test_a_grid_may_set_null(tmp_path):
     sweeps = "sweeps=[{edit: twin, edit.rank: null, edit.rate: '0.5,0.9'}]"
     command = [sys.executable, "-m", "deltalab", "-m", sweeps, "plan=true", f"results={tmp_path}"]

@@ -11,7 +11,7 @@ from types import FrameType
 
 from deltalab import console
 
-_state = {"wanted": False, "working": False}
+_state = {"wanted": False, "working": False, "stopped": False}
 
 
 class Stopped(BaseException):
@@ -84,6 +84,15 @@ def wanted() -> bool:
     return _state["wanted"]
 
 
+def stopped() -> bool:
+    """Whether `Stopped` was raised by a signal, wherever the process was.
+
+    In the midst of other people's code, what tidies up there may raise an error of its own in its
+    place (OmegaConf, copying a config): whoever catches that error asks here.
+    """
+    return _state["stopped"]
+
+
 def busy() -> bool:
     """Whether a unit of work is at hand."""
     return _state["working"]
@@ -91,6 +100,7 @@ def busy() -> bool:
 
 def _end(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
+    _state["stopped"] = True
     raise Stopped
 
 
@@ -98,5 +108,6 @@ def _wish(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _state["wanted"] = True
     if not _state["working"]:
+        _state["stopped"] = True
         raise Stopped
     console.fail("stopping after this point; a second SIGTERM stops at once")
