@@ -64,7 +64,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from deltalab.apply import extras, stream
-    from deltalab.run import build
+    from deltalab.point import build
     from deltalab.settings import conf_dir
     from deltalab.sweep import composing
     from deltalab.weights import configs, select
@@ -120,7 +120,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
 
 def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None]:
     """Return the paths of both checkpoints, fetched if need be, and whether they are decoded."""
-    from deltalab.run import build
+    from deltalab.point import build
 
     spec: Any = None
     missing = [side for side in ("pre", "post") if model.get(side, "") in (None, "???")]

@@ -77,7 +77,7 @@ def check(cfg: DictConfig, hydra: Any) -> None:
     """
     values, choices = _plain(cfg, hydra)
     if _done(values, choices) is None:
-        from deltalab.run import build, validated
+        from deltalab.point import build, validated
 
         validated(values, choices)
         build(values["tracker"], "tracker")
@@ -118,7 +118,7 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     """Return what points would cost, given their configs and the options chosen in them."""
     from deltalab.plan.hours import Device
     from deltalab.plan.preview import preview
-    from deltalab.run import prepare
+    from deltalab.point import prepare
 
     points, leave = [], False
     for cfg, hydra in configs:

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from deltalab import allowed, cli, run, settings
+from deltalab import allowed, cli, point, settings
 from deltalab.sweep import composing
 
 QUICK = ("riemann=off", "evaluator=none", "data.objective.limit=8")
@@ -73,7 +73,10 @@ def test_what_hydra_calls_by_name_is_refused_and_does_not_run(
         ("+hydra.job_logging.handlers.x.class=logging.os.spawnlp", "only handlers of logging"),
         ("+hydra.job_logging.handlers.x.class=logging.handlers.SocketHandler", "only handlers"),
         ("+hydra.job_logging.handlers.x.class=${name}", "only handlers of logging"),
-        ("+hydra.hydra_logging.formatters.x.class=deltalab.run.build", "only handlers of logging"),
+        (
+            "+hydra.hydra_logging.formatters.x.class=deltalab.point.build",
+            "only handlers of logging",
+        ),
         ("+hydra.job_logging.formatters.x={\\(\\): os.system}", "only handlers of logging"),
         ("hydra.job_logging.handlers.console.stream=ext://antigravity.fly", "ext://sys.stderr"),
         ("hydra.job_logging.handlers.console.stream=${seed}", "must be a plain value"),
@@ -190,13 +193,13 @@ def test_the_targets_are_those_of_the_configs_exactly():
     assert "deltalab.edits.dare.Dare" in known
     assert CODE not in known
     for target in (
-        "deltalab.run.Point",
+        "deltalab.point.Point",
         "deltalab.store.records.path_of",
         "deltalab.store.locks.Busy",
         CODE,
     ):
         with pytest.raises(ValueError, match="only targets of deltalab"):
-            run.build({"_target_": target}, "edit")
+            point.build({"_target_": target}, "edit")
     for target in known - settings.allowed_targets("hydra"):
         assert isinstance(settings._dataclass_of(target, "x"), type)
 

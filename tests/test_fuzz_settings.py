@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from deltalab import cli, console, run, settings
+from deltalab import cli, console, point, settings
 from deltalab.store import reading
 
 DECLARED = (ValueError, FileNotFoundError)
 TARGETS = ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",
-           "deltalab.run.build", "deltalab", "", "deltalab.edits.keep.Keep",
+           "deltalab.point.build", "deltalab", "", "deltalab.edits.keep.Keep",
            "deltalab.zoo.os.system"]  # fmt: skip
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]),
@@ -82,7 +82,7 @@ def test_no_setting_crashes(chosen, data):
             at[last] = data.draw(LEAVES)
     refusal = None
     try:
-        built = run.build(node, group)
+        built = point.build(node, group)
     except DECLARED as error:
         refusal = console.one_line(error)
     if refusal is None:

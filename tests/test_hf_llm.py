@@ -20,7 +20,7 @@ from deltalab.edits.discard import Discard
 from deltalab.edits.ties import Ties
 from deltalab.models import hub, vocabulary
 from deltalab.models.hf_llm import HfPair
-from deltalab.run import build
+from deltalab.point import build
 from deltalab.settings import conf_dir
 from deltalab.weights.mapping import loaded
 

@@ -588,7 +588,7 @@ def test_every_choice_of_tasks_composes():
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab.run import build
+    from deltalab.point import build
     from deltalab.settings import conf_dir
 
     folder = conf_dir() / "evaluator" / "tasks"
@@ -624,7 +624,8 @@ def test_a_point_of_the_embedded_pair_records_scores_and_their_changes(tmp_path)
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab.run import Choices, run
+    from deltalab.keys import Choices
+    from deltalab.run import run
     from deltalab.settings import conf_dir
 
     chosen = ["model=tiny_llm", "edit=drop_only", "edit.p=0.9", "riemann=off", "objective.limit=4"]

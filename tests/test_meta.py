@@ -16,6 +16,7 @@ from deltalab.apply.extras import Extras
 from deltalab.edits.dare import Dare
 from deltalab.keys import Choices
 from deltalab.models import zoo
+from deltalab.point import prepare
 from deltalab.settings import conf_dir
 from deltalab.store import latest
 from deltalab.weights import finite
@@ -111,7 +112,7 @@ def test_a_point_reads_each_tensor_a_few_times(edit: str, rule: str, monkeypatch
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         cfg = compose("config", overrides)
     settings = OmegaConf.to_container(cfg, resolve=True)
-    point = run.prepare(settings, Choices("digits_vit", edit, "classification"))
+    point = prepare(settings, Choices("digits_vit", edit, "classification"))
     latest.forget()
     found, _ = run.evaluate(point)
     most = {side: max(n for (of, _), n in reads.items() if of == side) for side in SIDES}

@@ -9,7 +9,8 @@ import sys
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from deltalab.run import Choices, prepare
+from deltalab.keys import Choices
+from deltalab.point import prepare
 from deltalab.settings import conf_dir
 from deltalab.store import locks, records
 
