@@ -125,3 +125,11 @@ deltalab.edited
 assert "torch" in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_save_is_the_function_whoever_imports_the_module_of_that_name():
+    """`python -m deltalab.save` is deltalab-apply; a module would shadow the function."""
+    lines = "import deltalab.save, deltalab; assert deltalab.save is deltalab.api.save"
+    subprocess.run([sys.executable, "-c", lines], check=True)
+    command = [sys.executable, "-m", "deltalab.save", "--help"]
+    assert "out=DIR" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

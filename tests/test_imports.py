@@ -47,6 +47,7 @@ ORDER = (
         "sweep",
         "cli",
         "applying",
+        "save",
         "cache",
     ),
     *("plugins", "__main__", "testing", "__init__", "experiments"),
