@@ -11,6 +11,7 @@ MACHINERY = {"slurm": "needs a real SLURM, as root", "ray": "starts a Ray cluste
 def pytest_configure(config):
     for name, what in MACHINERY.items():
         config.addinivalue_line("markers", f"{name}: {what}; deselected unless asked for by -m")
+    config.addinivalue_line("markers", "meaning(kind): a whole input that means something else")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -13,6 +13,8 @@ from deltalab import keys
 from deltalab.store import digests, latest
 from deltalab.weights import contents
 
+pytestmark = pytest.mark.meaning("contents edited in place")
+
 
 @pytest.fixture(autouse=True)
 def own_memory(tmp_path, monkeypatch):

@@ -161,6 +161,7 @@ def test_one_class_is_warned_of(folder, caplog):
     assert "all images are of one class" in caplog.text
 
 
+@pytest.mark.meaning("pictures and classes")
 def test_imagefolder_agrees_with_folder(folder, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -188,6 +189,7 @@ def both(folder, monkeypatch):
     return collect(Folder(str(folder), "train").open(None, 4)), hub
 
 
+@pytest.mark.meaning("pictures and classes")
 def test_hidden_directories_are_no_classes(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -201,6 +203,7 @@ def test_hidden_directories_are_no_classes(tmp_path):
     assert collect(Folder(str(tmp_path / "train")).open(None, 8))[1].tolist() == [0, 1]
 
 
+@pytest.mark.meaning("pictures and classes")
 def test_classes_are_numbered_once_for_all_splits(tmp_path, monkeypatch, caplog):
     """By hand: of a, b, c, d the splits have those named; each keeps its place among all."""
     classes = {"train": "bd", "val": "abc", "test": "a", "plots": "xy"}
@@ -217,6 +220,7 @@ def test_classes_are_numbered_once_for_all_splits(tmp_path, monkeypatch, caplog)
     assert both(tmp_path, monkeypatch)[1][1].tolist() == [1, 3]
 
 
+@pytest.mark.meaning("pictures and classes")
 def test_shades_beyond_8_bits_are_kept_or_refused(tmp_path, monkeypatch):
     deep = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
     exact = torch.from_numpy(deep / 65535).float()
@@ -244,6 +248,7 @@ def test_shades_beyond_8_bits_are_kept_or_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["jpg", "png", "tiff"])
+@pytest.mark.meaning("pictures and classes")
 def test_both_readers_turn_pictures_as_exif_says(orientation, ending, tmp_path, monkeypatch):
     """The pixel that the orientation puts into the upper left corner, by the standard's table."""
     pixels = np.zeros((4, 6), np.uint8 if ending == "jpg" else np.uint16)
@@ -262,6 +267,7 @@ def test_both_readers_turn_pictures_as_exif_says(orientation, ending, tmp_path, 
         assert x[0, :, 8:, 8:].max() < 0.1
 
 
+@pytest.mark.meaning("pictures and classes")
 def test_what_rgb_has_not_is_told_once_and_dropped(tmp_path, monkeypatch, caplog):
     """Colours as stored: red; transparent where the alpha is 0."""
     red = np.zeros((4, 4, 4), np.uint8)
@@ -296,6 +302,7 @@ def test_an_empty_file_is_called_that(tmp_path):
         collect(Folder(str(tmp_path)).open(None, 1))
 
 
+@pytest.mark.meaning("pictures and classes")
 def test_spare_outputs_are_told(tmp_path, caplog):
     from deltalab.evaluators.accuracy import Accuracy
     from deltalab.weights.mapping import ModelPair

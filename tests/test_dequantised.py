@@ -16,6 +16,8 @@ from deltalab.models.hf_llm import HfPair
 from deltalab.weights import shards
 from deltalab.weights.mapping import Checkpoint
 
+pytestmark = pytest.mark.meaning("quantised checkpoints")
+
 STEM = "model.layers.0.mlp.up_proj."
 
 

@@ -143,6 +143,7 @@ def configure(path, file="config.json", **changes):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_a_pair_opens_as_transformers_opens_it(architecture, pairs):
     paths = pairs(architecture)
     found = spec(paths).open()
@@ -189,6 +190,7 @@ def test_edited_saved_and_loaded_is_what_was_evaluated(architecture, edit, pairs
     assert torch.equal(live, logits(reference(tmp_path / "live")))
 
 
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_tensors_that_transformers_renames_are_edited_under_the_files_names(pairs, tmp_path):
     paths = pairs("gpt_neox")
     found = spec(paths).open()
@@ -226,6 +228,7 @@ TABLE = "model.embed_tokens.weight"
 
 @pytest.mark.parametrize("select", ["all", "linear", "matrices", "{include: [lm_head]}"])
 @pytest.mark.parametrize("sides", [("pre", "post"), ("post",)])
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_a_tied_tensor_with_two_names_is_edited_once(select, sides, tied, tmp_path):
     both_names(tied, sides)
     stream(tied, tmp_path / "out", "edit=dare", "edit.p=.5", f"select={select}")
@@ -245,12 +248,14 @@ def test_a_tied_tensor_with_two_names_is_edited_once(select, sides, tied, tmp_pa
     assert torch.equal(logits(found.module), logits(reference(tied[1])))
 
 
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_a_tied_tensor_with_two_values_is_refused(tied):
     merge(tied[1], lambda w: w.update({"lm_head.weight": w[TABLE] + 1}))
     with pytest.raises(ValueError, match=r"model\.post: 'model.embed_tokens.weight' and 'lm_head"):
         spec(tied).open()
 
 
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_a_tied_tensor_saved_as_the_head_alone(tied):
     merge(tied[1], lambda w: w.update({"lm_head.weight": w.pop(TABLE)}))
     found = spec(tied).open()
@@ -281,6 +286,7 @@ def test_pytorch_files_give_the_same_pair(pair):
     assert all(torch.equal(again.post[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_weights_are_cast_to_the_dtype_evaluated(pairs):
     found = spec(pairs("llama"), dtype="float32").open()
     assert {found.post[n].dtype for n in found.post} == {torch.float32}
@@ -388,6 +394,7 @@ def test_further_tokens_and_another_chat_template_are_fine(pair):
     assert spec(pair).open().transform.tokenizer.chat_template == "{{ messages }}"
 
 
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_tokens_that_the_model_lacks_are_told(tmp_path, caplog):
     paths = [write(tmp_path / side, vocab_size=280) for side in ("pre", "post")]
     spec(paths).open()
@@ -407,6 +414,7 @@ def test_a_tokenizer_from_elsewhere(pair, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_vocabularies_of_unlike_size(architecture, tmp_path):
     paths = tmp_path / "pre", tmp_path / "post"
     write(paths[0], architecture, vocab_size=300)
@@ -543,6 +551,7 @@ def test_a_config_that_is_no_object(pair):
         spec(pair).open()
 
 
+@pytest.mark.meaning("tables, ties and names of tensors")
 def test_tables_that_old_versions_saved_are_ignored(pair):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     for path in pair:
@@ -568,6 +577,7 @@ def test_tables_that_old_versions_saved_are_ignored(pair):
     ],
 )
 @pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.meaning("configurations by meaning")
 def test_configurations_are_compared_by_what_they_mean(changes, told, side, pair, caplog, tmp_path):
     configure(pair[side], **changes)
     file = pair[side] / "config.json"  # null stands for a field that is not there

@@ -16,6 +16,8 @@ from deltalab.weights import mapping, shards
 from deltalab.weights.contents import of_checkpoint
 from deltalab.weights.mapping import Checkpoint
 
+pytestmark = pytest.mark.meaning("layouts of checkpoints")
+
 INDEX = "model.safetensors.index.json"
 
 

@@ -24,6 +24,8 @@ from deltalab.loss.riemann import term
 from deltalab.models.hf_llm import HfPair
 from deltalab.models.zoo_llm import EmbeddedLlm
 
+pytestmark = pytest.mark.meaning("padding, generation and templates")
+
 SIZE = {
     "vocab_size": 300,
     "hidden_size": 32,

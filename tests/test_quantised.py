@@ -14,6 +14,8 @@ from deltalab.models import checkpoints
 from deltalab.weights import quantised
 from deltalab.weights.mapping import Checkpoint
 
+pytestmark = pytest.mark.meaning("quantised checkpoints")
+
 STEM = "model.layers.0.mlp.up_proj."
 U8, I8, I32 = torch.uint8, torch.int8, torch.int32
 F8 = torch.float8_e4m3fn

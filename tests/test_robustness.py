@@ -3,9 +3,11 @@
 import contextlib
 import json
 import logging
+import re
 import resource
 from dataclasses import replace
 from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,3 +338,17 @@ def test_logging_is_not_silenced_by_these_checks(caplog):
     with caplog.at_level(logging.WARNING):
         finite.checked(replace(pair([1.0], [1.0])))
     assert caplog.records[0].levelname == "WARNING"
+
+
+def test_the_table_of_kinds_counts_what_is_tried(request):
+    """Cases by kind, in results/robustness.md; counted where the whole suite was collected."""
+    root = Path(__file__).parent
+    items = request.session.items
+    elsewhere = {root / "test_ray.py", root / "test_slurm.py"}
+    if {Path(item.path) for item in items} < set(root.glob("test_*.py")) - elsewhere:
+        pytest.skip("only a part of the tests was collected")
+    kinds = [mark.args[0] for item in items for mark in item.iter_markers("meaning")]
+    text = (root.parent / "results" / "robustness.md").read_text()
+    section = text.split("## Whole, and meaning something else")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([^|]+?) \|[^|]*\| (\d+) \|$", section, re.M))
+    assert {kind: str(kinds.count(kind)) for kind in set(kinds)} == rows

@@ -86,6 +86,7 @@ def test_batches_keep_the_order_and_pad_on_the_right_to_their_own_longest(tmp_pa
 
 
 @pytest.mark.parametrize("special", [{}, {"bos": True}, {"eos": True}, {"bos": True, "eos": True}])
+@pytest.mark.meaning("rows of text as they come")
 def test_special_tokens_come_as_the_tokenizer_adds_them_and_one_end(problems, special):
     (batch,) = Problems(problems, limit=1).open(encoder(**special), 1)
     text, answer = shown(batch)
@@ -123,6 +124,7 @@ def test_the_split_is_that_of_lm_eval(special):
     assert kept > 50
 
 
+@pytest.mark.meaning("rows of text as they come")
 def test_a_token_across_the_boundary_belongs_to_the_answer(tmp_path, caplog):
     """A template that ends in a space: as lm-eval does, the space goes with the answer's word."""
     path = write(tmp_path / "p.jsonl", [SUM])
@@ -154,6 +156,7 @@ def test_chats_label_all_turns_of_the_assistant(tmp_path):
     assert torch.equal(labels[labels != IGNORED], ids[labels != IGNORED])
 
 
+@pytest.mark.meaning("rows of text as they come")
 def test_a_template_that_begins_with_bos_gets_no_second_one(tmp_path):
     made = tokenizer(bos=True)
     path = write(tmp_path / "c.jsonl", [{"messages": TURNS}])
@@ -182,6 +185,7 @@ def test_a_uniform_model_loses_log_vocabulary_a_token(problems):
     assert measured.weights.tolist() == [tokens] * 7
 
 
+@pytest.mark.meaning("rows of text as they come")
 def test_batch_size_and_padding_change_no_loss(problems, tmp_path):
     rows = [{"question": "a" * n, "answer": "b" * (30 - n)} for n in (9, 2, 5, 20, 1)]
     path, module = write(tmp_path / "p.jsonl", rows), model().double()
@@ -202,6 +206,7 @@ def as_lists(row):
 
 
 @pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.meaning("rows of text as they come")
 def test_preferences_from_texts_and_from_messages_are_the_same(tmp_path, chat):
     texts = write(tmp_path / "a.jsonl", [PREFERENCE] * 3)
     lists = write(tmp_path / "b.jsonl", [as_lists(PREFERENCE)] * 3)
@@ -297,6 +302,7 @@ def test_an_answer_of_no_predicted_token_is_named(tmp_path):
 # --- files
 
 
+@pytest.mark.meaning("rows of text as they come")
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     rows = [{"question": f"é {i}\n日", "answer": f'"{i}", yes'} for i in range(3)]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
