@@ -61,7 +61,7 @@ format: $(VENV)/.dev ## format the code
 report: $(VENV)/.user ## tables and figures from the records in RESULTS
 	@$(REPORT)
 
-fuzz: $(VENV)/.dev ## property tests with 36,600 cases, some minutes
+fuzz: $(VENV)/.dev ## property tests with 36,000 cases, some minutes
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/test_fuzz_checkpoints.py tests/test_fuzz_settings.py tests/test_fuzz_edits.py tests/test_fuzz_rows.py tests/test_fuzz_meaning.py
 
 audit: $(VENV)/.user ## known vulnerabilities of the pinned packages, where the index is reachable

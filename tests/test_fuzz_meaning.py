@@ -66,7 +66,7 @@ def write(place, tensors, files):
     return place
 
 
-@times(4)
+@times(2)
 @given(pairs(), st.sampled_from([-1.5, -0.25, 0.5, 1.0]), st.sampled_from(["eager", "compiled"]))
 def test_any_dtypes_in_any_files_are_extrapolated_as_in_float64(tmp_path, pair, alpha, kernel):
     """ExPO is W_post + alpha (W_post - W_pre): the float64 value within what storing costs."""
