@@ -23,8 +23,10 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from deltalab import console
+    from deltalab.store import shown
     from deltalab.sweep import stopping
 
+    console.ready()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
@@ -44,7 +46,8 @@ def main() -> None:
         sys.exit(130)
     edited = manifest["edited"]
     print(
-        f"{edited['tensors']} tensors, {edited['parameters']} parameters edited: {manifest['out']}"
+        f"{edited['tensors']} tensors, {edited['parameters']} parameters edited:"
+        f" {shown.line(manifest['out'])}"
     )
 
 

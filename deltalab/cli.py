@@ -47,7 +47,7 @@ def point(cfg: DictConfig) -> str | None:
         locks.wait([busy.path])
         return point(cfg)
     except Exception as error:
-        logging.getLogger("deltalab").info("%s", redacted(traceback.format_exc()))
+        logging.getLogger("deltalab").info(redacted(traceback.format_exc()))
         traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
         if sweeping:  # the sweeper counts failures when all points have run
             overrides = " ".join(hydra.overrides.task)
@@ -190,6 +190,7 @@ def main() -> None:
     """Entry point of the `deltalab` command. Exit code 0 on success, 2 for a user's mistake."""
     import hydra
 
+    console.ready()
     logging.raiseExceptions = False  # a log that cannot be written must not hide what went wrong
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from deltalab.store import shown
 from deltalab.store.fields import number, plain
 from deltalab.store.record import Outcome, parse
 from deltalab.store.records import enrolled, path_of
@@ -57,7 +58,7 @@ def read_tracked(directory: Path, warn: Warn) -> list[Outcome]:
         empty = path.stat().st_size == 0
         for point in _doubted(path_of(directory, path.name) if empty else path, warn):
             if empty:
-                point = replace(point, experiment=unquote(path.parent.name))
+                point = replace(point, experiment=shown.name(unquote(path.parent.name)))
             latest[point.key, point.experiment] = point
     return sorted(latest.values(), key=sort_key)
 

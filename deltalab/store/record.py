@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from deltalab.store import pairs
+from deltalab.store import pairs, shown
 from deltalab.store.effects import MARGIN, classify, two_errors
 from deltalab.store.fields import (
     ANEW,
@@ -137,7 +137,7 @@ class Outcome:
     def __post_init__(self) -> None:
         for each in fields_of(type(self)):
             if each.derive is not None and getattr(self, each.name) in (None, ""):
-                object.__setattr__(self, each.name, each.derive(self))
+                object.__setattr__(self, each.name, shown.within(each.derive(self)))
 
     @property
     def label(self) -> str:
@@ -171,6 +171,12 @@ def parse(record: Any) -> Outcome:
     """
     if not isinstance(record, dict):
         raise ValueError(f"not a record but a {type(record).__name__}")
+    record = {
+        name: value
+        if name == "config"
+        else shown.within(value, shown.MESSAGE if name == "error" else shown.NAME)
+        for name, value in record.items()
+    }
     if record.get("schema", SCHEMA) != SCHEMA:
         raise ValueError(f"schema {record['schema']!r}, this version reads schema {SCHEMA}")
     if record.get("status") not in ("ok", "error"):

@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
-from deltalab.store import files
+from deltalab.store import files, shown
 from deltalab.store.record import SCHEMA
 
 Record = dict[str, Any]
@@ -32,7 +32,7 @@ def lock_of(results: str | Path, key: str) -> Path:
 def read(results: str | Path, key: str) -> Record | None:
     """Return a finished record, or None where it is absent, unreadable or an error record."""
     try:
-        record: Record = json.loads(path_of(results, key).read_text())
+        record: Record = json.loads(path_of(results, key).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or record.get("status") != "ok":
@@ -61,7 +61,7 @@ def enrol(results: str | Path, experiment: str, key: str) -> None:
 
     An empty file `DIR/records/of/<experiment>/<key>` says so; the record itself never changes.
     """
-    place = Path(results) / "records" / "of" / quote(experiment, safe="")
+    place = Path(results) / "records" / "of" / shown.folder(experiment)
     place.mkdir(parents=True, exist_ok=True)
     (place / key).touch()
 
@@ -70,7 +70,7 @@ def enrolled(results: str | Path) -> dict[str, list[str]]:
     """Return the further experiments of every key that `enrol` has noted."""
     found: dict[str, list[str]] = {}
     for path in sorted((Path(results) / "records" / "of").glob("*/*")):
-        found.setdefault(path.name, []).append(unquote(path.parent.name))
+        found.setdefault(path.name, []).append(shown.name(unquote(path.parent.name)))
     return found
 
 

@@ -83,6 +83,7 @@ def unpacked(data: bytes) -> Sweep:
 def run(data: bytes, job: Job) -> Done:
     """Run one job in this process; what it raises comes back as its result."""
     sweep, printed = unpacked(data), StringIO()
+    console.ready()
     with redirect_stdout(printed):
         try:
             with composing.guarded():
@@ -143,7 +144,7 @@ def collect(jobs: Sequence[Job], finished: Iterable[Done]) -> dict[int, JobRetur
 def died(job: Job, why: str) -> JobReturn:
     """Show and return the failure of a point whose process died."""
     error = WorkerDied(f"{' '.join(job.overrides)}: {why}")
-    console.point_done(f"failed: {error}")
+    console.point_done(f"failed: {console.one_line(error)}")
     return failed(job, error)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltalab.commands import command
-from deltalab.store import locks
+from deltalab.store import locks, shown
 from deltalab.store.record import peek
 from deltalab.sweep import sweeps
 
@@ -84,14 +84,17 @@ def status(results: str, sweep: str = "", list_: str = "", retry: str = "") -> i
     points = look(directory, chosen[0], known)
     if retry:
         return _retry([point for point in points if point.state == "failed"], results)
-    print(f"sweep {chosen[0].folder.name}: deltalab -m {' '.join(chosen[0].command)}")
+    one = chosen[0]
+    print(shown.line(f"sweep {one.folder.name}: deltalab -m {' '.join(one.command)}"))
     print(summary(points))
     common = set.intersection(*(set(point.overrides) for point in points)) if points else set()
     for state in [list_] if list_ else ["running", "failed"]:
         found = [point for point in points if point.state == state]
         for point in found if list_ else found[:SHOWN]:
             point = _outcome(directory, point)
-            print(f"  {'' if list_ else f'{state} '}{told(point, common)}")
+            print(
+                f"  {'' if list_ else f'{state} '}{shown.name(told(point, common), shown.MESSAGE)}"
+            )
         if not list_ and len(found) > SHOWN:
             print(f"  and {len(found) - SHOWN} more: list={state}")
     return 0
