@@ -19,6 +19,7 @@ ORDER = (
         "provenance",
         "store",
         "commands",
+        "exporting",
         "console",
         "weights",
         "data",

@@ -15,16 +15,16 @@ from urllib.parse import unquote
 import pytest
 from markdown_it import MarkdownIt
 
-from deltalab import console
+from deltalab import console, exporting
 from deltalab.report.columns import terminal
-from deltalab.report.command import main as report
-from deltalab.store import exporting, reading, records, shown
+from deltalab.store import reading, records, shown
 from deltalab.store.record import parse
-from deltalab.sweep import status, sweeps
+from deltalab.sweep import sweeps
 from deltalab.tracking import runs
 
 SIGNS = "\x1b]0;pwned\x07\x1b[2J\x9b1m\r\n\t\u202e\u2066\u200b\u2028\x00\ud800"
-MARKS = "[bold][/x][/] :smile: <script>alert(1)</script> | ` *a* _b_ ~~c~~ [a](b) ![x](y) &lt; \\ $\\frac{"
+MARKS = "[bold][/x][/] :smile: <script>alert(1)</script> | ` *a* _b_ ~~c~~ [a](b)"
+MARKS += " ![x](y) &lt; \\ $\\frac{"
 HOSTILE = f"=1+1 {SIGNS} {MARKS} {'z' * 5000}"
 NAMES = ("model", "experiment", "select", "device", "git")
 
@@ -38,7 +38,7 @@ def hostile(key: str, change: float) -> dict:
         "status": "ok",
         **dict.fromkeys(NAMES, HOSTILE),
         "edit": {"name": f"{change}{HOSTILE}", HOSTILE: HOSTILE},
-        "pair": {name: HOSTILE for name in ("label", "data", "objective", "evaluator", "id")},
+        "pair": dict.fromkeys(("label", "data", "objective", "evaluator", "id"), HOSTILE),
         "term": term,
         "terms": {HOSTILE: term, "left": {**term, "rule": "left"}},
         "loss": {"change": change, "error": 0.01, "gap": 1.0, "gap_error": 0.01, "unit": HOSTILE},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deltalab.commands import command
 from deltalab.store import locks, shown
-from deltalab.store.record import peek
+from deltalab.store.record import fault, is_newer, peek
 from deltalab.sweep import sweeps
 
 USAGE = """\
@@ -114,7 +114,7 @@ def look(directory: Path, sweep: sweeps.Listed, known: Iterable[sweeps.Listed]) 
     for number, overrides in enumerate(sweep.points):
         key = sweep.keys.get(number) or elsewhere.get(tuple(sorted(overrides)), "")
         record = _record(directory, key) if key else {}
-        if (state := peek(record, "status")) == "ok":
+        if (state := peek(record, "status")) == "ok" and fault(record) is None:
             seconds = peek(record, "seconds")
             found.append(Point(overrides, "done", seconds=seconds, key=key))
         elif key in held:
@@ -125,6 +125,8 @@ def look(directory: Path, sweep: sweeps.Listed, known: Iterable[sweeps.Listed]) 
             found.append(Point(overrides, "failed", " ".join(why.split())))
         elif number in sweep.failures:
             found.append(Point(overrides, "failed", sweep.failures[number]))
+        elif is_newer(record):
+            found.append(Point(overrides, "failed", f"record of a newer version: {fault(record)}"))
         else:
             found.append(Point(overrides, "missing"))
     return found
