@@ -23,6 +23,7 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from deltalab import console
+    from deltalab.cli import fail
     from deltalab.store import shown
     from deltalab.sweep import stopping
 
@@ -39,8 +40,7 @@ def main() -> None:
             sys.exit(143)
         if not isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
             raise
-        console.fail(console.one_line(error))
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
         console.fail("interrupted; nothing was written")
         sys.exit(130)

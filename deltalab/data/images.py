@@ -252,11 +252,8 @@ def class_names(root: Path, alone: bool) -> list[str]:
         alone: whether it is no split, so that nothing beside it counts.
     """
     found = set(folders.directories(root))
-    others = (
-        []
-        if alone
-        else [set(folders.directories(root.parent / n)) for n in folders.directories(root.parent)]
-    )
+    around = [] if alone else folders.directories(root.parent)
+    others = [set(folders.directories(root.parent / name)) for name in around]
     while joined := [names for names in others if names & found and not names <= found]:
         found.update(*joined)
     return sorted(found)
@@ -265,9 +262,8 @@ def class_names(root: Path, alone: bool) -> list[str]:
 def _files(directory: Path, endings: Container[str]) -> list[Path]:
     """Return the images of a class, in its sub-directories too."""
     found = (path for path in directory.rglob("*") if path.suffix.lower() in endings)
-    return sorted(
-        p for p in found if not any(map(folders.is_hidden, p.relative_to(directory).parts))
-    )
+    hidden = folders.is_hidden
+    return sorted(p for p in found if not any(map(hidden, p.relative_to(directory).parts)))
 
 
 def _class_index(names: Sequence[str], class_map: str | None) -> dict[str, int]:

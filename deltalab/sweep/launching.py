@@ -111,6 +111,12 @@ def run(data: bytes, job: Job) -> Done:
     return Done(job.number, result, printed.getvalue())
 
 
+def end_of(finished: Iterable[Done]) -> Exception | None:
+    """Return why no further point can be run, if one of some jobs has found that out."""
+    found = (done.result for done in finished if done.last and done.result is not None)
+    return next((result._return_value for result in found), None)
+
+
 def failed(job: Job, error: Exception) -> JobReturn:
     """Return the result of a job that raised, or whose process died."""
     result = JobReturn(overrides=list(job.overrides), status=JobStatus.FAILED)
@@ -208,9 +214,9 @@ def _drain(
                 stop.set()
                 stopping.want()
             results.update(collect(jobs, [done]))
-            if done.last and done.result is not None and not ended:
+            if (why := end_of([done])) is not None:
                 stop.set()
-                ended.append(done.result._return_value)
+                ended.append(why)
     except BrokenExecutor:
         return True
     for why in ended:
