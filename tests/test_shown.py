@@ -245,3 +245,37 @@ def test_signs_that_an_encoding_lacks_are_written_out() -> None:
     assert "0.1 ± 0.2… é".encode("ascii", "shown") == b"0.1 +- 0.2... \\xe9"
     with pytest.raises(UnicodeDecodeError):
         b"\xff".decode("ascii", "shown")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["deltalab.sweep.status", "list=done"], 0),
+        (["deltalab.report.command", "into=INTO"], 0),
+        (["deltalab.report.command", "--help"], 0),
+        (["deltalab.cache", "--help"], 0),
+        (["deltalab.cache"], 2),
+        (["deltalab.applying", "--help"], 0),
+        (["deltalab.applying", "out="], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_who_reads_may_go(results: Path, tmp_path: Path, command, code, closed) -> None:
+    """On the code before, a closed pipe ended in an exception, and the report in no page."""
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does, at the latest moment for the reader
+    arguments = [each.replace("INTO", str(tmp_path)) for each in command]
+    if arguments[-1][-1] not in "p=":
+        arguments.append(f"results={results}")
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: writer}
+    try:
+        run = subprocess.run([sys.executable, "-m", *arguments], **streams)
+    finally:
+        os.close(writer)
+    said = (run.stdout or run.stderr or b"").decode()
+    assert run.returncode == code, said
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    if "into=INTO" in command:
+        assert (tmp_path / "index.html").exists()
