@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deltalab import console, flags, keys, settings
 from deltalab.report.columns import describe
 from deltalab.settings import conf_dir
-from deltalab.store import locks, records
+from deltalab.store import locks, records, shown
 from deltalab.store.digests import key_of
 from deltalab.store.records import redacted
 from deltalab.sweep import composing, stopping, sweeps
@@ -137,7 +137,7 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
         points.append(prepare(values, choices))
     text = preview(points, values["results"], Device(values["device_tflops"]))
     asks = "\n\nleave        the run itself needs evaluator.run_code=true: HumanEval runs code"
-    return text + asks * leave
+    return shown.lines(text + asks * leave)
 
 
 def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:

@@ -27,10 +27,10 @@ def line(text: Any) -> str:
     >>> line("a\x1b[2J\n\u202eb")
     'a\\x1b[2J \\u202eb'
     """
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+    own = str(text)
+    if own.isprintable():
+        return own
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in own)
 
 
 def lines(text: str) -> str:

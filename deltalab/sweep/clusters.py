@@ -158,10 +158,10 @@ def slurm(
             ended = [task for task in running if task.done()]
             finished = list(_finished(journal, results))
             results |= collect(jobs, finished)
-            if (why := end_of(finished)) is not None:
+            if (end := end_of(finished)) is not None:
                 for task in running:
                     task.cancel(check=False)
-                raise stopping.Ended(why)
+                raise stopping.Ended(end)
             for task in ended:
                 why = f"job {task.job_id} is {task.state}; its log: {task.paths.stderr}"
                 missing = [job for job in running.pop(task) if job.number not in results]
