@@ -14,11 +14,11 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test check slurm ray fuzz audit bench format report results clean
+.PHONY: help demo demo-llm test check slurm ray fuzz audit constraints bench format report results clean
 .PHONY: reproduce $(PAPER) $(STUDIES)
 
 help: ## show this list
-	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.user ## install, sweep every kind of edit over the embedded pairs, print the table
 	@$(BIN)/deltalab -m experiment=demo results=$(RESULTS)
@@ -64,9 +64,16 @@ report: $(VENV)/.user ## tables and figures from the records in RESULTS
 fuzz: $(VENV)/.dev ## property tests with 36,000 cases, some minutes
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/test_fuzz_checkpoints.py tests/test_fuzz_settings.py tests/test_fuzz_edits.py tests/test_fuzz_rows.py tests/test_fuzz_meaning.py
 
-audit: $(VENV)/.user ## known vulnerabilities of the pinned packages, where the index is reachable
-	@$(UV) pip-audit
-	@$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
+audit: $(VENV)/.user ## known vulnerabilities of the pinned packages, where an index can be reached
+	@$(BIN)/python -m experiments.audit
+
+# Change a version in constraints.txt, then this; any index gives the same hashes for the same files.
+constraints: $(VENV)/.uv ## the hashes of the versions in constraints.txt, from the package index
+	@grep -o '^[^ #]*==[^ ]*' constraints.txt > $(VENV)/pins.txt
+	@$(BIN)/uv pip compile -q --no-deps --generate-hashes --no-header --no-annotate $(VENV)/pins.txt \
+	  -o $(VENV)/hashes.txt
+	@{ grep '^#' constraints.txt; cat $(VENV)/hashes.txt; } > $(VENV)/pins.txt
+	@mv $(VENV)/pins.txt constraints.txt
 
 bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, against their floors
 	@$(BIN)/python -m experiments.bench.edits
@@ -88,7 +95,8 @@ clean: ## remove the environment and caches, keep results
 $(VENV)/.uv:
 	@echo "creating $(VENV)"
 	@python3 -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check $$(grep '^uv==' constraints.txt)
+	@sed -n '/^uv==/,/[^\\]$$/p' constraints.txt > $(VENV)/uv.txt
+	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
 	@touch $@
 
 $(VENV)/.user: $(VENV)/.uv pyproject.toml constraints.txt

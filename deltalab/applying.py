@@ -23,8 +23,11 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from deltalab import console
+    from deltalab.cli import fail
+    from deltalab.store import shown
     from deltalab.sweep import stopping
 
+    console.ready()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
@@ -37,14 +40,14 @@ def main() -> None:
             sys.exit(143)
         if not isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
             raise
-        console.fail(console.one_line(error))
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
         console.fail("interrupted; nothing was written")
         sys.exit(130)
     edited = manifest["edited"]
     print(
-        f"{edited['tensors']} tensors, {edited['parameters']} parameters edited: {manifest['out']}"
+        f"{edited['tensors']} tensors, {edited['parameters']} parameters edited:"
+        f" {shown.line(manifest['out'])}"
     )
 
 

@@ -5,6 +5,7 @@ Only light imports here: `--help` and tab completion load this module at every k
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -18,10 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 from deltalab import console, flags, keys, settings
 from deltalab.report.columns import describe
 from deltalab.settings import conf_dir
-from deltalab.store import locks, records
+from deltalab.store import locks, records, shown
 from deltalab.store.digests import key_of
 from deltalab.store.records import redacted
 from deltalab.sweep import composing, stopping, sweeps
+
+ELSEWHERE = ("Slurm", "Ray")
+"""Launchers whose points run on other machines."""
 
 
 def point(cfg: DictConfig) -> str | None:
@@ -47,7 +51,7 @@ def point(cfg: DictConfig) -> str | None:
         locks.wait([busy.path])
         return point(cfg)
     except Exception as error:
-        logging.getLogger("deltalab").info("%s", redacted(traceback.format_exc()))
+        logging.getLogger("deltalab").info(redacted(traceback.format_exc()))
         traceback.clear_frames(error.__traceback__)  # the frames would keep the model alive
         if sweeping:  # the sweeper counts failures when all points have run
             overrides = " ".join(hydra.overrides.task)
@@ -77,9 +81,12 @@ def check(cfg: DictConfig, hydra: Any) -> None:
     """
     values, choices = _plain(cfg, hydra)
     if _done(values, choices) is None:
+        from deltalab.models.live import device_of
         from deltalab.point import build, validated
 
-        validated(values, choices)
+        _, parts = validated(values, choices)
+        elsewhere = str(hydra.launcher._target_).rpartition(".")[2] in ELSEWHERE
+        device_of(getattr(parts["model"], "device", "auto"), here=not elsewhere)
         build(values["tracker"], "tracker")
 
 
@@ -130,7 +137,7 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
         points.append(prepare(values, choices))
     text = preview(points, values["results"], Device(values["device_tflops"]))
     asks = "\n\nleave        the run itself needs evaluator.run_code=true: HumanEval runs code"
-    return text + asks * leave
+    return shown.lines(text + asks * leave)
 
 
 def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:
@@ -167,9 +174,32 @@ def top_level() -> list[str]:
 def fail(error: BaseException, code: int = 2) -> NoReturn:
     """Print an error in one line, with the nearest name for one that does not exist, and exit."""
     message = console.one_line(error)
-    known = known_names(sys.argv[1:]) if "Could not override" in message else []
-    console.fail(message + settings.suggestion(message, known))
+    key = re.search(r"Could not override '([^']*)'", message)
+    known = known_names(sys.argv[1:]) if key else []
+    hint = settings.suggestion(message, known)
+    if key and not any(name.endswith(f".{key[1]}") for name in known):
+        hint = owners(key[1]) or hint
+    if key and hint:
+        message = f"Could not override '{key[1]}'"
+    console.fail(message + hint)
     sys.exit(code)
+
+
+def owners(setting: str) -> str:
+    """Say which options have a setting that none of the chosen ones has; empty where none has it.
+
+    >>> owners("edit.alpha"), owners("rank")
+    ('; edit.alpha=... needs edit=expo', '; edit.rank=... needs edit=twin')
+    """
+    group, _, name = setting.lstrip("+").rpartition(".")
+    for folder in sorted(conf_dir().iterdir()):
+        if not folder.is_dir() or group not in ("", folder.name):
+            continue
+        files = sorted(folder.glob("*.yaml"))
+        if found := [file.stem for file in files if name in OmegaConf.load(file)]:
+            one_of = "" if len(found) == 1 else "one of "
+            return f"; {folder.name}.{name}=... needs {one_of}{folder.name}={', '.join(found)}"
+    return ""
 
 
 def known_names(arguments: list[str]) -> list[str]:
@@ -190,6 +220,7 @@ def main() -> None:
     """Entry point of the `deltalab` command. Exit code 0 on success, 2 for a user's mistake."""
     import hydra
 
+    console.ready()
     logging.raiseExceptions = False  # a log that cannot be written must not hide what went wrong
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed by Hydra
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)

@@ -1,12 +1,17 @@
 """What the terminal shows: lines above a bar over a sweep, errors in one line."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deltalab import commands
+from deltalab.store import shown
 from deltalab.store.records import redacted
 
 _bars: list[Progress] = []  # the bar of the sweep that this process runs, if it runs one
@@ -20,6 +25,30 @@ class SweepFailed(Exception):
         super().__init__(
             f"{len(failures)} of {total} points failed; the first: {one_line(failures[0])}"
         )
+
+
+def rich_console(**given: Any) -> Console:
+    """Return a console of rich that takes no text for markup, emoji or something to highlight."""
+    return Console(markup=False, emoji=False, highlight=False, **given)
+
+
+class _Record(logging.LogRecord):
+    """An entry of a log that shows what it is given as plain text, on one line each."""
+
+    def getMessage(self) -> str:
+        """Return the message; its own lines stay."""
+        if isinstance(self.args, tuple):
+            self.args = tuple(
+                shown.line(one) if isinstance(one, str | Path | BaseException) else one
+                for one in self.args
+            )
+        return shown.lines(super().getMessage())
+
+
+def ready() -> None:
+    """Prepare this process for text from anywhere, in what it prints and in what it logs."""
+    commands.ready()
+    logging.setLogRecordFactory(_Record)
 
 
 @contextmanager
@@ -42,7 +71,7 @@ def steps(name: str, total: int) -> Iterator[Callable[[], None]]:
         What to call at every step.
     """
     with nullcontext(_bars[-1]) if _bars else _shown() as bar:
-        task = bar.add_task(name, total=total)
+        task = bar.add_task(shown.name(name), total=total)
         try:
             yield lambda: bar.advance(task)
         finally:
@@ -51,9 +80,9 @@ def steps(name: str, total: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _shown() -> Iterator[Progress]:
-    console = Console(stderr=True)
+    console = rich_console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
@@ -66,13 +95,13 @@ def _shown() -> Iterator[Progress]:
             _bars.remove(bar)
 
 
-def point_done(line: str) -> None:
-    """Print the line of a finished point above the bar and move the bar on."""
-    line = redacted(line)
+def point_done(text: str) -> None:
+    """Print what a finished point has to say above the bar and move the bar on."""
+    text = shown.lines(redacted(text))
     if not _bars or not _bars[-1].console.is_terminal:
-        print(line, flush=True)
+        print(text, flush=True)
         return
-    _bars[-1].print(line, markup=False, highlight=False, soft_wrap=True)
+    _bars[-1].print(text, soft_wrap=True)
     _bars[-1].advance(_bars[-1].task_ids[0])
 
 
@@ -96,7 +125,7 @@ def one_line(error: BaseException) -> str:
     previous = ""
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror[0].lower() + error.strerror[1:]
-        return str(redacted(f"{error.filename}: {reason}" if error.filename else reason))
+        return shown.line(redacted(f"{error.filename}: {reason}" if error.filename else reason))
     message = (str(error) or str(error.__cause__ or "")).split("Config search path:")[0]
     for line in filter(str.strip, message.splitlines()):
         if line.strip().startswith("object_type="):
@@ -107,10 +136,9 @@ def one_line(error: BaseException) -> str:
         joint = ", " if previous.startswith("\t") and line.startswith("\t") else ". "
         text += ("" if not text else " " if text.endswith((":", ".")) else joint) + line.strip()
         previous = line
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # no terminal codes
-    return str(redacted(text)) or type(error).__name__
+    return shown.line(redacted(text)) or type(error).__name__
 
 
 def fail(message: str) -> None:
     """Print one line on stderr."""
-    print(f"deltalab: {message}", file=sys.stderr, flush=True)
+    print(f"deltalab: {shown.line(message)}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from deltalab.data import folders
 from deltalab.models import embedded, hub
 from deltalab.settings import option_file
 from deltalab.store import digests, pairs
@@ -219,10 +220,13 @@ def _rows(value: Any, where: str, given: Mapping[str, Any], full: bool) -> Any:
 def _images(value: Any, where: str, given: Mapping[str, Any], full: bool) -> Any:
     """Of one split the files, and of all splits the classes' names, by which they are numbered."""
     root, split = Path(str(value)).expanduser(), given.get("split")
-    if split is None or not (root / str(split)).is_dir():
+    place = root / str(split or "")
+    if not place.is_dir():
         return _tree(value, where, given, full)
-    classes = sorted(p.relative_to(root).as_posix() for p in root.glob("*/*") if p.is_dir())
-    return digests.key_of({"files": contents.of_tree(root / str(split), full), "classes": classes})
+    files = contents.of_tree(place, full, folders.is_hidden)
+    if split is None:
+        return files
+    return digests.key_of({"files": files, "classes": sorted(folders.of_all_splits(root))})
 
 
 def _model(value: Any, where: str, given: Mapping[str, Any], full: bool) -> Any:

@@ -451,6 +451,15 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_the_manifest_does_not_say_whose_home_it_was_made_in(pair, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = ("model=timm_vit", "model.name=any", "model.pre=~/pre", f"model.post={pair[1]}")
+    done = command(*model, "edit=dare", "edit.p=0.5", "out=~/out")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "out" / "deltalab.json").read_text())
+    assert [manifest[side]["path"] for side in ("pre", "post")] == ["~/pre", "~/post"]
+
+
 def test_the_command(pair, tmp_path) -> None:
     model = ("model=timm_vit", "model.name=any", f"model.pre={pair[0]}", f"model.post={pair[1]}")
     done = command(*model, "edit=dare", "edit.p=0.9", f"out={tmp_path / 'out'}", "seed=4")

@@ -275,3 +275,54 @@ def test_no_key_is_changed_by_accident(tmp_path, overrides):
     values = OmegaConf.to_container(plain, resolve=True)
     choices = Choices(chosen["model"], chosen["edit"], chosen["objective"])
     assert key_of(determinants(values, choices)) == GOLDEN[overrides]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"_target_": "deltalab.data.images.Folder", "dir": "PLACE/images", "split": "val"},
+        {
+            "_target_": "deltalab.data.images.HubImages",
+            "path": "imagefolder",
+            "dir": "PLACE/images",
+        },
+        {"_target_": "deltalab.data.text.Plain", "path": "PLACE/a.jsonl"},
+        {
+            "_target_": "deltalab.models.timm_vit.TimmPair",
+            "pre": "PLACE/m",
+            "post": "PLACE/m/x.bin",
+        },
+        {"_target_": "deltalab.judging.alpaca_eval.AlpacaEval", "cache_dir": "PLACE/c"},
+    ],
+    ids=lambda made: made["_target_"].rpartition(".")[2],
+)
+def test_a_home_directory_may_be_written_either_way(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("images/val/cat/1.png", "a.jsonl", "m/x.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    both = [
+        node({k: v.replace("PLACE", place) for k, v in made.items()}, "x", False)
+        for place in ("~", str(tmp_path))
+    ]
+    assert both[0] == both[1]
+    assert "PLACE" not in str(both)
+    assert str(tmp_path) not in str(both)
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", "@eaDir"])
+def test_what_the_reader_of_images_skips_is_in_no_key(name, tmp_path):
+    """On the code before, a hidden directory among the classes changed the key."""
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "1.png").write_text(split)
+    source = {"_target_": "deltalab.data.images.Folder", "dir": str(tmp_path)}
+    for split in ("val", None):
+        before = node({**source, "split": split}, "data", False)
+        for place in (tmp_path / name, tmp_path / "val" / name, tmp_path / "val" / "cat" / name):
+            place.mkdir(exist_ok=True)
+            (place / "2.png").write_text("copy")
+        assert node({**source, "split": split}, "data", False) == before
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / "train" / "dog").mkdir(exist_ok=True)
+    assert node({**source, "split": "val"}, "data", False) != before

@@ -313,3 +313,35 @@ def test_shares_are_runs_of_neighbours_that_cover_all(count):
     sizes = [len(share) for share in split]
     assert max(sizes) - min(sizes) <= 1
     assert len(split) == min(count, 9)
+
+
+def test_a_pair_that_cannot_be_opened_ends_a_sweep_on_ray(monkeypatch):
+    """On the code before, Ray was given all the other points too."""
+    from types import SimpleNamespace
+
+    from deltalab.sweep import clusters, launching, stopping
+
+    done = {}
+
+    def run(data, job):
+        why = launching.failed(job, ValueError("model.pre=x: damaged"))
+        done[job.number] = launching.Done(job.number, why, "", last=job.number == 2)
+        return job.number
+
+    engine = SimpleNamespace(
+        is_initialized=lambda: True,
+        put=lambda data: data,
+        get=lambda number: done[number],
+        remote=lambda **_: lambda task: SimpleNamespace(remote=task),
+        cluster_resources=lambda: {"CPU": 2.0},
+        wait=lambda running: (running[:1], running[1:]),
+    )
+    monkeypatch.setitem(sys.modules, "ray", engine)
+    errors = SimpleNamespace(RayError=RuntimeError)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", errors)
+    monkeypatch.setattr(clusters, "run", run)
+    sweep = SimpleNamespace(packed=lambda: b"")
+    jobs = [launching.Job(number, ()) for number in range(8)]
+    with pytest.raises(stopping.Ended, match="damaged"):
+        clusters.ray(sweep, jobs, init={}, remote={"num_cpus": 1})
+    assert list(done) == [0, 1, 2, 3]

@@ -72,3 +72,16 @@ def test_a_process_that_dies_is_tried_again_and_costs_its_point_alone(tmp_path):
     for seed in (0, 1, 2, 4, 5, 6, 7):
         assert f"point {seed}\n" in out
     assert [line for line in out.splitlines() if line.startswith("failed: seed=3 ")]
+
+
+def test_a_pair_that_cannot_be_opened_ends_the_sweep(tmp_path):
+    """On the code before, each of the points opened it again."""
+    for name in ("pre", "post"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"damaged")
+    pair = [f"model.{name}={tmp_path / name}.safetensors" for name in ("pre", "post")]
+    model = ["model=timm_vit", "model.name=vit_tiny_patch16_224", *pair, "data.dir=."]
+    command = [*EIGHT, *RAY, *model, f"results={tmp_path}", "hydra.launcher.init.num_cpus=1"]
+    code, _, err = finish([sys.executable, "-m", "deltalab", "-m", *command])
+    assert code == 2
+    assert "points were not run" in err.splitlines()[-1]
+    assert len(list((tmp_path / "records").glob("*.json"))) < 8

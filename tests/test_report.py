@@ -271,12 +271,16 @@ def test_broken_records_are_skipped_with_a_warning_each(tmp_path, capsys) -> Non
     (folder / "cut.json").write_text('{"schema": 1, "sta')
     (folder / "binary.json").write_bytes(b"\xff\xfe\x00")
     (folder / ".half.tmp").write_text("{")
+    odd = record("dare", 0.02, key="odd")
+    odd["loss"]["change"] = "?"
+    (folder / "odd.json").write_text(json.dumps(odd))
     assert main([f"results={tmp_path}"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    assert lines[2].endswith("odd.json: loss.change '?', must be a number")
     assert "binary.json" in lines[0]
     assert "cut.json" in lines[1]
-    assert "2 points." in (tmp_path / "demo.md").read_text()
+    assert "3 points." in (tmp_path / "demo.md").read_text()
 
 
 @pytest.mark.parametrize(

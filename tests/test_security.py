@@ -71,7 +71,7 @@ def test_arguments_of_an_architecture_name_no_weights(argument):
     ["../../etc/passwd", "/etc/passwd", "a/../../b", "~root", "x" * 300, "ü" * 200, ""],
 )
 def test_names_of_experiments_stay_in_their_directory(experiment, tmp_path):
-    from deltalab.report.page.plain import stem
+    from deltalab.store.shown import stem
 
     file = tmp_path / f"{stem(experiment)}_accuracy.svg"
     assert file.resolve().parent == tmp_path.resolve()

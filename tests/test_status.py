@@ -27,6 +27,7 @@ def results(tmp_path):
         (2, {"type": "RuntimeError", "message": "no\nluck"}),
     ):
         done = {"key": f"key{number}", "status": "error" if error else "ok", "error": error}
+        done |= {"schema": 1, "model": "m", "edit": {"name": "dare"}, "loss": {"pre": 1.0}}
         records.write(tmp_path, done | {"seconds": {"total": 60.0}})
     sweeps.note(folder / "3", sweeps.FAILURE, "edit.p=2: must be less than 1")
     return tmp_path
@@ -74,6 +75,11 @@ def test_the_same_sweep_begun_again_knows_what_was_done(results, capsys):
 def test_a_broken_record_is_missing_and_a_broken_list_is_no_sweep(results, capsys):
     (results / "records" / "key0.json").write_text("{")
     assert "1 of 6 done" in shown(capsys, f"results={results}")[1]
+    garbled = results / "records" / "key1.json"
+    garbled.write_text('{"status": "ok", "schema": 1}')
+    assert "0 of 6 done" in shown(capsys, f"results={results}")[1]
+    garbled.write_text('{"status": "ok", "schema": 2}')
+    assert "  failed seed=1: record of a newer version" in shown(capsys, f"results={results}")[2]
     (results / "logs" / "2026-01-01_00-00-00" / "points.json").write_text("[]")
     assert status.main([f"results={results}"]) == 2
     assert "no sweep in" in capsys.readouterr().err
@@ -114,7 +120,9 @@ def test_ten_thousand_points_take_little_time_and_memory(tmp_path, capsys):
     (tmp_path / "records").mkdir()
     count = 2000  # of the 10,000 that `experiments.scale.many` measures
     sweeps.write(folder, ["x"], [[f"seed={n}"] for n in range(count)])
-    text = json.dumps({"status": "ok", "seconds": {"total": 1.0}, "config": {"x": "y" * 4000}})
+    done = {"status": "ok", "schema": 1, "key": "k", "model": "m", "edit": {"name": "dare"}}
+    done |= {"loss": {"pre": 1.0}, "seconds": {"total": 1.0}, "config": {"x": "y" * 4000}}
+    text = json.dumps(done)
     for number in range(count):
         (folder / f"{number}").mkdir()
         sweeps.note(folder / f"{number}", sweeps.KEY, f"{number}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from texts import model, tokenizer, write
 
+from deltalab.data import formats
 from deltalab.data.rows import read
 from deltalab.data.text import Chats, Encoder, Plain, Preferences, Problems
 from deltalab.data.tokens import IGNORED, Marked, code
@@ -544,3 +545,11 @@ def test_settings_out_of_range_are_named(source, problems):
         (Problems if source is Problems else Preferences)(problems, template="Q:")
     with pytest.raises(ValueError, match="model.context=1: must be at least 2"):
         encoder(1)
+
+
+def test_a_field_of_a_csv_file_may_have_any_length(tmp_path):
+    """On the code before, `csv` refused fields of more than 131,072 characters."""
+    path = tmp_path / "long.csv"
+    path.write_text(f"question,answer\n{'q' * 400_000},a\n", encoding="utf-8")
+    ((_, fields),) = formats.rows(path)
+    assert len(fields["question"]) == 400_000

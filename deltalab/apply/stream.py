@@ -24,7 +24,7 @@ from deltalab.apply import editing, layout
 from deltalab.apply.extras import Extras, Memo, thresholds
 from deltalab.apply.layout import Side
 from deltalab.edits import Edit
-from deltalab.store import files
+from deltalab.store import files, records
 from deltalab.weights import contents, finite
 from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
 from deltalab.weights.select import selected
@@ -116,7 +116,8 @@ def stream(
     with files.building(out) as made:
         _write(plan, made, edit, extras, kernel)
         layout.copy_companions(post, made, plan.side)
-        files.write(made / "deltalab.json", json.dumps(manifest, indent=1) + "\n")
+        text = json.dumps(records.redacted(manifest), indent=1)
+        files.write(made / "deltalab.json", text + "\n")
         _verify(plan, made)
     return manifest
 

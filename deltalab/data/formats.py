@@ -14,6 +14,8 @@ LONGEST_LINE = 1 << 26
 LARGEST_FILE = 1 << 30
 """Bytes that are read at most, unpacked: a small archive may claim to hold any number of them."""
 
+csv.field_size_limit(LARGEST_FILE)
+
 Found = tuple[str, dict[str, Any]]
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltalab.data import pictures
+from deltalab.data import folders, pictures
+from deltalab.settings import home
 from deltalab.store import reach
 
 Batch = tuple[Tensor, Tensor]
@@ -201,6 +202,9 @@ class HubImages:
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
+        for name in ("path", "dir"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, home(given, f"data.{name}"))
 
     def open(self, transform: Transform | None, batch_size: int) -> Batches:
         """Return the batches; rows are decoded when their batch is asked for."""
@@ -247,28 +251,19 @@ def class_names(root: Path, alone: bool) -> list[str]:
         root: the directory of the split.
         alone: whether it is no split, so that nothing beside it counts.
     """
-    found = set(_directories(root))
-    others = (
-        [] if alone else [set(_directories(root.parent / n)) for n in _directories(root.parent)]
-    )
+    found = set(folders.directories(root))
+    around = [] if alone else folders.directories(root.parent)
+    others = [set(folders.directories(root.parent / name)) for name in around]
     while joined := [names for names in others if names & found and not names <= found]:
         found.update(*joined)
     return sorted(found)
 
 
-def _directories(root: Path) -> list[str]:
-    return [p.name for p in root.iterdir() if p.is_dir() and not _hidden(p.name)]
-
-
-def _hidden(name: str) -> bool:
-    """Whether a file or directory is hidden, or one that programs leave behind."""
-    return name.startswith((".", "__")) or name in ("@eaDir", "lost+found", "$RECYCLE.BIN")
-
-
 def _files(directory: Path, endings: Container[str]) -> list[Path]:
     """Return the images of a class, in its sub-directories too."""
     found = (path for path in directory.rglob("*") if path.suffix.lower() in endings)
-    return sorted(p for p in found if not any(map(_hidden, p.relative_to(directory).parts)))
+    hidden = folders.is_hidden
+    return sorted(p for p in found if not any(map(hidden, p.relative_to(directory).parts)))
 
 
 def _class_index(names: Sequence[str], class_map: str | None) -> dict[str, int]:

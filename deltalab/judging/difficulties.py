@@ -41,6 +41,7 @@ def read(path: str | Path, setting: str) -> Difficulty:
     wanted = "index, instruction_difficulty"
     try:
         with open(Path(path).expanduser(), newline="", encoding="utf-8") as file:
+            csv.field_size_limit(1 << 30)
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
         of: dict[int, float] = {}
         for row in rows:

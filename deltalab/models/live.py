@@ -37,8 +37,16 @@ def live_pair(
     return ModelPair(pre=pre, post=post, module=module, transform=transform)
 
 
-def device_of(device: str) -> str:
-    """Return the device that a setting means: `auto` is a GPU where there is one."""
+def device_of(device: str, here: bool = True) -> str:
+    """Return the device that a setting means: `auto` is a GPU where there is one.
+
+    Args:
+        device: the setting.
+        here: whether it must be in this machine, and not in another one that runs the points.
+
+    Raises:
+        ValueError: no device's name, or one that is not here.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -47,7 +55,7 @@ def device_of(device: str) -> str:
         kind, number = "", 0
     if kind not in ("cpu", "cuda", "meta"):
         raise ValueError(f"model.device={device}: must be auto, cpu, cuda, cuda:1, ...")
-    if kind == "cuda" and number >= torch.cuda.device_count():
+    if here and kind == "cuda" and number >= torch.cuda.device_count():
         raise ValueError(f"model.device={device}: {torch.cuda.device_count()} GPUs are here")
     return device
 

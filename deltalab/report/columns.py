@@ -243,8 +243,9 @@ def terminal(points: Sequence[Outcome], title: str, width: int | None) -> "Table
         width: characters that the table may take; it leaves out columns until it fits. None: all.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from deltalab.console import rich_console
 
     shown = rows(points)
     table = columns(shown)
@@ -262,7 +263,7 @@ def terminal(points: Sequence[Outcome], title: str, width: int | None) -> "Table
             style = "bold" if is_reference(point) else _STYLES.get(point.classed or "")
             drawn.add_row(*(column.cells[index] for column in table), style=style)
         most = max(column.spare for column in table)
-        if width is None or most == 0 or Console(width=1000).measure(drawn).maximum <= width:
+        if width is None or most == 0 or rich_console(width=1000).measure(drawn).maximum <= width:
             return drawn
         table = [column for column in table if column.spare < most]
 

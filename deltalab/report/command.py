@@ -14,9 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from deltalab import exporting
 from deltalab.commands import command
+from deltalab.report import placing
+from deltalab.report.columns import common_data, points_table, terminal
 from deltalab.report.outcomes import at_margin, pair_names, rules
-from deltalab.store import exporting, files, placing
+from deltalab.report.summary import agreement, summary
+from deltalab.report.tables import Column, markdown, signed
+from deltalab.store import files, shown
 from deltalab.store.effects import check_margin
 from deltalab.store.reading import TRACKED, read, read_tracked
 from deltalab.store.record import Outcome
@@ -129,7 +134,7 @@ def report(
         return
     if export:
         own = [point for point in points if experiment in ("", point.experiment)]
-        print(f"wrote {exporting.write(own, Path(export).expanduser())}")
+        print(f"wrote {shown.line(exporting.write(own, Path(export).expanduser()))}")
         return
     chosen = [experiment] if experiment else names
     place = _place(directory, into, chosen)
@@ -140,7 +145,7 @@ def report(
         own = [point for point in points if point.experiment == name]
         _show(own, name)
         if place:
-            print(f"wrote {write(own, name, place, figures=figures)}")
+            print(f"wrote {shown.line(write(own, name, place, figures=figures))}")
     if place:
         _page(points, directory, place)
 
@@ -149,10 +154,9 @@ def _place(directory: Path, into: str, experiments: Sequence[str]) -> Path | Non
     """Return where the report goes, None where nothing can be written beside the records."""
     from deltalab.report.figures import FIGURES
     from deltalab.report.page import NAME
-    from deltalab.report.page.plain import stem
 
     names = [NAME]
-    for one in map(stem, experiments):
+    for one in map(shown.stem, experiments):
         names += [f"{one}.md", *(f"{one}_{f}.{kind}" for f in FIGURES for kind in ("png", "svg"))]
     place = Path(into).expanduser() if into else placing.place(directory, names)
     if (why := placing.refusal(place)) is None:
@@ -182,7 +186,7 @@ def _points(directory: Path, source: str) -> list[Outcome]:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+    print(f"warning: {shown.line(line)}", file=sys.stderr)
 
 
 def _page(points: Sequence[Outcome], directory: Path, place: Path) -> None:
@@ -193,12 +197,11 @@ def _page(points: Sequence[Outcome], directory: Path, place: Path) -> None:
     if absent := missing():
         _warn(f"no index.html without {', '.join(absent)} (pip install deltalab[report])")
     else:
-        print(f"wrote {page.write(directory, points, _warn, place)}")
+        print(f"wrote {shown.line(page.write(directory, points, _warn, place))}")
 
 
 def _compare(points: Sequence[Outcome], names: str, directory: Path) -> None:
     from deltalab.report.comparison import chosen, compare, documents, table
-    from deltalab.report.tables import markdown
 
     if len(pair := [name.strip() for name in names.split(";")]) != 2:
         raise ValueError(f"compare={names!r}: must name two points, as 'A;B'")
@@ -216,14 +219,17 @@ def _no_records(results: str, directory: Path, source: str) -> NoReturn:
 
 def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figures: bool) -> Path:
     """Write an experiment's Markdown page, and its figures if asked; return the page's path."""
-    from deltalab.report.page.plain import stem
-    from deltalab.report.summary import summary
-
-    name = stem(experiment)
+    name = shown.stem(experiment)
     done = [point for point in points if point.failure is None]
-    sections = [f"# {experiment}", ""]
+    sections = [f"# {shown.markdown(experiment)}", ""]
     if done:
-        sections += [*_legend(done), _table(done), "", summary(done), *_draws(done, directory)]
+        sections += [
+            *_legend(done),
+            points_table(done),
+            "",
+            summary(done),
+            *_draws(done, directory),
+        ]
     sections += _parts(done)
     if done and figures:
         from deltalab.report.figures import draw
@@ -237,7 +243,6 @@ def write(points: Sequence[Outcome], experiment: str, directory: Path, *, figure
 def _draws(points: Sequence[Outcome], directory: Path) -> list[str]:
     """Class the random edits by the mean over their draws."""
     from deltalab.report.draws import drawn, table
-    from deltalab.report.tables import markdown
 
     found = drawn(points, partial(_examples, directory))
     if not found:
@@ -258,8 +263,6 @@ def _examples(directory: Path, point: Outcome) -> list[float] | None:
 
 def _parts(points: Sequence[Outcome]) -> list[str]:
     """Split the main terms by part of the model."""
-    from deltalab.report.tables import Column, markdown, signed
-
     split = [(p, p.terms[p.main].by_part) for p in points if p.main and p.terms[p.main].by_part]
     if not split:
         return []
@@ -273,19 +276,12 @@ def _parts(points: Sequence[Outcome]) -> list[str]:
     return ["## The term by part of the model", "", markdown(table), ""]
 
 
-def _table(points: Sequence[Outcome]) -> str:
-    from deltalab.report.columns import points_table
-
-    return points_table(points)
-
-
 def _legend(points: Sequence[Outcome]) -> list[str]:
     """Say what the table's columns mean, and in which unit."""
     measures = sorted({(p.objective or "", p.unit) for p in points if p.unit})
     units = "; ".join(f"{unit} ({name})" if name else f"{unit}" for name, unit in measures)
-    from deltalab.report.columns import common_data
-
-    where = common_data(points)
+    units = shown.markdown(units)
+    where = shown.markdown(common_data(points))
     told = f"{_count(points)}{where}."
     lines = [f"{told} Losses and terms are in {units}." if units else told * bool(where)]
     lines.append(LEGEND)
@@ -299,8 +295,6 @@ def _count(points: Sequence[Outcome]) -> str:
 def _failures(points: Sequence[Outcome]) -> list[str]:
     if not points:
         return []
-    from deltalab.report.tables import Column, markdown
-
     pairs = pair_names(points)
     table = [
         Column("model", [pairs[p.of] for p in points], right=False),
@@ -313,17 +307,14 @@ def _failures(points: Sequence[Outcome]) -> list[str]:
 
 
 def _show(points: Sequence[Outcome], title: str) -> None:
-    from rich.console import Console
+    from deltalab.console import rich_console
 
-    from deltalab.report.columns import terminal
-    from deltalab.report.summary import agreement
-
-    console = Console()
+    console = rich_console()
     width = console.width if console.is_terminal else None
     done = [point for point in points if point.failure is None]
     failed = len(points) - len(done)
     if width is None:
-        console = Console(width=1000)
+        console = rich_console(width=1000)
     if done:
         console.print(terminal(done[:MOST_ROWS], title, width))
     if len(done) > MOST_ROWS:
@@ -333,11 +324,10 @@ def _show(points: Sequence[Outcome], title: str) -> None:
             title, count, median, largest, _, signs, ranks, classes = rule
             console.print(
                 f"{title}: relative error {median} (median), {largest} (largest) on {count} of"
-                f" {_count(done)}; same sign {signs}; Spearman {ranks}; class right {classes}",
-                highlight=False,
+                f" {_count(done)}; same sign {signs}; Spearman {ranks}; class right {classes}"
             )
     if failed:
-        console.print(f"{failed} failed, listed in the report", style="red", highlight=False)
+        console.print(f"{failed} failed, listed in the report", style="red")
 
 
 if __name__ == "__main__":

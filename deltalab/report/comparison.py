@@ -10,6 +10,7 @@ from deltalab.report.outcomes import pair_names
 from deltalab.report.tables import Column
 from deltalab.store.fields import plain
 from deltalab.store.record import Outcome
+from deltalab.store.shown import folder
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def documents(directory: Path, point: Outcome) -> dict[str, list[float]]:
     Raises:
         ValueError: nothing readable was kept of this point.
     """
-    path = directory / "documents" / f"{point.key}.json"
+    path = directory / "documents" / f"{folder(point.key)}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from deltalab.store import pairs
+from deltalab.store import pairs, shown
 from deltalab.store.effects import classify
 from deltalab.store.fields import plain
 from deltalab.store.record import Outcome, class_of
@@ -162,4 +162,5 @@ def _differing(point: Outcome, twins: Sequence[Outcome]) -> list[str]:
     own = pairs.settings(point.config)
     keys = dict.fromkeys(name for each in every for name in each)
     apart = [name for name in keys if len({plain(each.get(name)) for each in every}) > 1]
-    return [f"{name}={plain(own.get(name))}" for name in apart[:3]] or [point.setup or "?"]
+    told = [shown.name(f"{name}={plain(own.get(name))}", 80) for name in apart[:3]]
+    return told or [point.setup or "?"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from deltalab.report.outcomes import at_margin, pair_names, rules, spearman, split_classes
 from deltalab.report.tables import NONE, Column, fixed, markdown, percent
+from deltalab.store import shown
 from deltalab.store.effects import CLASSES, MARGINS, two_errors
 from deltalab.store.record import Outcome, class_of
 from deltalab.store.terms import Term
@@ -78,10 +79,10 @@ def _wrong_signs(points: Sequence[Outcome]) -> Iterator[str]:
     pairs = pair_names(points)
     for rule, title in rules(points).items():
         wrong = [p for p, value, change in _compared(points, rule) if value * change < 0]
-        named = ", ".join(f"{p.label} on {pairs[p.of]}" for p in wrong[:5])
+        named = shown.markdown(", ".join(f"{p.label} on {pairs[p.of]}" for p in wrong[:5]))
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         if wrong:
-            yield f"Wrong sign by {title}: {named}{more}."
+            yield f"Wrong sign by {shown.markdown(title)}: {named}{more}."
 
 
 def _counts(points: Sequence[Outcome]) -> Iterator[str]:
@@ -90,7 +91,7 @@ def _counts(points: Sequence[Outcome]) -> Iterator[str]:
         yield f"Classes on the objective: {_counted(objective)}."
     for task in sorted({task for p in points for task in split_classes(p)}):
         tested = Counter(split_classes(p)[task] for p in points if task in split_classes(p))
-        yield f"Classes on the test split of {task}: {_counted(tested)}."
+        yield f"Classes on the test split of {shown.markdown(task)}: {_counted(tested)}."
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deltalab.store import shown
 from deltalab.store.record import Outcome
 from deltalab.store.terms import Term
 
@@ -115,8 +116,8 @@ def markdown(table: Sequence[Column], bold: Sequence[bool] = ()) -> str:
     | 1 | x |
     | 2 | y |
     """
-    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in c.cells] for c in table]
-    lines = [[c.title for c in table]]
+    escaped = [[shown.markdown(cell) for cell in c.cells] for c in table]
+    lines = [[shown.markdown(c.title) for c in table]]
     lines += [list(row) for row in zip(*escaped, strict=True)]
     for index, strong in enumerate(bold, start=1):
         lines[index] = [f"**{c}**" if strong and c != NONE else c for c in lines[index]]

@@ -141,7 +141,7 @@ def _table(directory: Path) -> dict[str, Any]:
     with _alone:
         if directory not in _tables:
             try:
-                table = json.loads((place() / f"{of_text(str(directory))}.json").read_text())
+                table = json.loads((place() / f"{of_text(str(directory))}.json").read_text("utf-8"))
             except (OSError, ValueError):
                 table = {}
             _tables[directory] = table if isinstance(table, dict) else {}

@@ -84,21 +84,25 @@ class Field:
     named: frozenset[str] = frozenset()
 
     def of(self, record: Mapping[str, Any]) -> Any:
-        """Read this field of a record's JSON.
-
-        Raises:
-            ValueError: something on the way to it is no object, or is so where it must be one.
+        """Read this field of a record's JSON; raises as `raw` does.
 
         >>> Field("change", "loss.change", NUMBER, "change").of({"loss": {"change": 0.5}})
         0.5
+        """
+        return self.kind.read(self.raw(record), self.path.removesuffix(".*"))
+
+    def raw(self, record: Mapping[str, Any]) -> Any:
+        """Return what a record's JSON holds in this field's place.
+
+        Raises:
+            ValueError: something on the way to it is no object.
         """
         *outer, last = self.path.split(".")
         for place in range(len(outer)):
             record = mapping(record.get(outer[place]), ".".join(outer[: place + 1]))
         if last == "*":
-            rest = {name: value for name, value in record.items() if name not in self.named}
-            return self.kind.read(rest, ".".join(outer))
-        return self.kind.read(record.get(last), self.path)
+            return {name: value for name, value in record.items() if name not in self.named}
+        return record.get(last)
 
     def put(self, record: dict[str, Any], value: Any) -> None:
         """Write a value of JSON into a record's."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from deltalab.store import shown
 from deltalab.store.fields import number, plain
-from deltalab.store.record import Outcome, parse
+from deltalab.store.record import Outcome, fault, parse
 from deltalab.store.records import enrolled, path_of
 
 Warn = Callable[[str], None]
@@ -36,7 +37,11 @@ def read(directory: Path, warn: Warn) -> list[Outcome]:
 def _doubted(path: Path, warn: Warn) -> Iterator[Outcome]:
     """Yield the point of a record, if it can be read."""
     try:
-        yield parse(json.loads(path.read_text(encoding="utf-8")))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        point = parse(record)
+        if point.failure is None and (why := fault(record, needed=())):
+            warn(f"{path}: {why}")
+        yield point
     except (OSError, ValueError, RecursionError) as problem:
         warn(f"skipped {path}: {' '.join(str(problem).split())}")
 
@@ -57,7 +62,7 @@ def read_tracked(directory: Path, warn: Warn) -> list[Outcome]:
         empty = path.stat().st_size == 0
         for point in _doubted(path_of(directory, path.name) if empty else path, warn):
             if empty:
-                point = replace(point, experiment=unquote(path.parent.name))
+                point = replace(point, experiment=shown.name(unquote(path.parent.name)))
             latest[point.key, point.experiment] = point
     return sorted(latest.values(), key=sort_key)
 

@@ -7,11 +7,11 @@ in it needs more than the standard library.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from deltalab.store import pairs
+from deltalab.store import pairs, shown
 from deltalab.store.effects import MARGIN, classify, two_errors
 from deltalab.store.fields import (
     ANEW,
@@ -137,7 +137,7 @@ class Outcome:
     def __post_init__(self) -> None:
         for each in fields_of(type(self)):
             if each.derive is not None and getattr(self, each.name) in (None, ""):
-                object.__setattr__(self, each.name, each.derive(self))
+                object.__setattr__(self, each.name, shown.within(each.derive(self)))
 
     @property
     def label(self) -> str:
@@ -171,6 +171,12 @@ def parse(record: Any) -> Outcome:
     """
     if not isinstance(record, dict):
         raise ValueError(f"not a record but a {type(record).__name__}")
+    record = {
+        name: value
+        if name == "config"
+        else shown.within(value, shown.MESSAGE if name == "error" else shown.NAME)
+        for name, value in record.items()
+    }
     if record.get("schema", SCHEMA) != SCHEMA:
         raise ValueError(f"schema {record['schema']!r}, this version reads schema {SCHEMA}")
     if record.get("status") not in ("ok", "error"):
@@ -182,6 +188,37 @@ def parse(record: Any) -> Outcome:
         if not isinstance(value, str):
             raise ValueError(f"{name} {value!r}, must be a string")
     return _read(record)
+
+
+NEEDED = ("key", "model", "edit", "loss", "seconds")
+"""What every finished point has."""
+
+
+def fault(record: Mapping[str, Any], needed: Collection[str] = NEEDED) -> str | None:
+    """Return what is wrong with the JSON of a finished point, None where it is a whole record.
+
+    >>> fault({"schema": 1, "key": "0a", "loss": {"change": "?"}, "model": "m", "seconds": 1})
+    'edit is missing'
+    """
+    if (schema := record.get("schema")) != SCHEMA:
+        return f"has schema {schema!r}, this version of deltalab writes {SCHEMA}"
+    if missing := [name for name in needed if not record.get(name)]:
+        return f"{missing[0]} is missing"
+    try:
+        for each in table():
+            given = each.raw(record)
+            found = mapping(given, each.path) if each.kind is CONFIG else each.of(record)
+            if found is None and each.kind not in (ANEW, MAIN) and (given or each.name in needed):
+                return f"{each.path} {given!r}, must be {each.kind.wanted}"
+    except ValueError as problem:
+        return str(problem)
+    return None
+
+
+def is_newer(record: Any) -> bool:
+    """Whether a record is of a schema that a later version of this package has made."""
+    schema = record.get("schema") if isinstance(record, Mapping) else None
+    return isinstance(schema, int) and schema > SCHEMA
 
 
 def _read(record: Mapping[str, Any]) -> Outcome:

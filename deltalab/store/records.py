@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
-from deltalab.store import files
-from deltalab.store.record import SCHEMA
+from deltalab.store import files, shown
+from deltalab.store.record import SCHEMA, fault, is_newer
 
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -30,28 +30,53 @@ def lock_of(results: str | Path, key: str) -> Path:
 
 
 def read(results: str | Path, key: str) -> Record | None:
-    """Return a finished record, or None where it is absent, unreadable or an error record."""
-    try:
-        record: Record = json.loads(path_of(results, key).read_text())
-    except (OSError, ValueError, RecursionError):
+    """Return a finished record, or None where it is absent, not whole or an error record.
+
+    What is not whole is told once, in one line.
+
+    Raises:
+        ValueError: a newer version has written it.
+    """
+    path = path_of(results, key)
+    record = _found(path)
+    if record.get("status") != "ok":
         return None
-    if not isinstance(record, dict) or record.get("status") != "ok":
-        return None
-    if record.get("schema") != SCHEMA:
-        log.warning(
-            "%s has schema %s, this version of deltalab writes %s: the point is run again",
-            path_of(results, key), record.get("schema"), SCHEMA,
-        )  # fmt: skip
+    if why := fault(record):
+        if path not in _told:
+            log.warning("%s: %s; the point is run again", path, shown.name(why))
+        _told.add(path)
         return None
     return record
+
+
+_told: set[Path] = set()
+
+
+def _found(path: Path) -> Record:
+    """Return what a file holds, empty where it holds no object; raises as `read` does."""
+    try:
+        record: Record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if is_newer(record):
+        raise ValueError(
+            f"{path}: a newer version of deltalab has written it (schema {record['schema']}, this"
+            f" one knows {SCHEMA}); use that version, or another results=DIR"
+        )
+    return record if isinstance(record, dict) else {}
 
 
 def finished(
     results: str | Path, key: str, force: bool = False, experiment: str | None = None
 ) -> Record | None:
-    """Return a point's record if it need not be run again, and count it to the experiment."""
+    """Return a point's record if it need not be run again, and count it to the experiment.
+
+    Raises:
+        ValueError: a newer version has written it, so that it must not be run over either.
+    """
+    _found(path_of(results, key))
     done = None if force else read(results, key)
-    if done is not None and experiment and done["experiment"] != experiment:
+    if done is not None and experiment and done.get("experiment") != experiment:
         enrol(results, experiment, key)
     return done
 
@@ -61,7 +86,7 @@ def enrol(results: str | Path, experiment: str, key: str) -> None:
 
     An empty file `DIR/records/of/<experiment>/<key>` says so; the record itself never changes.
     """
-    place = Path(results) / "records" / "of" / quote(experiment, safe="")
+    place = Path(results) / "records" / "of" / shown.folder(experiment)
     place.mkdir(parents=True, exist_ok=True)
     (place / key).touch()
 
@@ -70,7 +95,7 @@ def enrolled(results: str | Path) -> dict[str, list[str]]:
     """Return the further experiments of every key that `enrol` has noted."""
     found: dict[str, list[str]] = {}
     for path in sorted((Path(results) / "records" / "of").glob("*/*")):
-        found.setdefault(path.name, []).append(unquote(path.parent.name))
+        found.setdefault(path.name, []).append(shown.name(unquote(path.parent.name)))
     return found
 
 
@@ -88,31 +113,36 @@ def check_writable(results: str | Path) -> None:
 
 
 def redacted(value: Any) -> Any:
-    """Return a copy of nested data in which no text holds a secret of the environment.
+    """Return a copy of nested data in which no text tells a secret, or whose home it was made in.
 
     What environment variables named `...KEY`, `...TOKEN`, `...SECRET` and the like hold is replaced
-    by `***`, however it came into the data.
+    by `***`, however it came into the data, and the path of the home directory by `~`.
     """
-    return _redacted(value, list(_secrets().values()))
+    found = _redacted(value, dict.fromkeys(map(re.escape, _secrets().values()), "***"))
+    home = os.path.expanduser("~").rstrip("/")
+    return _redacted(found, {rf"(?<![\w./~-]){re.escape(home)}(?![\w-]|\.\w)": "~"} if home else {})
 
 
 def secret_in(value: Any) -> str | None:
     """Return the variable of the environment whose secret nested data hold, if they hold one."""
-    return next((k for k, v in _secrets().items() if _redacted(value, [v]) != value), None)
+    return next(
+        (k for k, v in _secrets().items() if _redacted(value, {re.escape(v): ""}) != value), None
+    )
 
 
 def _secrets() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if _SECRET.search(k) and len(v) >= 8}
 
 
-def _redacted(value: Any, secrets: list[str]) -> Any:
+def _redacted(value: Any, instead: Mapping[str, str]) -> Any:
+    """Return a copy of nested data in whose texts patterns are replaced."""
     if isinstance(value, Mapping):
-        return {_redacted(k, secrets): _redacted(v, secrets) for k, v in value.items()}
+        return {_redacted(k, instead): _redacted(v, instead) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_redacted(v, secrets) for v in value]
+        return [_redacted(v, instead) for v in value]
     if isinstance(value, str):
-        for secret in secrets:
-            value = value.replace(secret, "***")
+        for pattern, other in instead.items():
+            value = re.sub(pattern, other, value)
     return value
 
 
@@ -123,7 +153,9 @@ def write(results: str | Path, record: Record) -> Path:
 
     Raises:
         OSError: naming the file, where it cannot be written; an earlier record is left as it was.
+        ValueError: a newer version has written one, which is left too.
     """
+    _found(path_of(results, record["key"]))
     text = json.dumps(_finite(redacted(record)), indent=1, allow_nan=False)
     return files.write(path_of(results, record["key"]), text + "\n")
 

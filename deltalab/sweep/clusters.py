@@ -13,7 +13,7 @@ from typing import Any
 
 from deltalab import console
 from deltalab.sweep import stopping
-from deltalab.sweep.launching import Done, Job, Sweep, collect, died, run
+from deltalab.sweep.launching import Done, Job, Sweep, collect, died, end_of, run
 
 SHARE_OF_WARNING = 0.7  # of the time between SLURM's warning and its end, for the point at hand
 
@@ -42,7 +42,7 @@ class Share:
             if done.result is not None:
                 self._keep(done)
             warned.settle()
-            if stopping.wanted():
+            if done.last or stopping.wanted():
                 break
         return sum((self.journal / f"{job.number}.pkl").exists() for job in jobs)
 
@@ -124,6 +124,9 @@ def slurm(
 ) -> list[Any]:
     """Run jobs as an array of SLURM and wait for them; a dead task costs its unfinished points.
 
+    Raises:
+        stopping.Ended: no further point can be run; the other tasks are cancelled.
+
     Args:
         sweep: what the jobs need.
         jobs: the points.
@@ -153,7 +156,12 @@ def slurm(
     with stopping.working():
         while running and not stopping.wanted():
             ended = [task for task in running if task.done()]
-            results |= collect(jobs, _finished(journal, results))
+            finished = list(_finished(journal, results))
+            results |= collect(jobs, finished)
+            if (end := end_of(finished)) is not None:
+                for task in running:
+                    task.cancel(check=False)
+                raise stopping.Ended(end)
             for task in ended:
                 why = f"job {task.job_id} is {task.state}; its log: {task.paths.stderr}"
                 missing = [job for job in running.pop(task) if job.number not in results]
@@ -175,6 +183,9 @@ def ray(
 ) -> list[Any]:
     """Run jobs as tasks of Ray, as many at a time as the cluster has room for.
 
+    Raises:
+        stopping.Ended: no further point can be run; those that were running are finished.
+
     Args:
         sweep: what the jobs need.
         jobs: the points.
@@ -191,7 +202,7 @@ def ray(
     resources: dict[str, float] = engine.cluster_resources()
     room = max(int(resources.get("CPU", 1) // (remote.get("num_cpus") or 1)), 1)
     results: dict[int, Any] = {}
-    waiting = list(reversed(jobs))
+    waiting, ended = list(reversed(jobs)), None
     running: dict[Any, Job] = {}
     with stopping.working():
         while running or (waiting and not stopping.wanted()):
@@ -201,9 +212,14 @@ def ray(
             for reference in engine.wait(list(running))[0]:
                 job = running.pop(reference)
                 try:
-                    results |= collect(jobs, [engine.get(reference)])
+                    done = engine.get(reference)
+                    results |= collect(jobs, [done])
+                    if (why := end_of([done])) is not None:
+                        waiting, ended = [], why
                 except RayError as error:
                     results[job.number] = died(job, console.one_line(error))
+    if ended is not None:
+        raise stopping.Ended(ended)
     if len(results) < len(jobs):
         raise stopping.Stopped
     return [results[job.number] for job in jobs]

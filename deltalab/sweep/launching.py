@@ -83,6 +83,7 @@ def unpacked(data: bytes) -> Sweep:
 def run(data: bytes, job: Job) -> Done:
     """Run one job in this process; what it raises comes back as its result."""
     sweep, printed = unpacked(data), StringIO()
+    console.ready()
     with redirect_stdout(printed):
         try:
             with composing.guarded():
@@ -108,6 +109,12 @@ def run(data: bytes, job: Job) -> Done:
     if isinstance(result._return_value, Exception):
         result._return_value = portable(result._return_value)
     return Done(job.number, result, printed.getvalue())
+
+
+def end_of(finished: Iterable[Done]) -> Exception | None:
+    """Return why no further point can be run, if one of some jobs has found that out."""
+    found = (done.result for done in finished if done.last and done.result is not None)
+    return next((result._return_value for result in found), None)
 
 
 def failed(job: Job, error: Exception) -> JobReturn:
@@ -143,7 +150,7 @@ def collect(jobs: Sequence[Job], finished: Iterable[Done]) -> dict[int, JobRetur
 def died(job: Job, why: str) -> JobReturn:
     """Show and return the failure of a point whose process died."""
     error = WorkerDied(f"{' '.join(job.overrides)}: {why}")
-    console.point_done(f"failed: {error}")
+    console.point_done(f"failed: {console.one_line(error)}")
     return failed(job, error)
 
 
@@ -207,9 +214,9 @@ def _drain(
                 stop.set()
                 stopping.want()
             results.update(collect(jobs, [done]))
-            if done.last and done.result is not None and not ended:
+            if (why := end_of([done])) is not None:
                 stop.set()
-                ended.append(done.result._return_value)
+                ended.append(why)
     except BrokenExecutor:
         return True
     for why in ended:

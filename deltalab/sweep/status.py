@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltalab.commands import command
-from deltalab.store import locks
-from deltalab.store.record import peek
+from deltalab.store import locks, shown
+from deltalab.store.record import fault, is_newer, peek
 from deltalab.sweep import sweeps
 
 USAGE = """\
@@ -84,14 +84,17 @@ def status(results: str, sweep: str = "", list_: str = "", retry: str = "") -> i
     points = look(directory, chosen[0], known)
     if retry:
         return _retry([point for point in points if point.state == "failed"], results)
-    print(f"sweep {chosen[0].folder.name}: deltalab -m {' '.join(chosen[0].command)}")
+    one = chosen[0]
+    print(shown.line(f"sweep {one.folder.name}: deltalab -m {' '.join(one.command)}"))
     print(summary(points))
     common = set.intersection(*(set(point.overrides) for point in points)) if points else set()
     for state in [list_] if list_ else ["running", "failed"]:
         found = [point for point in points if point.state == state]
         for point in found if list_ else found[:SHOWN]:
             point = _outcome(directory, point)
-            print(f"  {'' if list_ else f'{state} '}{told(point, common)}")
+            print(
+                f"  {'' if list_ else f'{state} '}{shown.name(told(point, common), shown.MESSAGE)}"
+            )
         if not list_ and len(found) > SHOWN:
             print(f"  and {len(found) - SHOWN} more: list={state}")
     return 0
@@ -111,7 +114,7 @@ def look(directory: Path, sweep: sweeps.Listed, known: Iterable[sweeps.Listed]) 
     for number, overrides in enumerate(sweep.points):
         key = sweep.keys.get(number) or elsewhere.get(tuple(sorted(overrides)), "")
         record = _record(directory, key) if key else {}
-        if (state := peek(record, "status")) == "ok":
+        if (state := peek(record, "status")) == "ok" and fault(record) is None:
             seconds = peek(record, "seconds")
             found.append(Point(overrides, "done", seconds=seconds, key=key))
         elif key in held:
@@ -122,6 +125,8 @@ def look(directory: Path, sweep: sweeps.Listed, known: Iterable[sweeps.Listed]) 
             found.append(Point(overrides, "failed", " ".join(why.split())))
         elif number in sweep.failures:
             found.append(Point(overrides, "failed", sweep.failures[number]))
+        elif is_newer(record):
+            found.append(Point(overrides, "failed", f"record of a newer version: {fault(record)}"))
         else:
             found.append(Point(overrides, "missing"))
     return found

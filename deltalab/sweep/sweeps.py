@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from deltalab.store import shown
+
 POINTS, KEY, FAILURE = "points.json", "key", "failure"
 
 
@@ -44,7 +46,7 @@ def write(folder: Path, command: Sequence[str], points: Sequence[Sequence[str]])
 def note(folder: str | Path, name: str, text: str) -> None:
     """Write a point's `key`, or its `failure` in one line, into the point's own folder."""
     with suppress(OSError):  # who asks will learn less, and the point goes on
-        (Path(folder) / name).write_text(text)
+        (Path(folder) / name).write_text(shown.line(text), "utf-8")
 
 
 def setting(override: str) -> str:
@@ -64,7 +66,7 @@ def varied(folder: Path) -> frozenset[str]:
         folder: the sweep's; its list of points is written before the first of them begins.
     """
     try:
-        points = json.loads((folder / POINTS).read_text())["points"]
+        points = json.loads((folder / POINTS).read_text("utf-8", "replace"))["points"]
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset()
     every = {override for point in points for override in point}
@@ -75,7 +77,10 @@ def varied(folder: Path) -> frozenset[str]:
 def keys(folder: Path) -> list[str]:
     """Return the keys of all points that a sweep has begun, by number."""
     begun = [file for file in folder.glob(f"*/{KEY}") if file.parent.name.isdigit()]
-    return [file.read_text().strip() for file in sorted(begun, key=lambda f: int(f.parent.name))]
+    return [
+        file.read_text("utf-8", "replace").strip()
+        for file in sorted(begun, key=lambda f: int(f.parent.name))
+    ]
 
 
 def begun(folder: Path) -> int:
@@ -91,7 +96,7 @@ def listed(results: Path) -> Iterator[Listed]:
             files.append((file.stat().st_mtime, file))
     for began, file in sorted(files, reverse=True):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(file.read_text())
+            found = json.loads(file.read_text("utf-8", "replace"))
             points = tuple(tuple(map(str, point)) for point in found["points"])
             command = tuple(map(str, found["command"]))
             sweep = Listed(file.parent, began, command, points)
@@ -102,7 +107,11 @@ def listed(results: Path) -> Iterator[Listed]:
 
 def _read(sweep: Listed, number: int) -> None:
     with suppress(OSError):
-        sweep.keys[number] = (sweep.folder / f"{number}" / KEY).read_text().strip()
+        sweep.keys[number] = (
+            (sweep.folder / f"{number}" / KEY).read_text("utf-8", "replace").strip()
+        )
         return
     with suppress(OSError):
-        sweep.failures[number] = (sweep.folder / f"{number}" / FAILURE).read_text().strip()
+        sweep.failures[number] = (
+            (sweep.folder / f"{number}" / FAILURE).read_text("utf-8", "replace").strip()
+        )

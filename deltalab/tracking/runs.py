@@ -5,9 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from deltalab.store import shown
 from deltalab.store.fields import Shows, flatten
 from deltalab.store.record import Outcome, table
 
+MOST_OF_NAME = 128
 MOST_OF_TAG = 64  # characters: the service refuses longer ones, and a tag twice
 _SECRET = re.compile(r"(^|_)(api_key|apikey|token|secret|passw(or)?d|credentials?)$", re.IGNORECASE)
 
@@ -18,13 +20,13 @@ def run_name(point: Outcome) -> str:
     >>> run_name(Outcome("mnist_vit", "dare", {"p": 0.5, "k": 0.0}, seed=0))
     'dare p=0.5 k=0 seed=0 mnist_vit'
     """
-    return f"{point.label} seed={point.seed} {point.pair}"
+    return shown.name(f"{point.label} seed={point.seed} {point.pair}", MOST_OF_NAME)
 
 
 def tags(point: Outcome, experiment: str | None) -> list[str]:
     """Tag a run with its model, edit, class or status, and experiment, where it has them."""
     found = [point.model, point.pair, point.edit, point.classed or point.status, experiment]
-    return list(dict.fromkeys(str(tag)[:MOST_OF_TAG] for tag in found if tag))
+    return list(dict.fromkeys(shown.name(tag, MOST_OF_TAG) for tag in found if tag))
 
 
 def config(point: Outcome) -> dict[str, Any]:

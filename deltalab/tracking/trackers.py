@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from deltalab.settings import home
-from deltalab.store import files
+from deltalab.store import files, shown
 from deltalab.store.reading import TRACKED
 from deltalab.store.record import parse
 from deltalab.store.records import secret_in
@@ -140,7 +140,7 @@ class Wandb:
         rows, results, notes = runs.nodes(point), runs.numbers(point), runs.words(point)
         # A point belongs to its experiment, however many sweeps it took to complete that.
         run = self._begun(
-            group=self.group or record.get("experiment") or group,
+            group=shown.name(self.group or record.get("experiment") or group, LONGEST),
             job_type="point",
             name=runs.run_name(point),
             tags=runs.tags(point, record.get("experiment")),
@@ -165,10 +165,10 @@ class Wandb:
         import wandb
 
         run = self._begun(
-            group=self.group or name,
+            group=shown.name(self.group or name, LONGEST),
             job_type="summary",
-            name=f"{name} summary",
-            tags=[name[: runs.MOST_OF_TAG], "summary"],
+            name=shown.name(f"{name} summary", LONGEST),
+            tags=[shown.name(name, runs.MOST_OF_TAG), "summary"],
             config={"experiment": name, "sweep": group},
         )
         try:
@@ -214,7 +214,7 @@ class Wandb:
         """Return the file that holds a point's record if it was logged."""
         experiment, key = record.get("experiment") or "runs", f"{record.get('key')}{end}"
         names = self.project, str(experiment), key
-        return Path(self.dir, TRACKED, *(quote(name, safe="") for name in names))
+        return Path(self.dir, TRACKED, *map(shown.folder, names))
 
 
 def has_account() -> bool:

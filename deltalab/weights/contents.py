@@ -5,7 +5,7 @@ the same tensors are cut into other shards. Nothing here imports torch.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,20 +116,24 @@ def beside(path: Path) -> list[Path]:
     )
 
 
-def of_tree(root: Path, full: bool = False) -> str:
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def of_tree(root: Path, full: bool = False, is_hidden: Callable[[str], bool] = _is_hidden) -> str:
     """Return the digest of a directory: the names and contents of all files below it.
 
-    Hidden files and directories are left out; of a link, what it leads to counts.
+    Hidden files and directories are left out, by their names; of a link, what it leads to counts.
     """
     found: dict[str, Path] = {}
     seen: set[str] = set()  # a link may lead back up
     for folder, folders, names in os.walk(root, followlinks=True):
         fresh = os.path.realpath(folder) not in seen
         seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if fresh and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if fresh and not is_hidden(name))
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
+            if not is_hidden(name) and path.is_file():
                 found[path.relative_to(root).as_posix()] = path
     return digests.combined(dict(zip(found, digests.of_files(found.values(), full), strict=True)))
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.report.figures.style import looks, panels
+from deltalab.report.figures.style import looks, panels, short
 from deltalab.report.outcomes import by_pair, pair_names, references
 from deltalab.report.tables import is_lenient, scores
 from deltalab.store.fields import number, plain
@@ -39,7 +39,7 @@ def figure(points: Sequence[Outcome]) -> Any:
         axes.remove()
     for axes, (name, metric, found, ends) in zip(grid.flat, wanted, strict=False):
         _curves(axes, metric, found)
-        axes.set(title=name, xlabel="drop rate p", ylabel=metric)
+        axes.set(title=short(name), xlabel="drop rate p", ylabel=short(metric))
         for end in ends:
             if metric in end.metrics:
                 _line(axes, end.metrics[metric], end.edit)
@@ -64,7 +64,7 @@ def _curves(axes: Any, metric: str, points: Sequence[Outcome]) -> None:
         mean = [statistics.fmean(values[p]) for p in rates]
         spread = [statistics.stdev(values[p]) if len(values[p]) > 1 else 0.0 for p in rates]
         colour, marker = looks(index)
-        axes.plot(rates, mean, color=colour, marker=marker, markersize=4, lw=1.3, label=name)
+        axes.plot(rates, mean, color=colour, marker=marker, markersize=4, lw=1.3, label=short(name))
         if any(spread):
             low = [m - s for m, s in zip(mean, spread, strict=True)]
             high = [m + s for m, s in zip(mean, spread, strict=True)]

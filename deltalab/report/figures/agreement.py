@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.report.figures.style import looks, panels
+from deltalab.report.figures.style import looks, panels, short
 from deltalab.report.outcomes import by_pair, pair_names, rules
 from deltalab.store.record import Outcome
 
@@ -34,18 +34,19 @@ def figure(points: Sequence[Outcome]) -> Any:
     for own, line in zip(pairs, grid, strict=True):
         values = [v for p in own for v in (p.change, *(_value(p, r) for r in titles)) if v]
         errors = [p.error or 0.0 for p in own]
-        unit = own[0].unit or "nats"
+        unit = short(own[0].unit or "nats")
         for axes, (rule, title) in zip(line, titles.items(), strict=True):
             if len(own) > MANY:
                 title = f"{title} ({len(own)} points, no bars)"
                 _cloud(axes, own, rule, series, handles)
             for point in own if len(own) <= MANY else ():
                 _point(axes, point, rule, series, handles)
-            axes.set(title=f"{named[own[0].of]}, {title}", xlabel=f"measured change ({unit})")
+            title = f"{short(named[own[0].of])}, {short(title)}"
+            axes.set(title=title, xlabel=f"measured change ({unit})")
             _scale(axes, values, errors)
         line[0].set_ylabel(f"term ({unit})")
-    names = sorted(handles)
-    drawn.legend([handles[name] for name in names], names, loc="outside right center")
+    edits = sorted(handles)
+    drawn.legend([handles[e] for e in edits], [short(e) for e in edits], loc="outside right center")
     return drawn
 
 
@@ -70,7 +71,7 @@ def _point(
     if value * point.change < 0:
         side, away = ("right", -6) if point.change > 0 else ("left", 6)
         beside = {"xytext": (away, -4), "textcoords": "offset points", "va": "top", "ha": side}
-        axes.annotate(point.label, (point.change, value), fontsize=7, **beside)
+        axes.annotate(short(point.label), (point.change, value), fontsize=7, **beside)
 
 
 def _cloud(
@@ -117,7 +118,7 @@ def _decades(axis: Any, low: float, high: float, first: int) -> None:
     for sign, last in ends.items():
         for power in range(first, last + 1, step):
             ticks[float(f"{sign}1e{power}")] = f"${sign}10^{{{power}}}$" if power else f"${sign}1$"
-    axis.set_ticks(list(ticks), list(ticks.values()))
+    axis.set_ticks(list(ticks), list(ticks.values()), parse_math=True)
     axis.set_ticks([], minor=True)
 
 

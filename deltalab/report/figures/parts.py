@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltalab.report.figures.style import HATCHES, looks, panels
+from deltalab.report.figures.style import HATCHES, looks, panels, short
 from deltalab.report.outcomes import by_pair, pair_names
 from deltalab.store.record import Outcome
 
@@ -41,7 +41,7 @@ def figure(points: Sequence[Outcome]) -> Any:
     drawn, grid = panels(len(counts), 1, 6.8, height, [count + 2 for count in counts])
     for axes, (title, means) in zip(grid.flat, split.items(), strict=True):
         _stack(axes, means, names)
-        axes.set(title=title, xlabel=f"term ({units[title]})")
+        axes.set(title=short(title), xlabel=f"term ({short(units[title])})")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     drawn.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside right upper")
     return drawn
@@ -74,12 +74,14 @@ def _stack(axes: Any, bars: Mapping[str, Mapping[str, float]], names: Sequence[s
         widths = [bar.get(name, 0.0) for bar in bars.values()]
         starts = [left[i] if width < 0 else right[i] for i, width in enumerate(widths)]
         look = {"color": looks(index)[0], "hatch": HATCHES[index % len(HATCHES)]}
-        axes.barh(places, widths, left=starts, height=0.7, lw=0.4, ec="white", label=name, **look)
+        axes.barh(
+            places, widths, left=starts, height=0.7, lw=0.4, ec="white", label=short(name), **look
+        )
         left = [a + min(width, 0.0) for a, width in zip(left, widths, strict=True)]
         right = [a + max(width, 0.0) for a, width in zip(right, widths, strict=True)]
     sums = [sum(bar.values()) for bar in bars.values()]
     axes.plot(sums, places, ls="none", marker="D", color="black", markersize=4, label="sum")
     axes.axvline(0, color="black", lw=0.8)
-    axes.set_yticks(places, list(bars))
+    axes.set_yticks(places, [short(name) for name in bars])
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)

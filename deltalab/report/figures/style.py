@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from deltalab.store.shown import name
+
 # Okabe and Ito's palette without its yellow, which print loses; black is kept for references.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -24,9 +26,15 @@ STYLE = {
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.05,
     "svg.hashsalt": "deltalab",
+    "text.parse_math": False,  # names of records are no formulas
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
+
+
+def short(text: str) -> str:
+    """Return what a record calls something, of a length that a figure has room for."""
+    return name(text, 80)
 
 
 def looks(index: int) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from deltalab.report.page.points import MOST_POINTS, Points, gather, tabulate
 from deltalab.report.page.views import shown
 from deltalab.store import files
 from deltalab.store.record import Outcome
+from deltalab.store.shown import html
 
 NAME = "index.html"
 
@@ -49,7 +50,8 @@ def render(cards: Sequence[Card], points: Points, records: int) -> str:
     from jinja2 import Environment
     from markupsafe import Markup
 
-    template = Environment(autoescape=True, trim_blocks=True).from_string(_own("page.html"))
+    made = Environment(autoescape=True, trim_blocks=True, finalize=html)
+    template = made.from_string(_own("page.html"))
     views = shown(cards)
     specification = chart(points)
     script = _own("start.js")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalab.report.page.cards import VERDICTS, Card, Figure, Grid, Warn, lighter
+from deltalab.store import shown
 from deltalab.store.fields import number, plain
 
 
@@ -37,7 +38,7 @@ def parse(card: Any, path: Path, warn: Warn) -> Card:
     """
     if not isinstance(card, dict):
         raise ValueError(f"not a card but a {type(card).__name__}")
-    name = text(card.get("name")) or path.stem
+    name = shown.name(text(card.get("name")) or path.stem)
     commands = [
         ("command", text(card.get("command"))),
         ("at the paper's scale", text(card.get("paper_command"))),
@@ -75,7 +76,7 @@ def parse(card: Any, path: Path, warn: Warn) -> Card:
         figures=tuple(_figures(items(card.get("figures")), path.parent, warn)),
         tables=tuple(_grid(table) for table in items(card.get("tables")) if table),
         lines=beside(path.parent, card.get("lines"), (".jsonl",), warn),
-        experiments=(name, *(text(each) for each in items(card.get("experiments")))),
+        experiments=(name, *(shown.name(text(e)) for e in items(card.get("experiments")))),
     )
 
 
@@ -89,7 +90,7 @@ def text(value: Any) -> str:
         return ""
     if isinstance(value, list):
         return ", ".join(text(each) for each in value)
-    return " ".join(plain(value).split())
+    return shown.name(" ".join(plain(value).split()), shown.MESSAGE)
 
 
 def items(value: Any) -> list[Any]:

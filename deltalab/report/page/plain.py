@@ -1,30 +1,12 @@
 """Plain cards of experiments without one: what their report has drawn, and how much there is."""
 
-import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from deltalab.report.figures import FIGURES
 from deltalab.report.page.cards import Card, Figure, lighter
 from deltalab.store.record import Outcome
-
-LONGEST = 120
-"""Bytes of a file's name before its ending; systems allow 255 with it."""
-
-
-def stem(experiment: str) -> str:
-    """Name an experiment's files; of a very long name the beginning, and a digest of all of it.
-
-    >>> stem("fig/2 again")
-    'fig-2-again'
-    >>> stem("x" * 300)
-    'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx-0d4e2ca9'
-    """
-    name = re.sub(r"[^\w.-]+", "-", experiment)
-    if len(whole := name.encode(errors="replace")) <= LONGEST:
-        return name
-    return f"{whole[:80].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
+from deltalab.store.shown import stem
 
 
 def without_card(directory: Path, points: Sequence[Outcome], known: Sequence[str]) -> list[Card]:

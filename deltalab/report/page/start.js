@@ -29,8 +29,8 @@ if (read("points-data")) {
     ...plain,
     columns: fields.map(({ title, numeric }, data) =>
       numeric
-        ? { title, data, render: shown, className: "number", type: "num" }
-        : { title, data, render: text }
+        ? { title: text.display(title), data, render: shown, className: "number", type: "num" }
+        : { title: text.display(title), data, render: text }
     ),
     columnDefs: [
       { targets: "_all", defaultContent: "" },

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltalab.store import files
+from deltalab.store import files, shown
 from deltalab.store.fields import Shows, plain
 from deltalab.store.record import Outcome, flat, line
 
@@ -52,8 +52,8 @@ def _csv(points: Sequence[Outcome]) -> str:
     columns, rows = sheet(points)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow(map(shown.cell, columns))
     for row in rows:
         cells = [plain(value) if isinstance(value, list | bool) else value for value in row]
-        writer.writerow(cells)
+        writer.writerow(map(shown.cell, cells))
     return text.getvalue()
