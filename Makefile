@@ -71,6 +71,7 @@ audit: $(VENV)/.user ## known vulnerabilities of the pinned packages, where the 
 bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, against their floors
 	@$(BIN)/python -m experiments.bench.edits
 	@$(BIN)/python -m experiments.bench.order
+	@$(BIN)/python -m experiments.bench.audit
 	@$(BIN)/python -m experiments.bench.lowrank
 	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.streamed $$d; rm -rf $$d
 	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.streamed $$d 4.2 3 nomergekit; rm -rf $$d

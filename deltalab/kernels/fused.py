@@ -58,8 +58,8 @@ def edited(
     needs: Mapping[str, Any],
     body: Body,
     out: Tensor,
-) -> bool:
-    """Write one edited tensor by a compiled pass; return whether that was possible.
+) -> list[float] | None:
+    """Write one edited tensor by a compiled pass; return the sums of its terms, None if impossible.
 
     Args:
         pre: pre-trained tensor.
@@ -73,14 +73,13 @@ def edited(
     grads = [t for name, t in needs.items() if name == "grad"]
     inputs = (pre, post, *grads)
     if any(t.device.type != "cpu" for t in (*inputs, out)):
-        return False
+        return None
     matrix = _sees_matrix(edit, post.shape)
     program = _program(edit, tuple(t.dtype for t in inputs), matrix, body, _known(needs))
     if program is None or not _compiles(edit, program):
-        return False
+        return None
     flat = [t.detach().contiguous().view(-1) for t in inputs]
-    native.edit(program, flat, needs.get("rng"), out.view(-1))
-    return True
+    return native.edit(program, flat, needs.get("rng"), out.view(-1))
 
 
 def edited_files(

@@ -35,7 +35,7 @@ _compiling = Lock()
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
 
-def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tensor) -> None:
+def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tensor) -> list[float]:
     """Write the edited tensor to `out`, by as many threads as PyTorch uses.
 
     Args:
@@ -44,6 +44,9 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
             contiguous, on the CPU, of the dtypes the program was made for.
         rng: the random numbers of the tensor, or None.
         out: of post's length and dtype.
+
+    Returns:
+        What the program's terms add up to, in an order that no number of threads changes.
 
     Raises:
         ValueError: a tensor is not on the CPU, where alone its address can be read.
@@ -54,6 +57,7 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
     >>> made = program(Expo(alpha=0.5), (), add, (torch.float32, torch.float32))
     >>> a, b, out = torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.empty(3)
     >>> edit(made, [a, b], None, out)
+    []
     >>> out
     tensor([1.5000, 3.0000, 6.0000])
     """
@@ -62,15 +66,20 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
             raise ValueError(f"an edit in C takes tensors on the CPU, not on {tensor.device}")
     library, whole = load(program), out.numel()
     numbers = _doubles(program.numbers)
+    terms: dict[int, Any] = {}
 
     def run(stage: int, sums: Any, piece: tuple[int, int]) -> float:
         begin, size = piece
+        own = terms[begin] = _doubles([0.0] * program.terms)
         a, b, *grad, made = (t.data_ptr() + begin * t.itemsize for t in (*tensors, out))
         slope, keys = grad[0] if grad else None, _keys(program, rng and rng.at(begin))
-        total: float = library.in_memory(stage, size, a, b, slope, made, keys, numbers, sums, whole)
+        more = keys, numbers, sums, whole, own
+        total: float = library.in_memory(stage, size, a, b, slope, made, *more)
         return total
 
     _stages(program, whole, rng, run)  # a sum that is no number makes entries that are none
+    each = [list(terms[begin]) for begin in sorted(terms)]  # of the last stage
+    return [sum(piece[index] for piece in each) for index in range(program.terms)]
 
 
 def edit_files(
@@ -178,7 +187,7 @@ def _compiled(source: str) -> Any:
         loaded = ctypes.CDLL(str(library))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     numbers: list[Any] = [pointer, pointer, pointer, number]  # keys, numbers, sums, whole
-    loaded.in_memory.argtypes = [number, number, *[pointer] * 4, *numbers]
+    loaded.in_memory.argtypes = [number, number, *[pointer] * 4, *numbers, pointer]
     loaded.in_files.argtypes = [number, number, *[ctypes.c_int, number] * 3, *numbers]
     for function in (loaded.in_memory, loaded.in_files):
         function.restype = ctypes.c_double

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltalab.rng import Draws, mix
 
-Body = Callable[[Tensor, Tensor, Any, dict[str, Any]], Tensor]
+Body = Callable[[Tensor, Tensor, Any, dict[str, Any]], Tensor | tuple[Tensor, ...]]
+"""A function of (pre, post, edit, needs): the result, and after it terms to add up: how many are
+true, or the squares."""
 _SAMPLES = {False: ((15,), (14,)), True: ((5, 3), (2, 7))}
 _KEYS = 16
 _PAGE = 1 << 32
@@ -97,6 +99,20 @@ static double added(const double *x, int64_t count)  /* eight by eight, in a fix
             lane[j] += lane[j + half];
     return lane[0];
 }
+
+#ifdef __FMA__
+#define ADDED(x, sum) __builtin_fma(x, x, sum)
+#else
+#define ADDED(x, sum) ((double)(x) * (x) + (sum))
+#endif
+/* The same of squares, which are exact as doubles, lane by lane until the end. */
+enum { LANES = 32 };
+static void squares(const float *restrict x, int64_t count, double *restrict lane)
+{
+    for (int64_t i = 0; i < count; i += LANES)
+        for (int64_t j = 0; j < LANES; j++)
+            lane[j] = ADDED(x[i + j], lane[j]);
+}
 """
 _TOTAL = """
 static double stage_{stage}({signature})
@@ -128,19 +144,42 @@ static double stage_{stage}({signature})
     return 0;
 }}
 """
+_COUNTED = """
+static double stage_{stage}({signature})
+{{
+{blocks}
+{scalars}
+    for (int64_t start = 0; start < count; start += 1024) {{
+        int64_t size = count - start < 1024 ? count - start : 1024;
+{counts}
+        for (int64_t j = 0; j < size; j++) {{
+            int64_t i = start + j;
+{entries}
+            out[i] = {result};
+{terms}
+        }}
+        for (int64_t j = size; j % LANES; j++) {{
+{filled}
+        }}
+{added}
+    }}
+{totals}
+    return 0;
+}}
+"""
 _RUN = """
 enum {{ BLOCK = 1 << 16 }};  /* entries that stay in the cache */
 static double (*const stages[])({signature}) = {{ {stages} }};
 
 double in_memory(int64_t stage, int64_t count, const {pre} *pre, const {post} *post,
                  const {grad} *grad, {post} *out, const int32_t *keys, const double *numbers,
-                 const double *sums, int64_t whole)
+                 const double *sums, int64_t whole, double *terms)
 {{
     double sum = 0;
     for (int64_t at = 0; at < count; at += BLOCK) {{
         int64_t size = count - at < BLOCK ? count - at : BLOCK;
         sum += stages[stage](at, size, pre + at, post + at, grad ? grad + at : 0, out + at, keys,
-                             numbers, sums, whole);
+                             numbers, sums, whole, terms);
     }}
     return sum;
 }}
@@ -198,7 +237,7 @@ double in_files(int64_t stage, int64_t count, int pre, int64_t pre_at, int post,
                take(post, b, size * sizeof *b, post_at + at * sizeof *b) &&
                pre_finite(a, size) && post_finite(b, size);
         if (fine)
-            sum += stages[stage](at, size, a, b, 0, c, keys, numbers, sums, whole);
+            sum += stages[stage](at, size, a, b, 0, c, keys, numbers, sums, whole, 0);
         if (fine && stage == {totals})
             fine = post_finite(c, size) && put(out, c, size * sizeof *c, out_at + at * sizeof *c);
     }}
@@ -223,6 +262,7 @@ class Program:
         numbers: the floating-point parameters.
         streams: the random streams it reads: the forks on the way to each, and its number.
         totals: how many sums over the whole tensor it takes first.
+        terms: how many sums it takes as it edits.
     """
 
     source: str
@@ -230,6 +270,7 @@ class Program:
     numbers: tuple[float, ...]
     streams: tuple[tuple[tuple[str, ...], int], ...]
     totals: int
+    terms: int = 0
 
 
 def program(
@@ -284,7 +325,7 @@ def _written(
     given: dict[str, Any] = {"rng": streams, "grad": grad[0] if grad else None, **known}
     try:
         with torch.no_grad(), _Recorder() as recorder:
-            result = body(pre, post, edit, {name: given[name] for name in needs})
+            made = body(pre, post, edit, {name: given[name] for name in needs})
     except Exception as error:  # on so small a tensor; whoever calls it on the real one will see
         raise Untranslatable(str(error)) from error
     writer = _Writer(shape)
@@ -295,11 +336,12 @@ def _written(
         writer.names[id(word)] = f"keys[{index}]"
     for step in recorder.steps:
         writer.take(*step)
+    result, *terms = made if isinstance(made, tuple) else (made,)
     if result.dtype != post.dtype or result.shape != post.shape:
         raise Untranslatable(f"a result of {result.dtype} in {tuple(result.shape)}")
-    source = writer.program(writer.operand(result, post.dtype), dtypes)
+    source = writer.program(writer.operand(result, post.dtype), dtypes, terms)
     numbers, taken = tuple(writer.numbers), tuple(streams.taken)
-    return Program(source, dtypes, numbers, taken, len(writer.totals))
+    return Program(source, dtypes, numbers, taken, len(writer.totals), len(terms))
 
 
 class _Streams(Draws):
@@ -458,7 +500,30 @@ class _Writer:
         mean = f"sums[{index}]" + (" / (double)whole" if name == "mean" else "")
         return _cast(mean, torch.float64, out.dtype)
 
-    def program(self, result: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    def counted(self, terms: list[Tensor]) -> dict[str, str]:
+        """Return the statements that add up terms as an edit goes on: 1,024 entries at a time."""
+        found: dict[str, list[str]] = {
+            part: [] for part in ("blocks", "counts", "terms", "filled", "added", "totals")
+        }
+        for index, term in enumerate(terms):
+            value = self.operand(term, term.dtype)
+            if term.dtype == torch.bool:
+                found["counts"].append(f"int32_t held_{index} = 0;")
+                found["terms"].append(f"held_{index} += {value};")
+                found["added"].append(f"terms[{index}] += held_{index};")
+            elif term.dtype == torch.float32:
+                blocks = f"float block_{index}[1024]; double lane_{index}[LANES] = {{0}};"
+                found["blocks"].append(blocks)
+                found["terms"].append(f"block_{index}[j] = {value};")
+                found["filled"].append(f"block_{index}[j] = 0;")
+                found["added"].append(f"squares(block_{index}, size, lane_{index});")
+                found["totals"].append(f"terms[{index}] += added(lane_{index}, LANES);")
+            else:
+                raise Untranslatable(f"a sum of {term.dtype}")
+        depths = {"blocks": 1, "counts": 2, "terms": 3, "filled": 3, "added": 2, "totals": 1}
+        return {part: _lines(code, depths[part]) for part, code in found.items()}
+
+    def program(self, result: str, dtypes: tuple[torch.dtype, ...], terms: list[Tensor]) -> str:
         """Return the C program: a function for each sum, the one that edits, one for files."""
         pre, post, grad = (_TYPES[dtype] for dtype in (*dtypes, torch.float32)[:3])
         signature = ", ".join(
@@ -473,18 +538,18 @@ class _Writer:
                 "const double *restrict numbers",
                 "const double *restrict sums",
                 "int64_t whole",
+                "double *restrict terms",
             ]
         )
-
-        def lines(statements: list[str], depth: int) -> str:
-            return "\n".join("    " * depth + statement for statement in statements)
-
         parts, count = [_PRELUDE], len(self.totals)
         steps = [(_TOTAL, 3, *total) for total in self.totals]
-        steps.append((_EDIT, 2, len(self.scalars), len(self.entries), result))
+        counted = self.counted(terms) if terms else {}
+        edit, depth = (_COUNTED, 3) if terms else (_EDIT, 2)
+        steps.append((edit, depth, len(self.scalars), len(self.entries), result))
         for stage, (template, depth, scalars, entries, value) in enumerate(steps):
-            before, each = lines(self.scalars[:scalars], 1), lines(self.entries[:entries], depth)
-            given = {"scalars": before, "entries": each, "result": value}
+            before = _lines(self.scalars[:scalars], 1)
+            each = _lines(self.entries[:entries], depth)
+            given = {"scalars": before, "entries": each, "result": value, **counted}
             parts.append(template.format(stage=stage, signature=signature, **given))
         names = {"pre": pre, "post": post, "grad": grad, "signature": signature}
         stages = ", ".join(f"stage_{stage}" for stage in range(count + 1))
@@ -492,6 +557,10 @@ class _Writer:
             names[f"infinite_{side}"] = _INFINITE.get(dtype, "!__builtin_isfinite(x[i])")
         parts.append(_RUN.format(stages=stages, totals=count, **names))
         return "".join(parts)
+
+
+def _lines(statements: list[str], depth: int) -> str:
+    return "\n".join("    " * depth + statement for statement in statements)
 
 
 def _cast(code: str, old: torch.dtype, new: torch.dtype) -> str:
