@@ -98,7 +98,7 @@ def edited_files(
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result:
             file descriptors and positions in bytes.
-        shape: of the tensor; or for an edit of unit "entry" of any part of it.
+        shape: of the tensor; or for an edit of unit "entry" or "row" of any such part of it.
         kernel: as for `edited_tensor`.
         needs: the keyword arguments that the edit declares.
 

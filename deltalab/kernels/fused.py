@@ -78,8 +78,11 @@ def edited(
     program = _program(edit, tuple(t.dtype for t in inputs), matrix, body, _known(needs))
     if program is None or not _compiles(edit, program):
         return None
+    rng, width = needs.get("rng"), prod(post.shape[1:]) if program.rows else 0
+    if width and not native.within_page(post.numel(), rng):
+        return None
     flat = [t.detach().contiguous().view(-1) for t in inputs]
-    return native.edit(program, flat, needs.get("rng"), out.view(-1))
+    return native.edit(program, flat, rng, out.view(-1), width)
 
 
 def edited_files(
@@ -96,14 +99,17 @@ def edited_files(
         edit: the edit.
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result.
-        shape: of the whole tensor; or for an edit of unit "entry" of any part of it.
+        shape: of the whole tensor; or for an edit of unit "entry" or "row" of any such part of it.
         needs: its keyword arguments, `rng` of the first entry and `quantile` at most, as there.
         body: as for `edited`.
     """
     program = _program(edit, dtypes, _sees_matrix(edit, shape), body, _known(needs))
     if program is None or not _compiles(edit, program):
         return False
-    return native.edit_files(program, files, prod(shape), needs.get("rng"))
+    rng, width = needs.get("rng"), prod(shape[1:]) if program.rows else 0
+    if width and not native.within_page(prod(shape), rng):
+        return False
+    return native.edit_files(program, files, prod(shape), rng, width)
 
 
 def _compiles(edit: Edit, program: Program) -> bool:
