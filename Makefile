@@ -78,6 +78,7 @@ constraints: $(VENV)/.uv ## the hashes of the versions in constraints.txt, from 
 bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, against their floors
 	@$(BIN)/python -m experiments.bench.edits
 	@$(BIN)/python -m experiments.bench.order
+	@$(BIN)/python -m experiments.bench.audit
 	@$(BIN)/python -m experiments.bench.lowrank
 	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.streamed $$d; rm -rf $$d
 	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.streamed $$d 4.2 3 nomergekit; rm -rf $$d

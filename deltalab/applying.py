@@ -2,7 +2,8 @@
 
     deltalab-apply model=timm_vit model.name=... model.pre=DIR model.post=DIR edit=dare out=OUT
 
-takes the settings of `deltalab` that choose a model and an edit (model, edit, select, seed), and
+takes the settings of `deltalab` that choose a model and an edit (model, edit, select, seed, draws,
+label), so that the tensors are those that a point edits, and
 
     out=DIR                               directory to write; it must not exist
     mismatch=error|truncate|keep_post     what to do where the two checkpoints differ
@@ -66,9 +67,10 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    from deltalab import settings as checks
     from deltalab.apply import extras, stream
+    from deltalab.keys import Choices, salt_of
     from deltalab.point import build
-    from deltalab.settings import conf_dir
     from deltalab.sweep import composing
     from deltalab.weights import configs, select
 
@@ -85,15 +87,25 @@ def save(arguments: list[str]) -> dict[str, Any]:
             overrides.append(argument)
     if not own["out"]:
         raise ValueError("out=: name the directory to write")
-    where = initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()))
+    where = initialize_config_dir(version_base="1.3", config_dir=str(checks.conf_dir()))
     with composing.guarded(), where:
-        cfg = compose("config", overrides)
-    settings: Any = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("edit", "model")}
+        cfg = compose("config", overrides, return_hydra_config=True)
+    settings: Any = {}
+    for name in ("edit", "model", "select", "seed", "draws", "label", "nonfinite"):
+        held = cfg[name]
+        plain = OmegaConf.to_container(held, resolve=True) if OmegaConf.is_config(held) else held
+        settings[name] = checks.tidy(plain)  # as a point has it
+    checks.check_top(settings)
     described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
-    given = cfg.select or settings["edit"]["select"]
-    settings["edit"].pop("select", None)
-    chosen: Any = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
+    chosen = settings["edit"].pop("select", None)
+    chosen = settings["select"] or chosen
     select.check(chosen)
+    runtime = cfg.hydra.runtime
+    named = {
+        group: checks.option(group, runtime.choices[group], runtime.config_sources)
+        for group in ("model", "edit", "objective")
+    }
+    salt = salt_of(settings, Choices(**named))
     if cfg.nonfinite != "error":
         raise ValueError(
             f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
@@ -112,10 +124,11 @@ def save(arguments: list[str]) -> dict[str, Any]:
         out,
         edit,
         select=chosen,
-        seed=cfg.seed,
+        seed=settings["seed"],
         mismatch=own["mismatch"],
         kernel=own["kernel"],
         dequantize=dequantize,
+        salt=salt,
         describe={"name": type(edit).__module__.rpartition(".")[2], **described},
     )
     return {**manifest, "out": str(out)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltalab.apply import editing
-from deltalab.apply.audit import audit
+from deltalab.apply.audit import Audit
 from deltalab.apply.extras import Extras
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
@@ -106,11 +106,9 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         extras = provide(known, point.edit, point.seed, point.salt)
         post = {name: pair.post[name] for name in editing.chosen(pair.post, point.select)}
         device = next(pair.module.parameters()).device
-        edited = dict(
-            editing.edited(pair.pre, post, point.edit, point.select, extras, device=device)
-        )
+        audit, how = Audit(), (point.edit, point.select, extras)
+        edited = dict(editing.edited(pair.pre, post, *how, device=device, audit=audit))
         finite.check_edited(edited)
-        touched = audit(pair, post, point.edit, extras, edited)
     with clock("term"):
         changes = judge.engine.changes(
             point.edit,
@@ -129,7 +127,7 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     gap, gap_error = change(judge.post, judge.pre)
     terms = {name: term.as_record() for name, term in changes.terms.items()}
     found = written(
-        **touched,
+        **audit.said(pair),
         main=next(iter(terms.values()), None),
         terms=terms,
         prediction=changes.prediction,

@@ -47,6 +47,8 @@ FUSED = [
     BiasedProduct(k=0.5, p=None),
     ONE_BIT,
     BitDelta(multiple=1.5, magnitudes="uniform", cv=0.4, axis="tensor"),
+    BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row"),
+    BitDelta(multiple=1.5, magnitudes="normal", cv=0.4, axis="row"),
     Chain(steps=[{"dare": {"p": 0.9}}, {"noise": {"sigma": 0.5}}, "expo"]),
 ]
 STREAMED = [

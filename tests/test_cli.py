@@ -283,14 +283,14 @@ def test_plan_refuses_what_does_not_fit(deltalab, monkeypatch):
 def test_a_failing_point_is_recorded_and_does_not_stop_the_others(deltalab, tmp_path, monkeypatch):
     from deltalab import run
 
-    real = run.audit
+    real = run.editing.edited
 
-    def picky(pair, module, edit, *others, **more):
+    def picky(pre, post, edit, *others, **more):
         if edit.rank == 3:
             raise ValueError("edit.rank=3: out of luck")
-        return real(pair, module, edit, *others, **more)
+        return real(pre, post, edit, *others, **more)
 
-    monkeypatch.setattr(run, "audit", picky)
+    monkeypatch.setattr(run.editing, "edited", picky)
     code, out, err = deltalab(
         "-m", "edit=twin", "grid=none", "edit.rate=null", "edit.rank=2,3,4", *FAST
     )

@@ -18,10 +18,11 @@ from deltalab.apply.extras import Extras
 from deltalab.edits.dare import Dare
 from deltalab.edits.discard import Discard
 from deltalab.edits.ties import Ties
+from deltalab.keys import Choices
 from deltalab.models import hub, vocabulary
 from deltalab.models.hf_llm import HfPair
-from deltalab.point import build
-from deltalab.settings import conf_dir
+from deltalab.point import build, prepare
+from deltalab.settings import conf_dir, tidy
 from deltalab.weights.mapping import loaded
 
 IDS = torch.randint(6, 250, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -162,6 +163,37 @@ def test_a_pair_opens_as_transformers_opens_it(architecture, pairs):
     parameters = {id(p): p.numel() for p in found.module.parameters()}
     assert sum(found.post[name].numel() for name in found.post) == sum(parameters.values())
     assert {id(found.module.get_parameter(name)) for name in found.post} == set(parameters)
+
+
+DRAWS = [(), ("draws=independent",), ("draws=independent", "label=a pair of mine")]
+
+
+def test_the_command_draws_what_a_point_draws(pairs, tmp_path):
+    """With every salt, which the file's manifest says; numbers are those that were meant."""
+    paths, made = pairs("llama"), []
+    found = spec(paths).open()
+    given = ["edit=dare", "edit.p=.30000000000000004", "select=all", "seed=3"]
+    given += ["model=hf_llm", f"model.pre={paths[0]}", f"model.post={paths[1]}"]
+    for number, more in enumerate(DRAWS):
+        out = tmp_path / str(number)
+        manifest = save.save([*given, *more, f"out={out}"])
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            cfg = compose("config", [*given, *more])
+        values = tidy(OmegaConf.to_container(cfg, resolve=True))
+        point = prepare(values, Choices("hf_llm", "dare", "classification"))
+        assert manifest["salt"] == point.salt == ("", "hf_llm", "a pair of mine")[number]
+        extras = Extras.of(point.edit, found, seed=point.seed, salt=point.salt)
+        live = dict(editing.edited(found.pre, found.post, point.edit, point.select, extras))
+        written = {n: t for f in out.glob("*.safetensors") for n, t in load_file(f).items()}
+        assert set(live) == set(written)
+        assert all(torch.equal(live[name], written[name]) for name in live)
+        made.append(written)
+    name = next(n for n in made[0] if made[0][n].ndim > 1)
+    assert not any(torch.equal(made[i][name], made[i - 1][name]) for i in range(3))
+    with pytest.raises(ValueError, match="draws=some: must be one of paired, independent"):
+        save.save([*given, "draws=some", f"out={tmp_path / 'bad'}"])
+    with pytest.raises(ValueError, match="seed=x: must be a whole number"):
+        save.save([*given[:2], *given[4:], "seed=x", f"out={tmp_path / 'bad'}"])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -141,6 +141,31 @@ def test_from_file_to_file(edit, dtypes, tmp_path, monkeypatch) -> None:
     assert torch.equal(between_files(tmp_path, edit, pre, post, rng), expected)
 
 
+@pytest.mark.parametrize("shape", [(1153, 1001), (100_000, 3), (3, 100_000), (40, 20, 9, 9)])
+@pytest.mark.parametrize("magnitudes", ["mean", "normal"])
+def test_rows_in_pieces_and_from_file_to_file(magnitudes, shape, tmp_path, monkeypatch) -> None:
+    """A row's scale is its own wherever a tensor is cut, and whichever thread takes it."""
+    edit = BitDelta(multiple=1.5, magnitudes=magnitudes, cv=0.4, axis="row")
+    pre, post = (tensor(shape, seed=i).to(BF16) for i in range(2))
+    rng, threads = Rng(3, "w", start=77), torch.get_num_threads()
+    expected = editing._edited(pre, post, edit, {"rng": rng})
+    monkeypatch.setattr(native, "PIECE", 5000)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            compiled = editing.edited_tensor(pre, post, edit, "compiled", rng=rng)
+            assert torch.equal(bits(compiled), bits(expected))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(between_files(tmp_path, edit, pre, post, rng), expected)
+    crossing = Rng(3, "w", start=2**32 - 3000)  # a row cannot be cut where indices begin anew
+    assert between_files(tmp_path, edit, pre, post, crossing) is None
+    for size in (1, 777, 1 << 15):
+        monkeypatch.setitem(editing.SLICE, "cpu", size)
+        eager = editing.edited_tensor(pre[:100], post[:100], edit, "eager", rng=rng)
+        assert torch.equal(eager, expected[:100])
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
 def test_what_is_not_finite_goes_another_way(dtype, tmp_path) -> None:
     edit, rng = Dare(p=0.5, k=4.0), Rng(0, "w")
@@ -158,6 +183,10 @@ def test_files_that_end_early_go_another_way(tmp_path) -> None:
     assert between_files(tmp_path, edit, pre[:900], post, Rng(0, "w")) is None
 
 
+def by_row(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1, dtype=F64).float().reshape(-1, 1)
+
+
 OPERATIONS = {
     "arithmetic": lambda a, b: (a + b) * (a - 2.5) / (b * b + 0.75) - (1 - a),
     "integers": lambda a, b: ((a * 1e6).int() * 77777 - (b * 1e6).int() + 5).float(),
@@ -173,6 +202,11 @@ OPERATIONS = {
     "mean": lambda a, b: a - b.abs().mean(dtype=F64).float() * (1 - a.mean(dtype=F64)),
     "sum": lambda a, b: a * (a > b).sum() + (b * (a.sum(dtype=F64) > 0)),
     "twice": lambda a, b: (a - a.mean(dtype=F64).float()).abs().sum(dtype=F64).float() * b,
+    "rows": lambda a, b: a - b.abs().mean(1, keepdim=True, dtype=F64).float() * (1 + b),
+    "rows, then rows": lambda a, b: (
+        (a - by_row(a)).abs() * by_row((a - by_row(a)).abs()) + by_row(b)
+    ),
+    "rows of masks": lambda a, b: a * (a > b).sum(1, keepdim=True) - (a < 0).sum(-1).reshape(-1, 1),
     "whole": lambda a, b: a.int().float() + b.double().long().float(),
 }
 
@@ -187,7 +221,8 @@ def test_every_operation_that_is_translated(name: str) -> None:
 
     out = torch.empty_like(a)
     made = translation.program(None, (), body, (F32, F32), matrix=True)
-    native.edit(made, [a.view(-1), b.view(-1)], None, out.view(-1))
+    assert made.rows == name.startswith("rows")
+    native.edit(made, [a.view(-1), b.view(-1)], None, out.view(-1), 41 if made.rows else 0)
     assert torch.equal(bits(out), bits(body(a, b, None, {})))
 
 
@@ -198,7 +233,14 @@ def test_every_operation_that_is_translated(name: str) -> None:
         (lambda a, b, *_: a.add_(1), "add_"),
         (lambda a, b, *_: a if bool(a[0, 0] > 0) else b, "select"),
         (lambda a, b, *_: a.sum(dtype=F64).float() / a.numel() + b, "size of the tensor"),
-        (lambda a, b, *_: a.mean(1, keepdim=True, dtype=F64).float() * b, "mean"),
+        (lambda a, b, *_: a.mean(0, keepdim=True, dtype=F64).float() * b, "mean"),
+        (lambda a, b, *_: a.mean(1, dtype=F64).float().mean() * b, "mean"),
+        (
+            lambda a, b, *_: (
+                a.mean(dtype=F64).float() * a.mean(1, keepdim=True, dtype=F64).float() * b
+            ),
+            "sums",
+        ),
         (lambda a, b, *_: a.double(), "a result of torch.float64"),
         (lambda a, b, *_: a + torch.ones(3), "ones"),
         (lambda a, b, *_: a.exp(), "exp"),
@@ -210,9 +252,8 @@ def test_what_has_no_translation_is_refused(body, reason: str) -> None:
         translation.program(None, (), body, (F32, F32), matrix=True)
 
 
-@pytest.mark.parametrize("axis", ["row", "column"])
-def test_what_has_no_translation_runs_as_it_is(axis: str, monkeypatch) -> None:
-    edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis=axis)
+def test_what_has_no_translation_runs_as_it_is(monkeypatch) -> None:
+    edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="column")
     (pre, post), needs = pair(F32), needed(edit)
     assert fused._program(edit, (F32, F32), True, editing._edited, {}) is None
     monkeypatch.delattr(torch, "compile")

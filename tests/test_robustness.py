@@ -316,7 +316,7 @@ def test_sums_in_float64_where_float32_would_lose_them():
 
     values = torch.full((100_001,), 1.0)
     values[0] = 2.0**26
-    assert audit.squared(values) == 2.0**52 + 100_000
+    assert audit.summed([values]) == [2.0**52 + 100_000]
     one = torch.ones(100_001, dtype=torch.float64)
     post, edited = Measured(values.double(), one), Measured(values.double() + 1e-9, one)
     assert change(post, edited)[0] == pytest.approx(1e-9, rel=0.1)

@@ -1,19 +1,22 @@
 """Apply an edit to weights: one tensor, or lazily all selected tensors of a pair."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from deltalab.apply.audit import TERMS, Audit, summed, terms
 from deltalab.apply.extras import SLICED, Extras, handed, thresholds
-from deltalab.edits import Edit
+from deltalab.edits import Edit, Unit
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
 from deltalab.kernels import fused
 from deltalab.kernels.native import Place
+from deltalab.kernels.translation import Body
 from deltalab.weights.aligned import is_parameter, saved_names
 from deltalab.weights.mapping import LazyWeights, Weights, delta, difference, meta
 from deltalab.weights.select import selected
@@ -40,6 +43,7 @@ def edited_tensor(
     edit: Edit,
     kernel: str = "auto",
     out: Tensor | None = None,
+    sums: list[float] | None = None,
     **needs: Any,
 ) -> Tensor:
     """Return one edited tensor, W_pre + F(W_post - W_pre), in W_post's dtype.
@@ -52,6 +56,7 @@ def edited_tensor(
             the same.
         out: where to put the result, contiguous, of post's shape, dtype and device; None for a new
             tensor.
+        sums: a list to fill with what the `audit.terms` of all entries add up to; None for none.
         needs: the keyword arguments that the edit declares, on whatever device.
 
     >>> from deltalab.edits.expo import Expo
@@ -60,14 +65,21 @@ def edited_tensor(
     """
     if out is None:
         out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
-    if isinstance(edit, Keep | Discard):
+    if isinstance(edit, Keep | Discard) and sums is None:
         return out.copy_(post if isinstance(edit, Keep) else pre)
     needs = handed(needs, post.device)
-    compiled = fused.wanted(edit, post.numel(), kernel, post.device.type)
-    if compiled and fused.edited(pre, post, edit, _found(edit, needs), _edited, out):
-        return out
+    body = _edited if sums is None else _audited
+    found = None
     with torch.no_grad():
-        _in_slices(pre, post, edit, needs, out)
+        if fused.wanted(edit, post.numel(), kernel, post.device.type):
+            found = fused.edited(pre, post, edit, _found(edit, needs), body, out)
+        if found is None and edit.unit == "tensor":
+            hat = _edited_delta(pre, post, edit, needs)
+            return edited_tensor(pre, post, _Given(), kernel, out, sums, grad=hat)
+        if found is None:
+            found = _in_slices(pre, post, edit, needs, body, out)
+    if sums is not None:
+        sums[:] = found
     return out
 
 
@@ -86,7 +98,7 @@ def edited_files(
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result:
             file descriptors and positions in bytes.
-        shape: of the tensor; or for an edit of unit "entry" of any part of it.
+        shape: of the tensor; or for an edit of unit "entry" or "row" of any such part of it.
         kernel: as for `edited_tensor`.
         needs: the keyword arguments that the edit declares.
 
@@ -111,33 +123,54 @@ def _edited(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Ten
     return stored(pre, post, delta, edit(delta, **needs))
 
 
-def _in_slices(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any], out: Tensor) -> None:
-    """Edit slice by slice, the same bits in bounded memory; or all at once, if the edit must."""
-    if post.ndim == 0 or not post.numel():
-        out.copy_(_edited(pre, post, edit, needs))
-        return
+def _audited(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The same, and after the result the terms of its audit."""
+    delta = difference(pre, post)
+    hat = edit(delta, **needs)
+    if isinstance(edit, Keep | Discard):
+        out = post if isinstance(edit, Keep) else pre.to(post.dtype)
+    else:
+        out = stored(pre, post, delta, hat)
+    return out, *terms(pre, post, delta, hat, out)
+
+
+@dataclass(frozen=True)
+class _Given(Edit):
+    """An edited delta that has been found already, as that of an edit that sees all of a tensor."""
+
+    unit: ClassVar[Unit] = "entry"
+
+    def __call__(self, delta: Tensor, *, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _in_slices(
+    pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any], body: Body, out: Tensor
+) -> list[float]:
+    """Edit slice by slice, the same bits in bounded memory, and return the sums of all terms."""
     a, b, into = pre.reshape(-1), post.reshape(-1), out.view(-1)
-    if edit.unit == "tensor":
-        hat = _edited_delta(pre, post, edit, needs)
-        for part in _slices(post, 1):
-            into[part] = stored(a[part], b[part], difference(a[part], b[part]), hat[part])
-        return
-    width = 1 if edit.unit == "entry" else post[0].numel() if post.ndim > 1 else None
-    for part in _slices(post, width):
-        shape = (-1,) if edit.unit == "entry" or post.ndim < 2 else (-1, width or 1)
+    width = 1 if edit.unit == "entry" else prod(post.shape[1:]) if post.ndim > 1 else None
+    sums = [0.0] * TERMS
+    for part in _slices(post, width) if post.numel() else []:
+        flat = post.shape if post.ndim < 1 else (-1,)
+        shape = flat if edit.unit == "entry" or post.ndim < 2 else (-1, width or 1)
         given = {k: _sliced(k, v, part, shape) for k, v in needs.items()}
-        old, new = a[part].reshape(shape), b[part].reshape(shape)
-        into[part] = _edited(old, new, edit, given).reshape(-1)
+        made = body(a[part].reshape(shape), b[part].reshape(shape), edit, given)
+        made, *terms = made if isinstance(made, tuple) else (made,)
+        into[part] = made.reshape(-1)
+        if terms:
+            sums = [one + other for one, other in zip(sums, summed(terms), strict=True)]
+    return sums
 
 
 def _edited_delta(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Tensor:
-    """Return the flat edited delta of an edit that sees the whole tensor."""
+    """Return the edited delta of an edit that sees the whole tensor."""
     delta = torch.empty(post.shape, dtype=torch.float32, device=post.device)
     a, b, into = pre.reshape(-1), post.reshape(-1), delta.view(-1)
     for part in _slices(post, 1):
         into[part] = difference(a[part], b[part])
     hat: Tensor = edit(delta, **needs)
-    return hat.reshape(-1)
+    return hat.contiguous()
 
 
 def _slices(tensor: Tensor, width: int | None) -> list[slice]:
@@ -164,6 +197,7 @@ def edited(
     extras: Extras,
     kernel: str = "auto",
     device: torch.device | str | None = None,
+    audit: Audit | None = None,
 ) -> LazyWeights:
     """Return the selected floating-point tensors of a pair, edited one by one when asked for.
 
@@ -177,6 +211,7 @@ def edited(
         extras: provider of what the edit needs.
         kernel: as for `edited_tensor`.
         device: where to edit: that of the live model, where a GPU has it; None for where they are.
+        audit: told what the edit does to each, if given.
     """
     touched = LazyWeights(chosen(post, select), post.__getitem__, partial(meta, post))
     deltas = delta(*(_moved(side, touched, device) for side in (pre, post)))
@@ -184,7 +219,10 @@ def edited(
     def load(name: str) -> Tensor:
         old, new = pre[name], post[name]
         needs = extras.for_tensor(name, deltas)
-        made = edited_tensor(old.to(device), new.to(device), edit, kernel, **needs)
+        sums: list[float] | None = None if audit is None else []
+        made = edited_tensor(old.to(device), new.to(device), edit, kernel, sums=sums, **needs)
+        if audit is not None and sums is not None:
+            audit.add(name, new.numel(), sums)
         return made.to(new.device)
 
     return LazyWeights(touched, load, touched.meta)

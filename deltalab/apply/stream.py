@@ -7,9 +7,8 @@ made (`layout`).
 """
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -22,7 +21,9 @@ from torch import Tensor
 from deltalab import console
 from deltalab.apply import editing, layout
 from deltalab.apply.extras import Extras, Memo, thresholds
+from deltalab.apply.hashing import Hashing
 from deltalab.apply.layout import Side
+from deltalab.apply.work import Work
 from deltalab.edits import Edit
 from deltalab.store import files, records
 from deltalab.weights import contents, finite
@@ -67,6 +68,7 @@ def stream(
     kernel: str = "auto",
     describe: dict[str, Any] | None = None,
     dequantize: bool | None = None,
+    salt: str = "",
 ) -> dict[str, Any]:
     """Write the edited checkpoint to `out` and return its manifest.
 
@@ -88,6 +90,7 @@ def stream(
         describe: said about the edit in the manifest.
         dequantize: whether quantised weights are decoded, and those of post written as bfloat16;
             None where no setting asks for it.
+        salt: of the random numbers, as for `Extras`.
 
     Raises:
         ValueError: `out` exists, another process is writing it, or the checkpoints do not fit
@@ -97,16 +100,18 @@ def stream(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    extras = Extras(edit.needs, seed, memo=Memo(limit=0))
+    extras = Extras(edit.needs, seed, memo=Memo(limit=0), salt=salt)
     plan = planned(pre, post, select, mismatch, dequantize)
-    manifest = {
+    hashing = Hashing((pre, post))
+    manifest: dict[str, Any] = {
         "edit": describe,
         "select": str(select),
         "seed": seed,
+        "salt": salt,
         "mismatch": mismatch,
         "dequantize": bool(dequantize),
-        "pre": {"path": str(pre), "digest": contents.of_checkpoint(pre)},
-        "post": {"path": str(post), "digest": contents.of_checkpoint(post)},
+        "pre": {"path": str(pre)},
+        "post": {"path": str(post)},
         "edited": {"tensors": len(plan.pre), "parameters": _parameters(plan)},
         "names": list(plan.pre),
         "kept": plan.kept,
@@ -114,7 +119,10 @@ def stream(
     for left, size in files.leftovers(out):
         console.fail(f"{left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it")
     with files.building(out) as made:
-        _write(plan, made, edit, extras, kernel)
+        _write(plan, made, edit, extras, kernel, hashing)
+        known = hashing.finish()
+        for side, path in (("pre", pre), ("post", post)):
+            manifest[side]["digest"] = contents.of_checkpoint(path, known=known)
         layout.copy_companions(post, made, plan.side)
         text = json.dumps(records.redacted(manifest), indent=1)
         files.write(made / "deltalab.json", text + "\n")
@@ -195,11 +203,14 @@ def _equal(a: Entry, b: Entry) -> bool:
     return all(torch.equal(read(a, *p), read(b, *p)) for p in pieces(prod(a.shape), 1))
 
 
-def _write(plan: Plan, out: Path, edit: Edit, extras: Extras, kernel: str) -> None:
+def _write(
+    plan: Plan, out: Path, edit: Edit, extras: Extras, kernel: str, hashing: Hashing
+) -> None:
     """Write all files: headers and untouched tensors as bytes, edited tensors piece by piece.
 
     Pieces are independent: each worker reads one, edits it with one thread and writes it to its
-    place. Threads within an edit would wait for one another wherever a worker reads or writes.
+    place, and another hashes it. Threads within an edit would wait for one another wherever a
+    worker reads or writes.
     """
     names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
     deltas = _Deltas(plan, names)
@@ -219,27 +230,29 @@ def _write(plan: Plan, out: Path, edit: Edit, extras: Extras, kernel: str) -> No
                     copy(source, target, 0, min((e.begin for e in ours.values()), default=None))
                 else:
                     put(target, torch.frombuffer(bytearray(written.head), dtype=torch.uint8), 0)
-                work: deque[Future[None]] = deque()
+                work = Work(pool, hashing)
                 try:
                     for name, entry in ours.items():
-                        keep(source, target, entry, plan.rows.get(name, 0))
+                        rows = plan.rows.get(name, 0)
+                        work.hash(entry, (rows, prod(entry.shape)))
+                        keep(source, target, entry, rows)
                         if name in plan.pre:
+                            sides = plan.pre[name], entry
                             given = extras.for_tensor(plan.alias[name], deltas)
                             task = partial(_edit_piece, plan, name, edit, given, kernel, target)
                             if width := _width(edit, entry):
-                                for piece in pieces(plan.rows[name], width):
-                                    work.append(pool.submit(task, piece, width))
-                                    while len(work) > 2 * workers:
-                                        work.popleft().result()
+                                for piece in pieces(rows, width):
+                                    work.submit(task, piece, width)
+                                    for side in sides:
+                                        work.hash(side, piece)
                             else:  # a whole tensor: one at a time, with all threads
-                                task((0, plan.rows[name]), 0, pool)
+                                for side in sides:
+                                    work.hash(side, (0, rows))
+                                task((0, rows), 0, pool)
                         step()
-                    while work:
-                        work.popleft().result()
+                    work.wait()
                 finally:
-                    for future in work:
-                        future.cancel()
-                    wait(work)  # none may write to a closed file
+                    work.stop()  # none may write to a closed file
 
 
 def _edit_piece(

@@ -1,5 +1,5 @@
 """Edits as one pass over memory: recorded operations become C.
 
-`translation` records what an edit does and writes it, `native` compiles and runs it, `fused` is the
-door: only `apply` comes in by it.
+`translation` records what an edit does and writes it into `templates`, `native` compiles and runs
+it, `fused` is the door: only `apply` comes in by it.
 """

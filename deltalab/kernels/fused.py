@@ -58,8 +58,8 @@ def edited(
     needs: Mapping[str, Any],
     body: Body,
     out: Tensor,
-) -> bool:
-    """Write one edited tensor by a compiled pass; return whether that was possible.
+) -> list[float] | None:
+    """Write one edited tensor by a compiled pass; return the sums of its terms, None if impossible.
 
     Args:
         pre: pre-trained tensor.
@@ -73,14 +73,16 @@ def edited(
     grads = [t for name, t in needs.items() if name == "grad"]
     inputs = (pre, post, *grads)
     if any(t.device.type != "cpu" for t in (*inputs, out)):
-        return False
+        return None
     matrix = _sees_matrix(edit, post.shape)
     program = _program(edit, tuple(t.dtype for t in inputs), matrix, body, _known(needs))
     if program is None or not _compiles(edit, program):
-        return False
+        return None
+    rng, width = needs.get("rng"), prod(post.shape[1:]) if program.rows else 0
+    if width and not native.within_page(post.numel(), rng):
+        return None
     flat = [t.detach().contiguous().view(-1) for t in inputs]
-    native.edit(program, flat, needs.get("rng"), out.view(-1))
-    return True
+    return native.edit(program, flat, rng, out.view(-1), width)
 
 
 def edited_files(
@@ -97,14 +99,17 @@ def edited_files(
         edit: the edit.
         dtypes: of the pre-trained and of the post-trained tensor.
         files: where the entries of the one and of the other are, and where to write the result.
-        shape: of the whole tensor; or for an edit of unit "entry" of any part of it.
+        shape: of the whole tensor; or for an edit of unit "entry" or "row" of any such part of it.
         needs: its keyword arguments, `rng` of the first entry and `quantile` at most, as there.
         body: as for `edited`.
     """
     program = _program(edit, dtypes, _sees_matrix(edit, shape), body, _known(needs))
     if program is None or not _compiles(edit, program):
         return False
-    return native.edit_files(program, files, prod(shape), needs.get("rng"))
+    rng, width = needs.get("rng"), prod(shape[1:]) if program.rows else 0
+    if width and not native.within_page(prod(shape), rng):
+        return False
+    return native.edit_files(program, files, prod(shape), rng, width)
 
 
 def _compiles(edit: Edit, program: Program) -> bool:

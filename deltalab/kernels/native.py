@@ -35,7 +35,9 @@ _compiling = Lock()
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
 
-def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tensor) -> None:
+def edit(
+    program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tensor, width: int = 0
+) -> list[float]:
     """Write the edited tensor to `out`, by as many threads as PyTorch uses.
 
     Args:
@@ -44,6 +46,10 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
             contiguous, on the CPU, of the dtypes the program was made for.
         rng: the random numbers of the tensor, or None.
         out: of post's length and dtype.
+        width: of the tensor's rows, where the program takes sums over each.
+
+    Returns:
+        What the program's terms add up to, in an order that no number of threads changes.
 
     Raises:
         ValueError: a tensor is not on the CPU, where alone its address can be read.
@@ -54,6 +60,7 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
     >>> made = program(Expo(alpha=0.5), (), add, (torch.float32, torch.float32))
     >>> a, b, out = torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.empty(3)
     >>> edit(made, [a, b], None, out)
+    []
     >>> out
     tensor([1.5000, 3.0000, 6.0000])
     """
@@ -62,19 +69,28 @@ def edit(program: Program, tensors: Sequence[Tensor], rng: Rng | None, out: Tens
             raise ValueError(f"an edit in C takes tensors on the CPU, not on {tensor.device}")
     library, whole = load(program), out.numel()
     numbers = _doubles(program.numbers)
+    terms: dict[int, Any] = {}
 
     def run(stage: int, sums: Any, piece: tuple[int, int]) -> float:
         begin, size = piece
+        own = terms[begin] = _doubles([0.0] * program.terms)
         a, b, *grad, made = (t.data_ptr() + begin * t.itemsize for t in (*tensors, out))
         slope, keys = grad[0] if grad else None, _keys(program, rng and rng.at(begin))
-        total: float = library.in_memory(stage, size, a, b, slope, made, keys, numbers, sums, whole)
+        more = keys, numbers, sums, whole, own, width
+        total: float = library.in_memory(stage, size, a, b, slope, made, *more)
         return total
 
-    _stages(program, whole, rng, run)  # a sum that is no number makes entries that are none
+    _stages(program, whole, rng, run, width)  # a sum that is no number makes entries that are none
+    each = [list(terms[begin]) for begin in sorted(terms)]  # of the last stage
+    return [sum(piece[index] for piece in each) for index in range(program.terms)]
 
 
 def edit_files(
-    program: Program, files: tuple[Place, Place, Place], count: int, rng: Rng | None
+    program: Program,
+    files: tuple[Place, Place, Place],
+    count: int,
+    rng: Rng | None,
+    width: int = 0,
 ) -> bool:
     """Read, edit and write a tensor or a part of one, by as many threads as PyTorch uses.
 
@@ -84,6 +100,7 @@ def edit_files(
         files: where the entries of pre and of post are, and where to write the result.
         count: how many entries.
         rng: the random numbers of the first entry and those after it, or None.
+        width: as for `edit`.
 
     Returns:
         Whether it was done: false if a file ends early or cannot be written, or if an entry of any
@@ -98,17 +115,22 @@ def edit_files(
         each = zip(files, sizes, strict=True)
         places = (n for (file, at), item in each for n in (file, at + begin * item))
         keys = _keys(program, rng and rng.at(begin))
-        total: float = library.in_files(stage, size, *places, keys, numbers, sums, count)
+        more = keys, numbers, sums, count, width
+        total: float = library.in_files(stage, size, *places, *more)
         return total
 
-    return not any(map(isnan, _stages(program, count, rng, run)))
+    return not any(map(isnan, _stages(program, count, rng, run, width)))
 
 
 def _stages(
-    program: Program, count: int, rng: Rng | None, run: Callable[[int, Any, tuple[int, int]], float]
+    program: Program,
+    count: int,
+    rng: Rng | None,
+    run: Callable[[int, Any, tuple[int, int]], float],
+    width: int,
 ) -> list[float]:
     """Run the stages of a program, each with the sums of those before it, and return all sums."""
-    pieces = list(_pieces(count, 0 if rng is None else rng.start))
+    pieces = list(_pieces(count, 0 if rng is None else rng.start, width))
     sums = _doubles([0.0] * (program.totals + 1))
     for stage in range(program.totals + 1):  # in the order of the pieces, whichever was done first
         sums[stage] = sum(_each(partial(run, stage, sums), pieces))
@@ -126,13 +148,18 @@ def _doubles(values: Sequence[float]) -> Any:
     return (ctypes.c_double * max(1, len(values)))(*values)
 
 
-def _pieces(count: int, start: int) -> Iterator[tuple[int, int]]:
-    """Yield (begin, size) of pieces whose random indices do not cross a page."""
-    begin = 0
+def _pieces(count: int, start: int, width: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield (begin, size) of pieces, of whole rows if any, whose indices do not cross a page."""
+    begin, most = 0, max(width, PIECE // width * width) if width else PIECE
     while begin < count:
-        size = min(PIECE, count - begin, _PAGE - (start + begin) % _PAGE)
+        size = min(most, count - begin, _PAGE - (start + begin) % _PAGE)
         yield begin, size
         begin += size
+
+
+def within_page(count: int, rng: Rng | None) -> bool:
+    """Whether the random indices of so many entries stay within a page, as rows must."""
+    return rng is None or rng.start % _PAGE + count <= _PAGE
 
 
 def _each(function: Callable[[Any], Any], pieces: list[Any]) -> list[Any]:
@@ -178,8 +205,8 @@ def _compiled(source: str) -> Any:
         loaded = ctypes.CDLL(str(library))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     numbers: list[Any] = [pointer, pointer, pointer, number]  # keys, numbers, sums, whole
-    loaded.in_memory.argtypes = [number, number, *[pointer] * 4, *numbers]
-    loaded.in_files.argtypes = [number, number, *[ctypes.c_int, number] * 3, *numbers]
+    loaded.in_memory.argtypes = [number, number, *[pointer] * 4, *numbers, pointer, number]
+    loaded.in_files.argtypes = [number, number, *[ctypes.c_int, number] * 3, *numbers, number]
     for function in (loaded.in_memory, loaded.in_files):
         function.restype = ctypes.c_double
     return loaded

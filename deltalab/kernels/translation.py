@@ -3,8 +3,8 @@
 The edit itself runs on a few entries while PyTorch's dispatcher tells which operations it takes;
 each becomes a statement in the same type, so that the bits are the same: every operation here is
 rounded once, as IEEE 754 has it. Floating-point numbers become parameters, so that edits that
-differ in them alone have one program. Sums over a tensor end a loop; what needs the sum comes in
-the next one. An operation that is not in the tables below raises `Untranslatable`.
+differ in them alone have one program. Sums over a tensor or a row end a loop; what needs the sum
+comes in the next one. An operation that is not in the tables below raises `Untranslatable`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deltalab.kernels import templates
 from deltalab.rng import Draws, mix
 
-Body = Callable[[Tensor, Tensor, Any, dict[str, Any]], Tensor]
+Body = Callable[[Tensor, Tensor, Any, dict[str, Any]], Tensor | tuple[Tensor, ...]]
+"""A function of (pre, post, edit, needs): the result, and after it terms to add up: how many are
+true, or the squares."""
 _SAMPLES = {False: ((15,), (14,)), True: ((5, 3), (2, 7))}
 _KEYS = 16
 _PAGE = 1 << 32
@@ -44,168 +47,6 @@ _BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _BINARY |= {f"bitwise_{n}": s for n, s in (("and", "&"), ("or", "|"), ("xor", "^"))}
 _BINARY |= {f"__{n}__": s for n, s in (("and", "&"), ("or", "|"), ("xor", "^"))}
 _BINARY |= {"__lshift__": "<<", "__rshift__": ">>"}
-_PRELUDE = """
-#include <math.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-typedef struct { uint16_t bits; } bfloat16;
-typedef struct { uint16_t bits; } float16;
-
-static inline int32_t bits_of_float(float x) { int32_t y; memcpy(&y, &x, 4); return y; }
-static inline float float_of_bits(int32_t x) { float y; memcpy(&y, &x, 4); return y; }
-
-static inline float from_bfloat16(bfloat16 x) { return float_of_bits((uint32_t)x.bits << 16); }
-
-static inline bfloat16 to_bfloat16(float x)  /* to the nearest, ties to even */
-{
-    uint32_t word = bits_of_float(x);
-    uint16_t near = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-    return (bfloat16){x != x ? 0x7FC0 : near};
-}
-
-static inline float from_float16(float16 x)
-{
-    uint32_t word = (uint32_t)(x.bits & 0x7FFF) << 13, sign = (uint32_t)(x.bits & 0x8000) << 16;
-    uint32_t finite = bits_of_float(float_of_bits(word) * 0x1p112f);  /* denormal numbers too */
-    return float_of_bits(sign | (word < 0x0F800000 ? finite : word | 0x7F800000));
-}
-
-static inline float16 to_float16(float x)  /* to the nearest, ties to even */
-{
-    uint32_t word = bits_of_float(x) & 0x7FFFFFFF, sign = (bits_of_float(x) >> 16) & 0x8000;
-    uint32_t normal = (word + 0xFFF + (word >> 13 & 1) - 0x38000000) >> 13;
-    uint32_t small = bits_of_float(float_of_bits(word) + 0.5f) - 0x3F000000;  /* units of 2^-24 */
-    uint32_t finite = word < 0x38800000 ? small : normal < 0x7C00 ? normal : 0x7C00;
-    return (float16){sign | (word > 0x7F800000 ? 0x7E00 : finite)};
-}
-
-/* A call, since compilers take (float)(int)x for a rounding, which would keep the sign of zero. */
-static __attribute__((noinline)) int64_t whole_of(double x) { return (int64_t)x; }
-
-static double added(const double *x, int64_t count)  /* eight by eight, in a fixed order */
-{
-    double lane[8] = {0};
-    for (int64_t i = 0; i < count; i += 8)
-        for (int64_t j = 0; j < 8; j++)
-            lane[j] += x[i + j];
-    for (int64_t half = 4; half; half /= 2)
-        for (int64_t j = 0; j < half; j++)
-            lane[j] += lane[j + half];
-    return lane[0];
-}
-"""
-_TOTAL = """
-static double stage_{stage}({signature})
-{{
-    double block[1024], sum = 0;
-{scalars}
-    for (int64_t start = 0; start < count; start += 1024) {{
-        int64_t size = count - start < 1024 ? count - start : 1024;
-        for (int64_t j = 0; j < size; j++) {{
-            int64_t i = start + j;
-{entries}
-            block[j] = {result};
-        }}
-        for (int64_t j = size; j % 8; j++)
-            block[j] = 0;
-        sum += added(block, size);
-    }}
-    return sum;
-}}
-"""
-_EDIT = """
-static double stage_{stage}({signature})
-{{
-{scalars}
-    for (int64_t i = 0; i < count; i++) {{
-{entries}
-        out[i] = {result};
-    }}
-    return 0;
-}}
-"""
-_RUN = """
-enum {{ BLOCK = 1 << 16 }};  /* entries that stay in the cache */
-static double (*const stages[])({signature}) = {{ {stages} }};
-
-double in_memory(int64_t stage, int64_t count, const {pre} *pre, const {post} *post,
-                 const {grad} *grad, {post} *out, const int32_t *keys, const double *numbers,
-                 const double *sums, int64_t whole)
-{{
-    double sum = 0;
-    for (int64_t at = 0; at < count; at += BLOCK) {{
-        int64_t size = count - at < BLOCK ? count - at : BLOCK;
-        sum += stages[stage](at, size, pre + at, post + at, grad ? grad + at : 0, out + at, keys,
-                             numbers, sums, whole);
-    }}
-    return sum;
-}}
-
-static bool take(int file, void *into, int64_t size, int64_t at)
-{{
-    for (char *to = into; size > 0;) {{
-        ssize_t count = pread(file, to, size, at);
-        if (count <= 0)
-            return false;
-        to += count, at += count, size -= count;
-    }}
-    return true;
-}}
-
-static bool put(int file, const void *from, int64_t size, int64_t at)
-{{
-    for (const char *rest = from; size > 0;) {{
-        ssize_t count = pwrite(file, rest, size, at);
-        if (count <= 0)
-            return false;
-        rest += count, at += count, size -= count;
-    }}
-    return true;
-}}
-
-static bool pre_finite(const {pre} *x, int64_t size)
-{{
-    int32_t infinite = 0;
-    for (int64_t i = 0; i < size; i++)
-        infinite += {infinite_pre};
-    return !infinite;
-}}
-
-static bool post_finite(const {post} *x, int64_t size)
-{{
-    int32_t infinite = 0;
-    for (int64_t i = 0; i < size; i++)
-        infinite += {infinite_post};
-    return !infinite;
-}}
-
-/* The same block by block from two files, and to a third at the last stage; else NaN. */
-double in_files(int64_t stage, int64_t count, int pre, int64_t pre_at, int post, int64_t post_at,
-                int out, int64_t out_at, const int32_t *keys, const double *numbers,
-                const double *sums, int64_t whole)
-{{
-    {pre} *a = malloc(BLOCK * sizeof *a);
-    {post} *b = malloc(BLOCK * sizeof *b), *c = malloc(BLOCK * sizeof *c);
-    bool fine = a && b && c;
-    double sum = 0;
-    for (int64_t at = 0; fine && at < count; at += BLOCK) {{
-        int64_t size = count - at < BLOCK ? count - at : BLOCK;
-        fine = take(pre, a, size * sizeof *a, pre_at + at * sizeof *a) &&
-               take(post, b, size * sizeof *b, post_at + at * sizeof *b) &&
-               pre_finite(a, size) && post_finite(b, size);
-        if (fine)
-            sum += stages[stage](at, size, a, b, 0, c, keys, numbers, sums, whole);
-        if (fine && stage == {totals})
-            fine = post_finite(c, size) && put(out, c, size * sizeof *c, out_at + at * sizeof *c);
-    }}
-    free(a), free(b), free(c);
-    return fine ? sum : NAN;
-}}
-"""
 
 
 class Untranslatable(Exception):
@@ -223,6 +64,8 @@ class Program:
         numbers: the floating-point parameters.
         streams: the random streams it reads: the forks on the way to each, and its number.
         totals: how many sums over the whole tensor it takes first.
+        terms: how many sums it takes as it edits.
+        rows: whether it takes sums over each row, and so is to be run on whole rows.
     """
 
     source: str
@@ -230,6 +73,8 @@ class Program:
     numbers: tuple[float, ...]
     streams: tuple[tuple[tuple[str, ...], int], ...]
     totals: int
+    terms: int = 0
+    rows: bool = False
 
 
 def program(
@@ -284,7 +129,7 @@ def _written(
     given: dict[str, Any] = {"rng": streams, "grad": grad[0] if grad else None, **known}
     try:
         with torch.no_grad(), _Recorder() as recorder:
-            result = body(pre, post, edit, {name: given[name] for name in needs})
+            made = body(pre, post, edit, {name: given[name] for name in needs})
     except Exception as error:  # on so small a tensor; whoever calls it on the real one will see
         raise Untranslatable(str(error)) from error
     writer = _Writer(shape)
@@ -295,11 +140,13 @@ def _written(
         writer.names[id(word)] = f"keys[{index}]"
     for step in recorder.steps:
         writer.take(*step)
+    result, *terms = made if isinstance(made, tuple) else (made,)
     if result.dtype != post.dtype or result.shape != post.shape:
         raise Untranslatable(f"a result of {result.dtype} in {tuple(result.shape)}")
-    source = writer.program(writer.operand(result, post.dtype), dtypes)
+    source = writer.program(writer.operand(result, post.dtype), dtypes, terms)
     numbers, taken = tuple(writer.numbers), tuple(streams.taken)
-    return Program(source, dtypes, numbers, taken, len(writer.totals))
+    sums = len(writer.totals), len(terms), bool(writer.sums)
+    return Program(source, dtypes, numbers, taken, *sums)
 
 
 class _Streams(Draws):
@@ -347,15 +194,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Writer:
-    """Turns recorded operations into C statements: before the loop, or one an entry."""
+    """Turns recorded operations into C statements: before the loop, one a row, or one an entry."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
+        self.by_row = ((shape[0],), (shape[0], 1)) if len(shape) == 2 else ()
         self.names: dict[int, str] = {}
         self.scalars: list[str] = []
         self.entries: list[str] = []
         self.numbers: list[float] = []
         self.totals: list[tuple[int, int, str]] = []
+        self.rows: list[str] = []
+        self.sums: list[tuple[int, int, str]] = []
 
     def take(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Write one operation.
@@ -364,14 +214,16 @@ class _Writer:
             Untranslatable: it is in none of the tables.
         """
         name = func.overloadpacket.__name__
-        shaped = isinstance(out, Tensor) and tuple(out.shape) in ((), self.shape)
+        shaped = isinstance(out, Tensor) and tuple(out.shape) in ((), self.shape, *self.by_row)
         if not shaped or func._schema.is_mutable or out.dtype not in _TYPES:
             raise Untranslatable(str(func))
         code = self.expression(name, args, kwargs, out)
         if code is None:
             raise Untranslatable(str(func))
-        place = self.entries if out.shape else self.scalars
-        self.names[id(out)] = f"{'v' if out.shape else 's'}{len(place)}"
+        kind, place = ("v", self.entries) if out.shape else ("s", self.scalars)
+        if tuple(out.shape) in self.by_row:
+            kind, place = "r", self.rows
+        self.names[id(out)] = f"{kind}{len(place)}"
         place.append(f"const {_TYPES[out.dtype]} {self.names[id(out)]} = {code};")
 
     def expression(
@@ -449,16 +301,56 @@ class _Writer:
         return function and f"{function}({self.operand(value, value.dtype)})"
 
     def total(self, name: str, args: tuple[Any, ...], out: Tensor) -> str | None:
-        """End a loop with the sum over all entries; the loops after it can use it."""
+        """End a loop with the sum over all entries or a row's; the loops after it can use it."""
         known = {torch.float64: _TYPES, torch.int64: (torch.bool, torch.int32)}.get(out.dtype, ())
-        if len(args) > 1 or tuple(args[0].shape) != self.shape or args[0].dtype not in known:
+        if tuple(args[0].shape) != self.shape or args[0].dtype not in known:
+            return None
+        if tuple(out.shape) in self.by_row and list(args[1]) in ([1], [-1]):
+            index, value = len(self.sums), self.operand(args[0], torch.float64)
+            self.sums.append((len(self.rows), len(self.entries), value))
+            mean = f"t{index}" + (" / (double)width" if name == "mean" else "")
+            return _cast(mean, torch.float64, out.dtype)
+        if len(args) > 1:
             return None
         index, value = len(self.totals), self.operand(args[0], torch.float64)
         self.totals.append((len(self.scalars), len(self.entries), value))
         mean = f"sums[{index}]" + (" / (double)whole" if name == "mean" else "")
         return _cast(mean, torch.float64, out.dtype)
 
-    def program(self, result: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    def counted(self, terms: list[Tensor]) -> dict[str, str]:
+        """Return the statements that add up terms as an edit goes on: 1,024 entries at a time."""
+        found: dict[str, list[str]] = {
+            part: [] for part in ("blocks", "counts", "terms", "filled", "added", "totals")
+        }
+        for index, term in enumerate(terms):
+            value = self.operand(term, term.dtype)
+            if term.dtype == torch.bool:
+                found["counts"].append(f"int32_t held_{index} = 0;")
+                found["terms"].append(f"held_{index} += {value};")
+                found["added"].append(f"terms[{index}] += held_{index};")
+            elif term.dtype == torch.float32:
+                blocks = f"float block_{index}[1024]; double lane_{index}[LANES] = {{0}};"
+                found["blocks"].append(blocks)
+                found["terms"].append(f"block_{index}[j] = {value};")
+                found["filled"].append(f"block_{index}[j] = 0;")
+                found["added"].append(f"squares(block_{index}, size, lane_{index});")
+                found["totals"].append(f"terms[{index}] += added(lane_{index}, LANES);")
+            else:
+                raise Untranslatable(f"a sum of {term.dtype}")
+        depths = {"blocks": 1, "counts": 3, "terms": 4, "filled": 4, "added": 3, "totals": 1}
+        return {part: _lines(code, depths[part]) for part, code in found.items()}
+
+    def by_rows(self) -> str:
+        """Return what is done once a row: the sums over it, and what comes of them."""
+        parts, done = [], 0
+        for index, (rows, entries, value) in enumerate(self.sums):
+            parts.append(_lines(self.rows[done:rows], 2))
+            each = _lines(self.entries[:entries], 4)
+            parts.append(templates.ROW.format(total=index, entries=each, result=value))
+            done = rows
+        return "".join([*parts, _lines(self.rows[done:], 2)])
+
+    def program(self, result: str, dtypes: tuple[torch.dtype, ...], terms: list[Tensor]) -> str:
         """Return the C program: a function for each sum, the one that edits, one for files."""
         pre, post, grad = (_TYPES[dtype] for dtype in (*dtypes, torch.float32)[:3])
         signature = ", ".join(
@@ -473,25 +365,33 @@ class _Writer:
                 "const double *restrict numbers",
                 "const double *restrict sums",
                 "int64_t whole",
+                "double *restrict terms",
+                "int64_t width",
             ]
         )
-
-        def lines(statements: list[str], depth: int) -> str:
-            return "\n".join("    " * depth + statement for statement in statements)
-
-        parts, count = [_PRELUDE], len(self.totals)
-        steps = [(_TOTAL, 3, *total) for total in self.totals]
-        steps.append((_EDIT, 2, len(self.scalars), len(self.entries), result))
+        parts, count = [templates.PRELUDE], len(self.totals)
+        steps = [(templates.TOTAL, 3, *total) for total in self.totals]
+        counted = self.counted(terms) if terms else {}
+        edit, depth = (templates.COUNTED, 4) if terms else (templates.EDIT, 3)
+        if self.sums and self.totals:
+            raise Untranslatable("sums over rows and over the tensor")
+        counted["rows"] = self.by_rows()
+        steps.append((edit, depth, len(self.scalars), len(self.entries), result))
         for stage, (template, depth, scalars, entries, value) in enumerate(steps):
-            before, each = lines(self.scalars[:scalars], 1), lines(self.entries[:entries], depth)
-            given = {"scalars": before, "entries": each, "result": value}
+            before = _lines(self.scalars[:scalars], 1)
+            each = _lines(self.entries[:entries], depth)
+            given = {"scalars": before, "entries": each, "result": value, **counted}
             parts.append(template.format(stage=stage, signature=signature, **given))
         names = {"pre": pre, "post": post, "grad": grad, "signature": signature}
         stages = ", ".join(f"stage_{stage}" for stage in range(count + 1))
         for side, dtype in zip(("pre", "post"), dtypes[:2], strict=True):
             names[f"infinite_{side}"] = _INFINITE.get(dtype, "!__builtin_isfinite(x[i])")
-        parts.append(_RUN.format(stages=stages, totals=count, **names))
+        parts.append(templates.RUN.format(stages=stages, totals=count, **names))
         return "".join(parts)
+
+
+def _lines(statements: list[str], depth: int) -> str:
+    return "\n".join("    " * depth + statement for statement in statements)
 
 
 def _cast(code: str, old: torch.dtype, new: torch.dtype) -> str:

@@ -21,6 +21,8 @@ from deltalab.store import files
 
 SETTLED = 2.0
 """Seconds for which a file must have stood unchanged before its digest is remembered."""
+Stamp = tuple[int, int, int]
+"""A file's size, time of change in nanoseconds and inode."""
 _BLOCK = 1 << 22
 _tables: dict[Path, dict[str, Any]] = {}
 _alone = Lock()
@@ -88,29 +90,48 @@ def remembered(
         read: gives what is ready for JSON, and depends on the file's content alone.
         full: read again what is remembered.
     """
-    real = [path.resolve() for path in paths]
-    stamps = [_stamp(path) for path in real]
+    stamps = [stamp(path) for path in paths]
     found: dict[int, Any] = {}
     if not full:
-        for index, path in enumerate(real):
-            held = _table(path.parent).get(kind + path.name)
-            if isinstance(held, list) and held[:3] == list(stamps[index]) and len(held) == 4:
-                found[index] = held[3]
-    missing = [index for index in range(len(real)) if index not in found]
+        for index, path in enumerate(paths):
+            if (held := recalled(path, kind)) is not None:
+                found[index] = held
+    missing = [index for index in range(len(paths)) if index not in found]
     with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1) or 1) as pool:
-        values = pool.map(read, (real[index] for index in missing))
+        values = pool.map(read, (paths[index].resolve() for index in missing))
         found |= dict(zip(missing, values, strict=True))
-    _keep({real[i]: [*stamps[i], found[i]] for i in missing if _settled(stamps[i])}, kind)
-    return [found[index] for index in range(len(real))]
+    remember({paths[i]: (stamps[i], found[i]) for i in missing}, kind)
+    return [found[index] for index in range(len(paths))]
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def recalled(path: Path, kind: str) -> Any:
+    """Return what was found in a file before, of this kind; None if nothing holds any more."""
+    real = path.resolve()
+    held = _table(real.parent).get(kind + real.name)
+    if not isinstance(held, list) or len(held) != 4 or held[:3] != list(stamp(real)):
+        return None
+    return held[3]
+
+
+def remember(found: Mapping[Path, tuple[Stamp, Any]], kind: str) -> None:
+    """Keep what was found in files.
+
+    Args:
+        found: by file, its stamp before the first byte of it was read, and what was found.
+        kind: as for `remembered`.
+    """
+    settled = {path.resolve(): e for path, e in found.items() if _settled(e[0])}
+    _keep({path: [*its, value] for path, (its, value) in settled.items()}, kind)
+
+
+def stamp(path: Path) -> Stamp:
+    """Return what tells a file that was written to from one that was not."""
     about = path.stat()
     return about.st_size, about.st_mtime_ns, about.st_ino
 
 
-def _settled(stamp: tuple[int, int, int]) -> bool:
-    return time.time() - stamp[1] / 1e9 > SETTLED
+def _settled(its: Stamp) -> bool:
+    return time.time() - its[1] / 1e9 > SETTLED
 
 
 def _hashed(path: Path) -> str:

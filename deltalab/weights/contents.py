@@ -16,6 +16,8 @@ ENDINGS = (".bin", ".pt", ".pth")
 """Of PyTorch's own files, which are pickles (`deltalab.weights.pickles`)."""
 BESIDE = (".json", ".jinja", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab")
 """Endings of the files beside a model's weights that say how it computes and how it reads text."""
+TENSORS = "tensors of "
+"""The kind under which the digests of a file's tensors are remembered."""
 _LOGS = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 
 
@@ -70,8 +72,15 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def of_checkpoint(path: Path, full: bool = False) -> str:
+def of_checkpoint(
+    path: Path, full: bool = False, known: Mapping[Path, Mapping[str, str]] | None = None
+) -> str:
     """Return the digest of a checkpoint's tensors, of PyTorch's own files that of their bytes.
+
+    Args:
+        path: a file or a directory, as for `weights.Checkpoint`.
+        full: read again what is remembered.
+        known: by file, the digests of tensors that have just been taken.
 
     Raises:
         FileNotFoundError: as for `files_of`.
@@ -81,8 +90,10 @@ def of_checkpoint(path: Path, full: bool = False) -> str:
     for file in files_of(path):
         if file.suffix in ENDINGS:
             found[f"file {len(found)}"] = digests.of_file(file, full)
+        elif known is not None and file in known:
+            found |= known[file]
         else:
-            found |= digests.remembered([file], "tensors of ", _tensors, full)[0]
+            found |= digests.remembered([file], TENSORS, _tensors, full)[0]
     return digests.combined(found)
 
 

@@ -30,6 +30,7 @@ EDITS = {
     "dare": Dare(p=0.5, k=0.0),
     "drop_only": DropOnly(p=0.5),
     "bitdelta": BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor"),
+    "bitdelta, rows": BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="row"),
     "expo": Expo(alpha=0.3),
     "sign_flip": SignFlip(fraction=0.1, balanced=False),
     "biased_sign": BiasedSign(k=0.5, p=None),

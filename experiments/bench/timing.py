@@ -26,6 +26,7 @@ def alternate(
     ways: Mapping[str, Callable[[], object]],
     repeats: int,
     before: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Run all ways once to warm up, then `repeats` times in turn, each after `before`, untimed."""
     for way in ways.values():
@@ -35,9 +36,9 @@ def alternate(
     for _ in range(repeats):
         for name, way in ways.items():
             before()
-            start = time.perf_counter()
+            start = clock()
             made = way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
             del made
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 

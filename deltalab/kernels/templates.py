@@ -1,0 +1,237 @@
+"""The C around an edit's own statements: types, roundings, sums, loops over entries and files.
+
+`PRELUDE` begins a program. `TOTAL` is a stage that takes a sum over the tensor, `EDIT` the last
+one, `COUNTED` the same with terms that are added up on the way; in both `ROW` is a sum over each
+row, and a tensor without such is one row. `RUN` is called from outside, for a stage in memory or
+in files.
+"""
+
+PRELUDE = """
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef struct { uint16_t bits; } bfloat16;
+typedef struct { uint16_t bits; } float16;
+
+static inline int32_t bits_of_float(float x) { int32_t y; memcpy(&y, &x, 4); return y; }
+static inline float float_of_bits(int32_t x) { float y; memcpy(&y, &x, 4); return y; }
+
+static inline float from_bfloat16(bfloat16 x) { return float_of_bits((uint32_t)x.bits << 16); }
+
+static inline bfloat16 to_bfloat16(float x)  /* to the nearest, ties to even */
+{
+    uint32_t word = bits_of_float(x);
+    uint16_t near = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+    return (bfloat16){x != x ? 0x7FC0 : near};
+}
+
+static inline float from_float16(float16 x)
+{
+    uint32_t word = (uint32_t)(x.bits & 0x7FFF) << 13, sign = (uint32_t)(x.bits & 0x8000) << 16;
+    uint32_t finite = bits_of_float(float_of_bits(word) * 0x1p112f);  /* denormal numbers too */
+    return float_of_bits(sign | (word < 0x0F800000 ? finite : word | 0x7F800000));
+}
+
+static inline float16 to_float16(float x)  /* to the nearest, ties to even */
+{
+    uint32_t word = bits_of_float(x) & 0x7FFFFFFF, sign = (bits_of_float(x) >> 16) & 0x8000;
+    uint32_t normal = (word + 0xFFF + (word >> 13 & 1) - 0x38000000) >> 13;
+    uint32_t small = bits_of_float(float_of_bits(word) + 0.5f) - 0x3F000000;  /* units of 2^-24 */
+    uint32_t finite = word < 0x38800000 ? small : normal < 0x7C00 ? normal : 0x7C00;
+    return (float16){sign | (word > 0x7F800000 ? 0x7E00 : finite)};
+}
+
+/* A call, since compilers take (float)(int)x for a rounding, which would keep the sign of zero. */
+static __attribute__((noinline)) int64_t whole_of(double x) { return (int64_t)x; }
+
+static double added(const double *x, int64_t count)  /* eight by eight, in a fixed order */
+{
+    double lane[8] = {0};
+    for (int64_t i = 0; i < count; i += 8)
+        for (int64_t j = 0; j < 8; j++)
+            lane[j] += x[i + j];
+    for (int64_t half = 4; half; half /= 2)
+        for (int64_t j = 0; j < half; j++)
+            lane[j] += lane[j + half];
+    return lane[0];
+}
+
+#ifdef __FMA__
+#define ADDED(x, sum) __builtin_fma(x, x, sum)
+#else
+#define ADDED(x, sum) ((double)(x) * (x) + (sum))
+#endif
+/* The same of squares, which are exact as doubles, lane by lane until the end. */
+enum { LANES = 32 };
+static void squares(const float *restrict x, int64_t count, double *restrict lane)
+{
+    for (int64_t i = 0; i < count; i += LANES)
+        for (int64_t j = 0; j < LANES; j++)
+            lane[j] = ADDED(x[i + j], lane[j]);
+}
+"""
+TOTAL = """
+static double stage_{stage}({signature})
+{{
+    double block[1024], sum = 0;
+{scalars}
+    for (int64_t start = 0; start < count; start += 1024) {{
+        int64_t size = count - start < 1024 ? count - start : 1024;
+        for (int64_t j = 0; j < size; j++) {{
+            int64_t i = start + j;
+{entries}
+            block[j] = {result};
+        }}
+        for (int64_t j = size; j % 8; j++)
+            block[j] = 0;
+        sum += added(block, size);
+    }}
+    return sum;
+}}
+"""
+ROW = """
+        double t{total} = 0;
+        for (int64_t start = first; start < first + width; start += 1024) {{
+            int64_t size = first + width - start < 1024 ? first + width - start : 1024;
+            double block[1024];
+            for (int64_t j = 0; j < size; j++) {{
+                int64_t i = start + j;
+{entries}
+                block[j] = {result};
+            }}
+            for (int64_t j = size; j % 8; j++)
+                block[j] = 0;
+            t{total} += added(block, size);
+        }}
+"""
+EDIT = """
+static double stage_{stage}({signature})
+{{
+{scalars}
+    for (int64_t first = 0; first < count; first += width) {{
+{rows}
+        for (int64_t i = first; i < first + width; i++) {{
+{entries}
+            out[i] = {result};
+        }}
+    }}
+    return 0;
+}}
+"""
+COUNTED = """
+static double stage_{stage}({signature})
+{{
+{blocks}
+{scalars}
+    for (int64_t first = 0; first < count; first += width) {{
+{rows}
+        for (int64_t start = first; start < first + width; start += 1024) {{
+            int64_t size = first + width - start < 1024 ? first + width - start : 1024;
+{counts}
+            for (int64_t j = 0; j < size; j++) {{
+                int64_t i = start + j;
+{entries}
+                out[i] = {result};
+{terms}
+            }}
+            for (int64_t j = size; j % LANES; j++) {{
+{filled}
+            }}
+{added}
+        }}
+    }}
+{totals}
+    return 0;
+}}
+"""
+RUN = """
+/* Entries that stay in the cache, in whole rows where there are rows. */
+static int64_t block_of(int64_t width)
+{{
+    int64_t most = 1 << 16;
+    return width < 1 ? most : width > most ? width : most / width * width;
+}}
+
+static double (*const stages[])({signature}) = {{ {stages} }};
+
+double in_memory(int64_t stage, int64_t count, const {pre} *pre, const {post} *post,
+                 const {grad} *grad, {post} *out, const int32_t *keys, const double *numbers,
+                 const double *sums, int64_t whole, double *terms, int64_t width)
+{{
+    double sum = 0;
+    int64_t block = block_of(width);
+    for (int64_t at = 0; at < count; at += block) {{
+        int64_t size = count - at < block ? count - at : block;
+        sum += stages[stage](at, size, pre + at, post + at, grad ? grad + at : 0, out + at, keys,
+                             numbers, sums, whole, terms, width ? width : size);
+    }}
+    return sum;
+}}
+
+static bool take(int file, void *into, int64_t size, int64_t at)
+{{
+    for (char *to = into; size > 0;) {{
+        ssize_t count = pread(file, to, size, at);
+        if (count <= 0)
+            return false;
+        to += count, at += count, size -= count;
+    }}
+    return true;
+}}
+
+static bool put(int file, const void *from, int64_t size, int64_t at)
+{{
+    for (const char *rest = from; size > 0;) {{
+        ssize_t count = pwrite(file, rest, size, at);
+        if (count <= 0)
+            return false;
+        rest += count, at += count, size -= count;
+    }}
+    return true;
+}}
+
+static bool pre_finite(const {pre} *x, int64_t size)
+{{
+    int32_t infinite = 0;
+    for (int64_t i = 0; i < size; i++)
+        infinite += {infinite_pre};
+    return !infinite;
+}}
+
+static bool post_finite(const {post} *x, int64_t size)
+{{
+    int32_t infinite = 0;
+    for (int64_t i = 0; i < size; i++)
+        infinite += {infinite_post};
+    return !infinite;
+}}
+
+/* The same block by block from two files, and to a third at the last stage; else NaN. */
+double in_files(int64_t stage, int64_t count, int pre, int64_t pre_at, int post, int64_t post_at,
+                int out, int64_t out_at, const int32_t *keys, const double *numbers,
+                const double *sums, int64_t whole, int64_t width)
+{{
+    int64_t block = block_of(width);
+    {pre} *a = malloc(block * sizeof *a);
+    {post} *b = malloc(block * sizeof *b), *c = malloc(block * sizeof *c);
+    bool fine = a && b && c;
+    double sum = 0;
+    for (int64_t at = 0; fine && at < count; at += block) {{
+        int64_t size = count - at < block ? count - at : block;
+        fine = take(pre, a, size * sizeof *a, pre_at + at * sizeof *a) &&
+               take(post, b, size * sizeof *b, post_at + at * sizeof *b) &&
+               pre_finite(a, size) && post_finite(b, size);
+        if (fine)
+            sum += stages[stage](at, size, a, b, 0, c, keys, numbers, sums, whole, 0,
+                                 width ? width : size);
+        if (fine && stage == {totals})
+            fine = post_finite(c, size) && put(out, c, size * sizeof *c, out_at + at * sizeof *c);
+    }}
+    free(a), free(b), free(c);
+    return fine ? sum : NAN;
+}}
+"""
