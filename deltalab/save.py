@@ -1,19 +1,159 @@
-"""The first name of deltalab-apply's module, for scripts that have it: `python -m deltalab.save`.
+"""The `deltalab-apply` command: write an edited checkpoint, streamed from disk to disk.
 
-`deltalab.save` is the front door's function; who imports the module of that name can still call it.
+    deltalab-apply model=timm_vit model.name=... model.pre=DIR model.post=DIR edit=dare out=OUT
+
+takes the settings of `deltalab` that choose a model and an edit (model, edit, select, seed, draws,
+label), so that the tensors are those that a point edits, and
+
+    out=DIR                               directory to write; it must not exist
+    mismatch=error|truncate|keep_post     what to do where the two checkpoints differ
+    kernel=auto|eager|compiled            whether to compile the edit; the bits are the same
 """
 
+import gc
+import logging
 import sys
 from types import ModuleType
+from typing import Any
 
-from deltalab import api
-from deltalab.applying import main
+OWN = {"out": None, "mismatch": "error", "kernel": "auto"}
+
+
+def main() -> None:
+    """Entry point of the `deltalab-apply` command. Exit code 0 on success, 2 for a mistake."""
+    from deltalab import console
+    from deltalab.mistakes import fail, mistakes
+    from deltalab.store import shown
+    from deltalab.sweep import stopping
+
+    console.ready()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    try:
+        with stopping.ending():
+            manifest = save(sys.argv[1:])
+    except (Exception, stopping.Stopped) as error:
+        if isinstance(error, stopping.Stopped) or stopping.stopped():
+            console.fail("stopped; nothing was written")
+            sys.exit(143)
+        if isinstance(error, mistakes()):
+            fail(error)
+        raise
+    except KeyboardInterrupt:
+        console.fail("interrupted; nothing was written")
+        sys.exit(130)
+    edited = manifest["edited"]
+    print(
+        f"{edited['tensors']} tensors, {edited['parameters']} parameters edited:"
+        f" {shown.line(manifest['out'])}"
+    )
+
+
+def save(arguments: list[str]) -> dict[str, Any]:
+    """Compose the settings, write the checkpoint and return its manifest with `out`.
+
+    Args:
+        arguments: `name=value` overrides, as on the command line.
+
+    Raises:
+        ValueError: a mistake in them.
+    """
+    from pathlib import Path
+
+    gc.disable()  # what imports leave is never collected: a quarter of the start, most of the exit
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from deltalab import settings as checks
+    from deltalab.apply import extras, stream
+    from deltalab.keys import Choices, salt_of
+    from deltalab.point import build
+    from deltalab.sweep import composing
+    from deltalab.weights import configs, select
+
+    gc.freeze()
+    gc.enable()
+
+    own: dict[str, Any] = dict(OWN)
+    overrides = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in OWN:
+            own[name] = value
+        else:
+            overrides.append(argument)
+    if not own["out"]:
+        raise ValueError("out=: name the directory to write")
+    where = initialize_config_dir(version_base="1.3", config_dir=str(checks.conf_dir()))
+    with composing.guarded(), where:
+        cfg = compose("config", overrides, return_hydra_config=True)
+    settings: Any = {}
+    for name in ("edit", "model", "select", "seed", "draws", "label", "nonfinite"):
+        held = cfg[name]
+        plain = OmegaConf.to_container(held, resolve=True) if OmegaConf.is_config(held) else held
+        settings[name] = checks.tidy(plain)  # as a point has it
+    checks.check_top(settings)
+    described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
+    chosen = settings["edit"].pop("select", None)
+    chosen = settings["select"] or chosen
+    select.check(chosen)
+    runtime = cfg.hydra.runtime
+    named = {
+        group: checks.option(group, runtime.choices[group], runtime.config_sources)
+        for group in ("model", "edit", "objective")
+    }
+    salt = salt_of(settings, Choices(**named))
+    if cfg.nonfinite != "error":
+        raise ValueError(
+            f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
+            " only error"
+        )
+    edit = build(settings["edit"], "edit")
+    extras.check_needs(edit)
+    out = Path(own["out"]).expanduser()
+    pre, post, dequantize = _checkpoints(settings["model"])
+    old, new = (configs.content(place / "config.json") for place in (pre, post))  # none of files
+    if line := configs.differences(old, new):
+        logging.getLogger("deltalab").warning(line)
+    manifest = stream.stream(
+        pre,
+        post,
+        out,
+        edit,
+        select=chosen,
+        seed=settings["seed"],
+        mismatch=own["mismatch"],
+        kernel=own["kernel"],
+        dequantize=dequantize,
+        salt=salt,
+        describe={"name": type(edit).__module__.rpartition(".")[2], **described},
+    )
+    return {**manifest, "out": str(out)}
+
+
+def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None]:
+    """Return the paths of both checkpoints, fetched if need be, and whether they are decoded."""
+    from deltalab.point import build
+
+    spec: Any = None
+    missing = [side for side in ("pre", "post") if model.get(side, "") in (None, "???")]
+    if not missing:  # what else is not given concerns the module, of which there is none here
+        spec = build({k: "" if v == "???" else v for k, v in model.items()}, "model")
+    if not hasattr(spec, "checkpoints"):
+        side = missing[0] if missing else "pre"
+        raise ValueError(f"model.{side}=: name the checkpoint (a file, a directory, a hub id)")
+    pre, post = spec.checkpoints
+    return pre, post, getattr(spec, "dequantize", None)
 
 
 class _Callable(ModuleType):
-    """A module that is called as the function is."""
+    """A module that is called as the front door's function of its name is."""
 
-    __call__ = staticmethod(api.save)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        from deltalab import api
+
+        return api.save(*arguments, **named)
 
 
 sys.modules[__name__].__class__ = _Callable

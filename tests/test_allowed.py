@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from deltalab import allowed, cli, point, settings
+from deltalab.mistakes import mistakes
 from deltalab.sweep import composing
 
 QUICK = ("riemann=off", "evaluator=none", "data.objective.limit=8")
@@ -219,7 +220,7 @@ def test_a_config_reads_few_variables_and_names_the_one_it_may_not(reference, mo
     with pytest.raises(Exception, match="may not read OPENAI_API_KEY from the environm") as caught:
         OmegaConf.to_container(cfg, resolve=True)
     assert secret not in str(caught.value)
-    assert isinstance(caught.value, cli.mistakes())
+    assert isinstance(caught.value, mistakes())
 
 
 def test_a_config_may_read_where_things_lie(monkeypatch):

@@ -369,14 +369,14 @@ def test_killed_at_work_out_is_absent(pair, tmp_path) -> None:
 
 SLOW = """
 import sys, time
-from deltalab import applying
+import deltalab.save as save
 from deltalab.apply import stream
 verify = stream._verify
 def slow(*arguments):
     print("written", flush=True)
     time.sleep(60)
 stream._verify = slow
-applying.main()
+save.main()
 """
 
 
@@ -446,7 +446,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(pair, tmp_path, monkeypatch) 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "deltalab.applying", *map(str, arguments)],
+        [sys.executable, "-m", "deltalab.save", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

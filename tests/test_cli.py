@@ -209,7 +209,7 @@ def test_options_may_be_numbers(deltalab, tmp_path):
 
 def test_a_tilde_is_the_home_directory_wherever_output_goes(monkeypatch, tmp_path, capfd):
     """On the code before, results='~/x' made a directory named ~, which no other command found."""
-    from deltalab import applying as save
+    import deltalab.save as save
     from deltalab import cache
     from deltalab.report import command as report
     from deltalab.sweep import status

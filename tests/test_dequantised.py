@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from deltalab import applying as save
+import deltalab.save as save
 from deltalab.models.checkpoints import opened
 from deltalab.models.hf_llm import HfPair
 from deltalab.weights import shards

@@ -12,7 +12,8 @@ from deltalab.loss.objectives import Measured, change, influences
 from deltalab.report import command, draws
 from deltalab.report.comparison import compare
 from deltalab.report.outcomes import at_margin
-from deltalab.store import effects, means
+from deltalab.statistics import means
+from deltalab.store import effects
 from deltalab.store.reading import parse
 from deltalab.store.record import Outcome
 

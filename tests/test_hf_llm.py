@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from deltalab import applying as save
+import deltalab.save as save
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
 from deltalab.edits.dare import Dare

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltalab import applying as save
+import deltalab.save as save
 from deltalab.apply import stream
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo

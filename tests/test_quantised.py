@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltalab import applying as save
+import deltalab.save as save
 from deltalab import cli
 from deltalab.models import checkpoints
 from deltalab.weights import quantised

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deltalab import allowed, cli, console, point, reference, settings
+from deltalab.mistakes import mistakes
 from deltalab.store import latest, records
 from deltalab.weights import finite
 from deltalab.weights.mapping import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
@@ -303,7 +304,7 @@ def test_a_mistake_of_the_system_is_one_line():
     assert console.one_line(error) == "/x/records/k.json: no space left on device"
     assert console.one_line(OSError(28, "No space left on device")) == "no space left on device"
     assert "\x1b" not in console.one_line(ValueError("a\x1b[2Jb"))
-    assert isinstance(error, cli.mistakes())
+    assert isinstance(error, mistakes())
 
 
 # Numbers under stress

@@ -255,8 +255,8 @@ def test_signs_that_an_encoding_lacks_are_written_out() -> None:
         (["deltalab.report.command", "--help"], 0),
         (["deltalab.cache", "--help"], 0),
         (["deltalab.cache"], 2),
-        (["deltalab.applying", "--help"], 0),
-        (["deltalab.applying", "out="], 2),
+        (["deltalab.save", "--help"], 0),
+        (["deltalab.save", "out="], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

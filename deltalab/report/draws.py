@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from deltalab.report.outcomes import pair_names
 from deltalab.report.tables import NONE, Column, measured
+from deltalab.statistics.means import Mean, factor, over_draws, two_way
 from deltalab.store.effects import CLASSES, MARGINS, classify
-from deltalab.store.means import Mean, factor, over_draws, two_way
 from deltalab.store.record import Outcome
 
 Examples = Callable[[Outcome], Sequence[float] | None]

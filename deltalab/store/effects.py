@@ -52,7 +52,7 @@ def classify(
         gap: the loss of the pre-trained model minus that of the post-trained one, same examples.
         gap_error: its standard error.
         margin: share of the gap, in (0, 1).
-        factor: standard errors to each side, `store.means.factor` of the error's freedom.
+        factor: standard errors to each side, `statistics.means.factor` of the error's freedom.
 
     Returns:
         The class, undecided where the interval crosses a margin or the gap itself is not above two

@@ -133,7 +133,7 @@ def loop(
     for rate in rates:
         out = directory / str(rate)
         spent = timed(
-            *("deltalab.applying", "model=hf_llm", "edit=dare", f"edit.p={rate}", f"out={out}"),
+            *("deltalab.save", "model=hf_llm", "edit=dare", f"edit.p={rate}", f"out={out}"),
             *(f"model.{name}={directory / name}" for name in ("pre", "post")),
         )
         spent += timed(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltalab.report.figures.style import HATCHES, looks, panels
+from deltalab.statistics.means import Mean
 from deltalab.store.fields import number, plain
-from deltalab.store.means import Mean
 from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, zero
 from experiments.paper.evidence import Documents, Evidence

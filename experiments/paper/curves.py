@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltalab.statistics.means import Mean
 from deltalab.store.fields import number, plain
-from deltalab.store.means import Mean
 from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, one_legend, reference, tiles
 from experiments.paper.evidence import Documents, Evidence

@@ -1,8 +1,8 @@
 """How far points differ, with errors that count documents and draws.
 
 A difference is taken document by document and draw by draw where the documents were kept, and its
-error is that of the two-way table (`deltalab.store.means`). Where they were not, it falls back on
-what there is, each time with a wider error, and remembers which: on the paired errors of the
+error is that of the two-way table (`deltalab.statistics.means`). Where they were not, it falls back
+on what there is, each time with a wider error, and remembers which: on the paired errors of the
 records, then on the scores alone, as if every model had been scored on documents of its own.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from deltalab.data.splits import Half, places
 from deltalab.report import comparison
-from deltalab.store.means import Mean, over_draws, two_way
+from deltalab.statistics.means import Mean, over_draws, two_way
 from deltalab.store.record import Outcome
 
 Documents = Mapping[str, Mapping[str, Any]]

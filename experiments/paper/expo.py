@@ -5,8 +5,8 @@ from typing import Any
 
 from deltalab.report.figures.style import panels
 from deltalab.report.tables import signed
+from deltalab.statistics.means import Mean
 from deltalab.store.fields import plain
-from deltalab.store.means import Mean
 from deltalab.store.record import Outcome
 from experiments.paper.alpha import by_alpha
 from experiments.paper.drawing import curve, zero

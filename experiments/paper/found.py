@@ -13,7 +13,7 @@ from typing import Any
 
 from deltalab.report.outcomes import by_pair, pair_names
 from deltalab.report.tables import is_lenient, is_score
-from deltalab.store.means import Mean, holm
+from deltalab.statistics.means import Mean, holm
 from deltalab.store.record import Outcome
 
 NEAR = 0.02

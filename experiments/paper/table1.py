@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from deltalab.report.figures.style import panels
 from deltalab.report.tables import signed
+from deltalab.statistics.means import Mean
 from deltalab.store.fields import number, plain
-from deltalab.store.means import Mean
 from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve, reference, zero
 from experiments.paper.evidence import Documents, Evidence
