@@ -23,7 +23,7 @@ def audit(
     shift2 = delta2 = ideal2 = lost2 = 0.0
     for name in edited:
         before = deltas[name]
-        ideal = edit(before, **extras.for_tensor(name, deltas)) - before
+        ideal = extras.seen(edit, name)(before, **extras.for_tensor(name, deltas)) - before
         shift = difference(post[name], edited[name])
         zeros += int((edited[name] == pair.pre[name]).sum())
         entries += shift.numel()

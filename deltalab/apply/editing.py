@@ -184,7 +184,8 @@ def edited(
     def load(name: str) -> Tensor:
         old, new = pre[name], post[name]
         needs = extras.for_tensor(name, deltas)
-        made = edited_tensor(old.to(device), new.to(device), edit, kernel, **needs)
+        mine = extras.seen(edit, name)
+        made = edited_tensor(old.to(device), new.to(device), mine, kernel, **needs)
         return made.to(new.device)
 
     return LazyWeights(touched, load, touched.meta)

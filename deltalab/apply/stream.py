@@ -25,7 +25,7 @@ from deltalab.apply.extras import Extras, Memo, thresholds
 from deltalab.apply.layout import Side
 from deltalab.edits import Edit
 from deltalab.store import files
-from deltalab.weights import contents, finite
+from deltalab.weights import configs, contents, finite, orientation
 from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
 from deltalab.weights.select import selected
 from deltalab.weights.shards import Buffers, Entry, copy, item, keep, pieces, put, read
@@ -97,7 +97,8 @@ def stream(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    extras = Extras(edit.needs, seed, memo=Memo(limit=0))
+    told = configs.content((post if post.is_dir() else post.parent) / "config.json")
+    extras = Extras(edit.needs, seed, memo=Memo(limit=0), turned=orientation.turned(told))
     plan = planned(pre, post, select, mismatch, dequantize)
     manifest = {
         "edit": describe,
@@ -224,8 +225,9 @@ def _write(plan: Plan, out: Path, edit: Edit, extras: Extras, kernel: str) -> No
                         keep(source, target, entry, plan.rows.get(name, 0))
                         if name in plan.pre:
                             given = extras.for_tensor(plan.alias[name], deltas)
-                            task = partial(_edit_piece, plan, name, edit, given, kernel, target)
-                            if width := _width(edit, entry):
+                            mine = extras.seen(edit, plan.alias[name])
+                            task = partial(_edit_piece, plan, name, mine, given, kernel, target)
+                            if width := _width(mine, entry):
                                 for piece in pieces(plan.rows[name], width):
                                     work.append(pool.submit(task, piece, width))
                                     while len(work) > 2 * workers:
