@@ -35,7 +35,7 @@ READERS = {
 """Versions of what many classes share: a mended fault makes the records stale that used it."""
 ALWAYS = ("apply", "passes", "rng")
 """Readers beneath every point."""
-NEUTRAL: dict[str, Any] = {"model.dequantize": False, "salt": ""}
+NEUTRAL: dict[str, Any] = {"model.dequantize": False, "riemann.dtype": None, "salt": ""}
 """Settings that came later, each with the value that reproduces what was done without it."""
 BESIDE = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale", "data",
@@ -253,6 +253,17 @@ def _tokenizer(value: Any, where: str, given: Mapping[str, Any], full: bool) -> 
     return contents.of_paths(contents.beside(place), full)
 
 
+def _dtype(value: Any, where: str, given: Mapping[str, Any], full: bool) -> Any:
+    """`auto` is the dtype that it stands for, whose key it shares."""
+    if value != "auto":
+        return value
+    try:
+        place = hub.described(str(given["post"]), "model.post", given.get("post_revision"))
+    except (OSError, ValueError):  # the model's own content says what is wrong with it
+        return value
+    return contents.dtype_of(place) or value
+
+
 def _unpacked(value: Any, where: str, given: Mapping[str, Any], full: bool) -> Any:
     place = Path(str(value)).expanduser()
     if not place.is_dir():
@@ -271,6 +282,7 @@ def _packaged(files: Callable[[str], list[Path]]) -> Callable[..., Any]:
 
 
 KINDS: dict[str, Callable[..., Any]] = {
+    "dtype": _dtype,
     "file": _file,
     "images": _images,
     "model": _model,

@@ -136,3 +136,53 @@ def opened(paths, **settings):
     from deltalab.models.hf_llm import HfPair
 
     return HfPair(*map(str, paths), **{"dtype": "float32", "device": "cpu", **settings}).open()
+
+
+def compared(kind, place):
+    """Hold a pair against `from_pretrained` of its directories, in float32.
+
+    Memory is aligned alike first, on which the order of sums within a product depends.
+
+    Returns:
+        The largest difference of a logit, and of a loss from that of transformers' logits, of
+        either end; and by how much the ends' losses differ.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from deltalab.data.tokens import Coded, padded
+    from deltalab.loss.answers import AnswerLoss
+    from deltalab.loss.objectives import measure
+    from deltalab.weights.mapping import loaded
+
+    paths = pair(kind, place)
+    found = opened(paths, context=64)
+    draw = torch.Generator().manual_seed(0)
+    coded = [
+        Coded(each, each, "") for each in torch.randint(6, 250, (2, 24), generator=draw).tolist()
+    ]
+    ids, mask, _ = batch = padded(coded, 0)
+    ours, theirs = [], []
+    with torch.no_grad():
+        for path, weights in zip(paths, (found.pre, {}), strict=True):
+            other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            _aligned(other)
+            theirs.append(other(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+            with loaded(found.module, weights, found.post) as module:
+                _aligned(module)
+                logits = module(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                ours.append((logits, measure(module, AnswerLoss((batch,))).mean))
+    right = [
+        float(torch.nn.functional.cross_entropy(each[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+        for each in theirs
+    ]
+    logit = max(float((a[0] - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return (
+        logit,
+        max(abs(a[1] - b) for a, b in zip(ours, right, strict=True)),
+        abs(right[0] - right[1]),
+    )
+
+
+def _aligned(module):
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data = tensor.data.clone()
