@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test check slurm ray fuzz audit constraints bench format report results clean
+.PHONY: help architectures demo demo-llm test check slurm ray fuzz audit constraints bench format report results clean
 .PHONY: reproduce $(PAPER) $(STUDIES)
 
 help: ## show this list
@@ -53,6 +53,9 @@ slurm: $(VENV)/.dev ## sweeps on a real SLURM of one node (root, Debian)
 
 ray: $(VENV)/.dev ## sweeps on a real Ray
 	@$(BIN)/pytest -m ray tests/test_ray.py -n0 -s
+
+architectures: $(VENV)/.dev ## every causal language model of transformers against from_pretrained
+	@$(BIN)/python tests/architectures.py results/architectures.md
 
 format: $(VENV)/.dev ## format the code
 	@$(BIN)/ruff format deltalab experiments tests

@@ -142,7 +142,13 @@ def edit(name: str, **settings: Any) -> Edit:
 
 
 def edited(
-    pair: ModelPair, edit: Edit, *, select: Any = "all", seed: int = 0, loss: Loss | None = None
+    pair: ModelPair,
+    edit: Edit,
+    *,
+    select: Any = "all",
+    seed: int = 0,
+    loss: Loss | None = None,
+    turned: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Return the edited tensors of a pair, as they would be stored.
 
@@ -153,6 +159,8 @@ def edited(
             exclude}`.
         seed: of random edits.
         loss: for edits that need a gradient, activations or a learned scale.
+        turned: patterns of the names of matrices that are stored (in, out), where no configuration
+            of the module tells; edits that look at rows and columns see all as (out, in).
 
     Raises:
         ValueError: an edit that needs a loss, and none given.
@@ -167,7 +175,7 @@ def edited(
     if loss is not None:
         gradient = cache(lambda: Engine(pair, loss, Store(None, {})).gradient)
         providers = distill.providers(pair, loss, gradient)
-    extras = Extras.of(edit, pair, seed=seed, providers=providers)
+    extras = Extras.of(edit, pair, seed=seed, providers=providers, turned=turned)
     return dict(editing.edited(pair.pre, pair.post, edit, select, extras))
 
 

@@ -27,16 +27,16 @@ from deltalab.models import embedded, hub
 from deltalab.settings import option_file
 from deltalab.store import digests, pairs
 from deltalab.store.classes import described
-from deltalab.weights import contents
+from deltalab.weights import configs, contents, orientation
 
 READERS = {
     "apply": 1, "checkpoint": 1, "images": 1, "lm_eval": 1, "passes": 1, "rng": 1, "rows": 1,
-    "tokens": 1,
+    "tokens": 1, "turned": 1,
 }  # fmt: skip
 """Versions of what many classes share: a mended fault makes the records stale that used it."""
 ALWAYS = ("apply", "passes", "rng")
 """Readers beneath every point."""
-NEUTRAL: dict[str, Any] = {"model.dequantize": False, "salt": ""}
+NEUTRAL: dict[str, Any] = {"model.dequantize": False, "riemann.dtype": None, "salt": ""}
 """Settings that came later, each with the value that reproduces what was done without it."""
 BESIDE = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale", "data",
@@ -106,8 +106,23 @@ def determinants(
         **found,
         "select": canonical(settings["select"] or select),
         "names": {kind: getattr(choices, kind) for kind in ("model", "edit", "objective")},
-        "reads": {name: READERS[name] for name in ALWAYS},
+        "reads": {name: READERS[name] for name in _readers(settings["model"], edit)},
     }
+
+
+def _readers(model: Mapping[str, Any], edit: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the readers beneath a point as such: of one more where its edit may see files turned.
+
+    Nothing else of the point tells that the model has matrices stored (in, out), and the edit sees
+    them as (out, in).
+    """
+    kind = described(edit["_target_"])
+    blind = kind.get("unit", "") == "entry" or kind.get("axes", True) is False
+    if blind or described(model["_target_"]).get("contents", {}).get("post") != "model":
+        return ALWAYS
+    place = hub.described(str(model["post"]), "model.post", model.get("post_revision"))
+    content = configs.content((place if place.is_dir() else place.parent) / "config.json")
+    return (*ALWAYS, "turned") if orientation.patterns(content) else ALWAYS
 
 
 def pair_id(found: Mapping[str, Any]) -> str:
@@ -242,6 +257,17 @@ def _tokenizer(value: Any, where: str, given: Mapping[str, Any], full: bool) -> 
     return contents.of_paths(contents.beside(place), full)
 
 
+def _dtype(value: Any, where: str, given: Mapping[str, Any], full: bool) -> Any:
+    """`auto` is the dtype that it stands for, whose key it shares."""
+    if value != "auto":
+        return value
+    try:
+        place = hub.described(str(given["post"]), "model.post", given.get("post_revision"))
+    except (OSError, ValueError):  # the model's own content says what is wrong with it
+        return value
+    return contents.dtype_of(place) or value
+
+
 def _unpacked(value: Any, where: str, given: Mapping[str, Any], full: bool) -> Any:
     place = Path(str(value)).expanduser()
     if not place.is_dir():
@@ -260,6 +286,7 @@ def _packaged(files: Callable[[str], list[Path]]) -> Callable[..., Any]:
 
 
 KINDS: dict[str, Callable[..., Any]] = {
+    "dtype": _dtype,
     "file": _file,
     "images": _images,
     "model": _model,

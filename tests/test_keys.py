@@ -245,7 +245,7 @@ GOLDEN = {
     "edit=ties model=tiny_llm": "9e1dbfe8d0c9790b",
     "edit=bitdelta_distilled model=tiny_llm_far evaluator/tasks=tiny": "4b8d8c6fa321c737",
     "edit=expo model=tiny_llm_dpo objective=dpo riemann=paper": "1e7f84df01c427cc",
-    "edit=dare model=hf_llm model.pre=DIR/pre model.post=DIR/post"
+    "edit=dare model=hf_llm model.dtype=bfloat16 model.pre=DIR/pre model.post=DIR/post"
     " data.path=DIR/rows.jsonl": "951dcd481427e526",
     "edit=dare model=timm_vit model.name=vit model.pre=DIR/pre model.post=DIR/post"
     " data.dir=DIR/images": "86fc67fcbc9d6c89",

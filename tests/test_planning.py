@@ -75,7 +75,7 @@ def test_an_8b_model_is_planned_on_the_meta_device_and_refused_where_it_does_not
     assert found.of_parameters == 8_030_261_248
     assert found.parameters == 6_979_321_856  # 32 layers of 218 million
     assert found.tensors == 7 * 32
-    assert found.evaluations == 1 + 9 * 9
+    assert found.evaluations == 1 + 45 * 7  # in 16 bits no point shares its line
     assert found.held["model"] == 2 * found.of_parameters
     assert found.held["shift in float32"] == 4 * found.parameters
     # At least every linear layer's input, in bf16, and no more than a few times that.
@@ -249,10 +249,10 @@ def test_an_8b_preset_is_planned_without_a_hub(planned):
     assert "45, of which 0 are finished" in out
     assert "meta-llama/Meta-Llama-3-8B (16.1 GB), meta-llama/Meta-Llama-3-8B-Instruct (16.1" in out
     assert "8,030,261,248 of 8,030,261,248 parameters" in out
-    assert "at most 82 gradient evaluations" in out
+    assert "at most 316 gradient evaluations" in out
     rest = re.search(r"about ([\d.]+) on one GPU at device_tflops=400 \(terms ([\d.]+)", out)
     per = 7_504_924_672 * 7473 * 191 / 4e14 / 3600  # all but the table of tokens
-    assert float(rest[2]) == pytest.approx(82 * 6 * per, rel=0.05)
+    assert float(rest[2]) == pytest.approx(316 * 6 * per, rel=0.05)
     assert float(rest[1]) > float(rest[2])
 
 

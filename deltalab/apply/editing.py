@@ -219,8 +219,9 @@ def edited(
     def load(name: str) -> Tensor:
         old, new = pre[name], post[name]
         needs = extras.for_tensor(name, deltas)
+        mine = extras.seen(edit, name)
         sums: list[float] | None = None if audit is None else []
-        made = edited_tensor(old.to(device), new.to(device), edit, kernel, sums=sums, **needs)
+        made = edited_tensor(old.to(device), new.to(device), mine, kernel, sums=sums, **needs)
         if audit is not None and sums is not None:
             audit.add(name, new.numel(), sums)
         return made.to(new.device)

@@ -6,7 +6,7 @@ that asks for what is not in the table, or for what nobody provides, is refused 
 opened (`check_needs`).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,8 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from deltalab.apply import turning
 from deltalab.edits import Edit
 from deltalab.rng import Rng
+from deltalab.weights import orientation
 from deltalab.weights.factor import Factors, svd
 from deltalab.weights.mapping import ModelPair, Weights
 from deltalab.weights.threshold import ModelThreshold, Threshold
@@ -167,6 +169,7 @@ class Extras:
         providers: of what needs more than pair and seed, by need.
         memo: factorisations and thresholds, shared by all points of a sweep over one pair.
         salt: sets the random numbers of one model apart from those of others with its tensor names.
+        turned: which tensors, by name, are matrices stored (in, out).
 
     Raises:
         ValueError: a need that nobody provides.
@@ -177,6 +180,7 @@ class Extras:
     providers: Mapping[str, Provider] = field(default_factory=dict)
     memo: "Memo" = field(default_factory=lambda: Memo())
     salt: str = ""
+    turned: Callable[[str], bool] = field(default_factory=lambda: orientation.turned({}))
 
     @classmethod
     def of(
@@ -187,17 +191,34 @@ class Extras:
         seed: int,
         salt: str = "",
         providers: Mapping[str, Provider] | None = None,
+        turned: Iterable[str] = (),
     ) -> "Extras":
         """Return the provider for an edit of an open pair, with the pair's shared memo.
+
+        Args:
+            edit: the edit.
+            pair: the open pair.
+            seed: as for the class.
+            salt: likewise.
+            providers: likewise.
+            turned: patterns of the names of matrices stored (in, out), beside those that the
+                configuration of the pair's module tells.
 
         Raises:
             ValueError: the edit needs what is not there.
         """
         check_needs(edit, providers or ())
-        return cls(edit.needs, seed, providers or {}, _memos.setdefault(pair, Memo()), salt)
+        config: Any = getattr(pair.module, "config", None)
+        told = config.to_dict() if hasattr(config, "to_dict") else {}
+        memo = _memos.setdefault(pair, Memo())
+        return cls(edit.needs, seed, providers or {}, memo, salt, orientation.turned(told, turned))
 
     def __post_init__(self) -> None:
         _check_provided("this edit", self.needs, [*OWN, *self.providers])
+
+    def seen(self, edit: Edit, name: str) -> Edit:
+        """Return an edit as it is to be applied to one tensor, which it sees as (out, in)."""
+        return turning.seen(edit, self.turned(name))
 
     def for_tensor(self, name: str, deltas: Weights) -> dict[str, Any]:
         """Return the needed keyword arguments for one tensor.

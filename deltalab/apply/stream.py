@@ -26,7 +26,7 @@ from deltalab.apply.layout import Side
 from deltalab.apply.work import Work
 from deltalab.edits import Edit
 from deltalab.store import files, records
-from deltalab.weights import contents, finite
+from deltalab.weights import configs, contents, finite, orientation
 from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
 from deltalab.weights.select import selected
 from deltalab.weights.shards import Buffers, Entry, copy, item, keep, pieces, put, read
@@ -100,7 +100,9 @@ def stream(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    extras = Extras(edit.needs, seed, memo=Memo(limit=0), salt=salt)
+    told = configs.content((post if post.is_dir() else post.parent) / "config.json")
+    memo, turned = Memo(limit=0), orientation.turned(told)
+    extras = Extras(edit.needs, seed, memo=memo, salt=salt, turned=turned)
     plan = planned(pre, post, select, mismatch, dequantize)
     hashing = Hashing((pre, post))
     manifest: dict[str, Any] = {
@@ -239,8 +241,9 @@ def _write(
                         if name in plan.pre:
                             sides = plan.pre[name], entry
                             given = extras.for_tensor(plan.alias[name], deltas)
-                            task = partial(_edit_piece, plan, name, edit, given, kernel, target)
-                            if width := _width(edit, entry):
+                            mine = extras.seen(edit, plan.alias[name])
+                            task = partial(_edit_piece, plan, name, mine, given, kernel, target)
+                            if width := _width(mine, entry):
                                 for piece in pieces(rows, width):
                                     work.submit(task, piece, width)
                                     for side in sides:

@@ -59,6 +59,9 @@ class Edit(Protocol):
         fuses: whether it is made of plain tensor operations without a branch on the data, so that
             `kernels` can write it in C as one pass over memory. Edits of unit "entry" fuse in any
             case.
+        axes: whether it matters which axis of a matrix holds the outputs of its layer, and which
+            the inputs: such edits see every matrix as (out, in), also those that a file has the
+            other way round. Not for edits of unit "entry"; for others unless they say so.
         version: enters the key of every point; to be raised whenever the same settings come to
             give other weights, so that what was recorded before is not taken for it. A number in
             the class's own body, for it is read from the source too.
@@ -93,6 +96,11 @@ class Edit(Protocol):
             float32, of the delta's shape and device; zero where the delta is zero throughout.
         """
         ...
+
+    @property
+    def axes(self) -> bool:
+        """Whether rows mean something else than columns."""
+        return self.unit != "entry"
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class BiasedProduct(Edit):
     p: float | None
     fuses: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    axes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         within("k", self.k, "(-inf, inf)")

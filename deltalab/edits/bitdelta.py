@@ -53,6 +53,11 @@ class BitDelta(Edit):
         one_of("axis", self.axis, _AXES)
 
     @property
+    def axes(self) -> bool:
+        """Where rows or columns share a scale."""
+        return self.axis != "tensor"
+
+    @property
     def unit(self) -> Unit:  # type: ignore[override]
         """Row by row where each has a scale of its own."""
         return "row" if self.axis == "row" else "tensor"

@@ -35,6 +35,7 @@ class BitDeltaDistilled(Edit):
     steps: int
     lr: float
     version: ClassVar[int] = 2  # learned on half A of the objective, without padding
+    axes: ClassVar[bool] = False
     whole_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

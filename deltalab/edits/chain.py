@@ -62,6 +62,11 @@ class Chain(Edit):
         return "entry" if {edit.unit for edit in self.edits} == {"entry"} else "tensor"
 
     @property
+    def axes(self) -> bool:
+        """Whether it matters to any step."""
+        return any(edit.axes for edit in self.edits)
+
+    @property
     def whole_model(self) -> bool:  # type: ignore[override]
         """Whether its first step does."""
         return self.edits[0].whole_model

@@ -49,6 +49,11 @@ class Darex(Edit):
         return ("rng", "acts") if self.q == "closed_form" else ("rng",)
 
     @property
+    def axes(self) -> bool:
+        """In the closed form, which adds up what each output gets of its inputs."""
+        return self.q == "closed_form"
+
+    @property
     def unit(self) -> Unit:  # type: ignore[override]
         """Entry by entry where q is given; the closed form sees the whole tensor."""
         return "tensor" if self.q == "closed_form" else "entry"

@@ -41,6 +41,7 @@ class Multibit(Edit):
     bits: int
     blocks: str
     version: ClassVar[int] = 1
+    axes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         whole("bits", self.bits, 0)

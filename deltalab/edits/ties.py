@@ -35,6 +35,7 @@ class Ties(Edit):
     keep: float
     scope: str
     version: ClassVar[int] = 1
+    axes: ClassVar[bool] = False
 
     @property
     def whole_model(self) -> bool:  # type: ignore[override]

@@ -35,6 +35,7 @@ class Twin(Edit):
     rank: int | None
     rate: float | None
     version: ClassVar[int] = 1
+    axes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.rate is None):

@@ -15,6 +15,7 @@ from deltalab.edits.bitdelta import mean_magnitude
 from deltalab.loss.objectives import Loss, evaluating
 from deltalab.weights.layouts import layout_of
 from deltalab.weights.mapping import ModelPair, Weights, live, meta
+from deltalab.weights.select import selected
 
 MASK = "attention_mask"
 """The keyword by which a batch of texts tells its module what of it is padding."""
@@ -59,7 +60,7 @@ def providers(
 
     return {
         "grad": lambda name, _: gradient()[name],
-        "acts": lambda name, _: inputs().get(name),
+        "acts": lambda name, _: input_of(pair.module, inputs(), name, meta(pair.post, name).shape),
         "scale": scale,
     }
 
@@ -251,8 +252,7 @@ def mean_inputs(module: nn.Module, loss: Loss) -> dict[str, Tensor]:
     with ExitStack() as hooks, evaluating(module), torch.no_grad():
         hooks.callback(module.register_forward_pre_hook(told, with_kwargs=True).remove)
         for name, layer in module.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                axis = -1 if isinstance(layer, nn.Linear) else 1
+            if (axis := features(layer)) is not None:
                 handle = layer.register_forward_pre_hook(
                     watch(f"{name}.weight".removeprefix("."), axis)
                 )
@@ -261,3 +261,47 @@ def mean_inputs(module: nn.Module, loss: Loss) -> dict[str, Tensor]:
             loss(module, batch)
     means = {name: (total / counts[name]).float() for name, total in sums.items()}
     return layout_of(module).of_layers(means)
+
+
+def features(layer: nn.Module) -> int | None:
+    """Return the axis of a layer's input that its weight's inputs lie on; None for no linear map.
+
+    Two of transformers are told by their names: `Conv1D`, a linear layer whose weight is (in, out),
+    and the routers of experts.
+    """
+    name = type(layer).__name__
+    if isinstance(layer, nn.Linear) or name == "Conv1D" or name.endswith("Router"):
+        return -1
+    return 1 if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+
+
+def input_of(
+    module: nn.Module, means: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
+) -> Tensor | None:
+    """Return the mean input of the layer that a tensor is the weight of; None where it is of none.
+
+    Args:
+        module: the live module.
+        means: its `mean_inputs`.
+        name: the tensor's name in the pair's files.
+        shape: its shape.
+
+    Raises:
+        ValueError: the weight of a layer, by its name and shape, whose inputs were not seen.
+
+    >>> print(input_of(nn.Identity(), {}, "norm.weight", (4,)))
+    None
+    """
+    if name in means or not selected("linear", name, shape):
+        return means.get(name)
+    tables = {
+        f"{part}.weight".removeprefix("."): torch.empty(0)
+        for part, layer in module.named_modules()
+        if isinstance(layer, nn.Embedding)
+    }
+    if name in tables or name in layout_of(module).of_layers(tables):
+        return None
+    raise ValueError(
+        f"tensor {name!r}: the inputs of its layer are not known, as of experts that a module"
+        " computes by itself; leave it out with select.exclude"
+    )

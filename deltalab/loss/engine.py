@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from deltalab.edits import Edit
+from deltalab.loss import passes
 from deltalab.loss.artifacts import Store
 from deltalab.loss.lines import Lines, approximate
 from deltalab.loss.objectives import Loss
-from deltalab.loss.passes import gradient
+from deltalab.loss.passes import gradient, rounding
 from deltalab.loss.prediction import Predict, Predictor
 from deltalab.loss.riemann import Riemann, Term
 from deltalab.weights.layouts import layout_of
@@ -45,11 +46,13 @@ class Engine:
         pair: the open pair, whose module holds `post`.
         loss: the opened objective.
         store: where artefacts are kept between processes.
+        wide: whether a module in 16 bits is widened to float32 for all of it.
     """
 
     pair: ModelPair
     loss: Loss
     store: Store
+    wide: bool = False
     _made: list[int] = field(default_factory=list, init=False)
     _told: list[bool] = field(default_factory=list, init=False)
     _predictors: dict[Predict, Predictor] = field(default_factory=dict, init=False)
@@ -70,6 +73,12 @@ class Engine:
         device = next(self.pair.module.parameters()).device
         found = self.store.tensors("gradient", compute)
         return {name: value.to(device) for name, value in found.items()}
+
+    @cached_property
+    def widened(self) -> "Engine":
+        """The engine of the same pair and objective that works in float32, with its own store."""
+        apart = replace(self.store, determinants={**self.store.determinants, "dtype": "float32"})
+        return Engine(self.pair, self.loss, apart, wide=True)
 
     @cached_property
     def lines(self) -> Lines:
@@ -100,16 +109,24 @@ class Engine:
             ValueError: as for `riemann.terms`.
         """
         module, whole = self.pair.module, self.pair.post
+        narrow = any(p.element_size() == 2 for p in module.parameters())
+        if settings.dtype and narrow and not self.wide:
+            with passes.widened(module):
+                return self.widened.changes(edit, shift, selection, settings, predict, post)
         post = live(module, whole if post is None else post, whole)
         if layout_of(module).groups:
             shift = dict(live(module, shift))
         first = self.first if settings.starts_at_post or predict.enabled else None
-        line = edit.line() if _exact(post, shift) else None
-        if settings.rule is not None and not _exact(post, shift) and not self._told:
+        exact = _exact(post, shift)
+        line = edit.line() if exact else None
+        lost = None if exact or self.wide or settings.rule is None else rounding(post, shift)
+        if lost is not None and not self._told:
             self._told.append(True)
             log.warning(
                 "the term is taken in 16 bits, which round every node on the way from W_post to"
-                " W_edit: its size may be off however many nodes it has; model.dtype=float32 is not"
+                " W_edit, its middle by %.2g of the shift: its size may be off however many nodes"
+                " it has; riemann.dtype=float32 is not, nor is model.dtype=float32",
+                lost,
             )
         terms = approximate(
             settings,
@@ -122,6 +139,7 @@ class Engine:
             selection,
             first,
         )
+        terms = {name: replace(term, rounding=lost) for name, term in terms.items()}
         prediction = None
         if predict.enabled:
             assert first is not None

@@ -69,6 +69,39 @@ def move(touched: Mapping[str, nn.Parameter], post: Weights, shift: Weights, nod
 
 
 @contextmanager
+def widened(module: nn.Module) -> Iterator[None]:
+    """Have a module's tensors of 16 bits in float32 for a while, each converted by itself.
+
+    What it holds on leaving must be what 16 bits can hold, as W_post.
+    """
+    state = [*module.parameters(), *module.buffers()]
+    narrow = [(t, t.dtype) for t in state if t.is_floating_point() and t.element_size() == 2]
+    try:
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)
+
+
+def rounding(post: Weights, shift: Weights) -> float:
+    """Return |rounded(W_post + E/2) - (W_post + E/2)| / |E/2|: what storing a path's middle costs.
+
+    >>> post = {"w": torch.tensor([1.0], dtype=torch.bfloat16)}
+    >>> rounding(post, {"w": torch.tensor([2.0**-7])}), rounding(post, {"w": torch.tensor([1.0])})
+    (1.0, 0.0)
+    """
+    lost = whole = 0.0
+    for name in shift:
+        start, step = post[name], shift[name].to(post[name].device) / 2
+        exact = start.double() + step.double()
+        lost += float((exact.to(start.dtype).double() - exact).square().sum())
+        whole += float(step.double().square().sum())
+    return float((lost / whole) ** 0.5) if whole else 0.0
+
+
+@contextmanager
 def probing(
     module: nn.Module, touched: Mapping[str, nn.Parameter], post: Weights
 ) -> Iterator[None]:

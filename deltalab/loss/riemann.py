@@ -24,6 +24,8 @@ from deltalab.loss.quadrature import Rule
 from deltalab.weights.mapping import PARTS, Weights, part_of
 
 ENGINES = ("reverse", "forward")
+SPOILT = 0.1
+"""The share of a path's length by which rounding may move it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ class Riemann:
         also: further rules on the same path, `{name: points}`, or None; rules share nodes.
         engine: `reverse`, split by tensor; or `forward`, total only, for half the memory.
         checkpoint: recompute activations in the backward pass (`reverse`), for long sequences.
+        dtype: `float32` takes terms and predictions of a model in 16 bits with all its tensors
+            widened, so that no node is rounded; None in the dtype that it is evaluated in.
 
     Raises:
-        ValueError: an unknown rule or engine, or numbers of nodes that a rule does not have.
+        ValueError: an unknown dtype, rule or engine, or numbers of nodes that a rule does not have.
 
     >>> [rule.name for rule in Riemann("gauss", 3, also={"left": 5}).rules]
     ['gauss', 'left']
@@ -52,8 +56,11 @@ class Riemann:
     also: Mapping[str, int] | None = None
     engine: str = "reverse"
     checkpoint: bool = False
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32"):
+            raise ValueError(f"riemann.dtype={self.dtype}: must be float32 or null")
         if self.engine not in ENGINES:
             raise ValueError(f"riemann.engine={self.engine}: must be one of {', '.join(ENGINES)}")
         if self.rule in (self.also or {}):
@@ -106,6 +113,8 @@ class Term:
         by_tensor: the value's share of every tensor, summing to `value`; empty in forward mode.
         gradient_evaluations: passes over all batches made for this term. A node that an earlier
             rule of the same call, or a gradient passed in, provided, is not counted again.
+        rounding: of a path in 16 bits, how far rounding moves its middle, relative to how far that
+            is from W_post; None where nothing is rounded.
     """
 
     rule: str
@@ -117,6 +126,12 @@ class Term:
     gradient_evaluations: int
     error: float | None = None
     converged: bool | None = None
+    rounding: float | None = None
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether rounding moves the path by more than `SPOILT`: then more nodes do not help."""
+        return self.rounding is not None and self.rounding > SPOILT
 
     @cached_property
     def by_part(self) -> dict[str, float]:
@@ -137,7 +152,9 @@ class Term:
 
     def as_record(self) -> dict[str, Any]:
         """Return the term as the record holds it, in plain JSON values."""
+        rounded = {"rounding": self.rounding, "spoiled": self.spoiled}
         return {
+            **({} if self.rounding is None else rounded),
             "rule": self.rule,
             "points": self.points,
             "value": self.value,

@@ -13,11 +13,12 @@ from deltalab.models.causal import architecture, configuration, differences, fil
 from deltalab.models.checkpoints import check_local, opened
 from deltalab.models.live import device_of
 from deltalab.store.latest import latest
+from deltalab.weights import contents
 from deltalab.weights.aligned import MISMATCH
 from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)
-DTYPES = ("bfloat16", "float16", "float32", "float64")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2")
 
 
@@ -30,7 +31,8 @@ class HfPair:
     Args:
         pre: a directory, a safetensors file, or a hub id.
         post: a directory or a hub id, post-trained from `pre`.
-        dtype: the dtype in which the model is evaluated.
+        dtype: the dtype in which the model is evaluated; `auto`: the post-trained model's own, by
+            its config.json, else by its files.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
         attn: the implementation of attention: `eager`, `sdpa` or `flash_attention_2`; None lets
             transformers choose.
@@ -51,7 +53,7 @@ class HfPair:
 
     pre: str
     post: str
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "auto"
     attn: str | None = None
     pre_revision: str | None = None
@@ -62,7 +64,12 @@ class HfPair:
     mismatch: str = "error"
     trust_remote_code: bool = False
     dequantize: bool = False
-    contents: ClassVar = {"pre": "model", "post": "model", "tokenizer": "tokenizer"}
+    contents: ClassVar = {
+        "pre": "model",
+        "post": "model",
+        "tokenizer": "tokenizer",
+        "dtype": "dtype",
+    }
     reads: ClassVar = ("checkpoint", "tokens")
 
     def __post_init__(self) -> None:
@@ -98,11 +105,18 @@ class HfPair:
         try:
             post = hub.described(self.post, "model.post", self.post_revision, code)
             config = configuration(post, "model.post", code, self.dequantize)
+            dtype = self._own(post)
         except hub.Absent:
-            if (config := facts.configuration(self.post)) is None:
+            known = facts.known(self.post)
+            if known is None or (config := facts.configuration(self.post)) is None:
                 raise
-        module: nn.Module = architecture(config, self.dtype, "meta", "eager", code)
+            dtype = known.dtype if self.dtype == "auto" else self.dtype
+        module: nn.Module = architecture(config, dtype, "meta", "eager", code)
         return module
+
+    def _own(self, post: Path) -> str:
+        """Return the dtype to evaluate in; where nothing tells it, float32 can hold any."""
+        return self.dtype if self.dtype != "auto" else contents.dtype_of(post) or "float32"
 
 
 @latest("model")
@@ -118,7 +132,7 @@ def _open(spec: HfPair) -> ModelPair:
         opened(post, "model.post", spec.dequantize),
     )
     encoder = _encoder(spec, pre, post, config)
-    module = architecture(config, spec.dtype, device, spec.attn, code)
+    module = architecture(config, spec._own(post), device, spec.attn, code)
     pair = filled(module, *sides, spec.mismatch, encoder)
     generation(module, post)
     if line := vocabulary.beyond(encoder.tokenizer, module.get_input_embeddings().weight.shape[0]):

@@ -235,6 +235,7 @@ def of_points(
     evaluations: Mapping[Any, tuple[int, int]],
     model: Model,
     device: Device,
+    wide: bool = False,
 ) -> Hours:
     """Estimate the hours of the points of one pair.
 
@@ -246,7 +247,9 @@ def of_points(
         evaluations: of every objective, the gradients and the Hessian-vector products taken.
         model: the model.
         device: how fast it is.
+        wide: whether terms are taken in float32 also of a model in 16 bits.
     """
+    steep = replace(model, wide=model.wide or wide)
     counts: dict[tuple[Any, Any], int] = {}
     for each in points:
         counts[each] = counts.get(each, 2) + 1
@@ -262,7 +265,7 @@ def of_points(
         found = found.plus(Hours(parts, tuple(dict.fromkeys(unknown))))
     for objective, (gradients, products) in evaluations.items():
         work = of_objective(objective, model)
-        hours = gradients * passes(work, model, device, GRADIENT)
-        hours += products * passes(work, model, device, PRODUCT)
+        hours = gradients * passes(work, steep, device, GRADIENT)
+        hours += products * passes(work, steep, device, PRODUCT)
         found = Hours({"terms": hours}).plus(found)
     return found

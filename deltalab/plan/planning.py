@@ -110,15 +110,21 @@ def plan(
     everything = [*module.parameters(), *module.buffers()]
     entries = sum(p.numel() for p in unique.values())
     stored_bytes = sum(_bytes(p) for p in unique.values())
+    narrow = any(p.is_floating_point() and p.element_size() == 2 for p in everything)
+    wide = bool(narrow and settings.dtype)
     held = {
         "model": sum(_bytes(tensor) for tensor in everything),
         "edited weights": stored_bytes,
         "shift in float32": 4 * entries,
     }
+    if wide:
+        held["model widened to float32"] = sum(
+            2 * t.numel() for t in everything if t.is_floating_point() and t.element_size() == 2
+        )
     if settings.starts_at_post or predicted:
         held["gradient at W_post in float32"] = 4 * entries
     forward = activations or 0
-    largest = max((_bytes(p) for p in unique.values()), default=0)
+    largest = (2 if wide else 1) * max((_bytes(p) for p in unique.values()), default=0)
     products = 16 * min(16 * CHUNK, max((p.numel() for p in unique.values()), default=0))
     blocks = _blocks(module)
     engines = {
@@ -132,15 +138,20 @@ def plan(
         tensors=len(unique),
         parameters=entries,
         of_parameters=sum(p.numel() for p in module.parameters()),
-        evaluations=most_evaluations(edits, settings),
+        evaluations=most_evaluations(edits, settings, lines=not narrow),
         held=held,
         engines=engines,
         activations=activations is not None,
     )
 
 
-def most_evaluations(edits: Sequence[Edit], settings: Riemann) -> int:
+def most_evaluations(edits: Sequence[Edit], settings: Riemann, lines: bool = True) -> int:
     """Return the most gradient evaluations that a sweep can take, shared ones once.
+
+    Args:
+        edits: the edits of the sweep.
+        settings: the rules.
+        lines: whether edits share lines; those of weights stored in 16 bits do not.
 
     >>> from deltalab.edits.expo import Expo
     >>> most_evaluations([Expo(i / 10) for i in range(-10, 11)], Riemann("adaptive"))
@@ -151,7 +162,7 @@ def most_evaluations(edits: Sequence[Edit], settings: Riemann) -> int:
     fixed = len(edits) * len(nodes - {0.0} if shared else nodes)
     budget: dict[str, int] = {}
     for edit in edits if settings.adaptive else ():
-        line = edit.line()
+        line = edit.line() if lines else None
         budget[line.family if line else repr(edit)] = line.most if line else 2 + 5
     return shared + fixed + sum(budget.values())
 

@@ -65,7 +65,8 @@ def _pair(points: Sequence[Point], device: hours.Device) -> tuple[list[str], hou
     if where == "cpu" and first.model.device == "cpu":
         return lines, hours.Hours()
     each = [(point.objective, point.evaluator) for point in points]
-    spent = hours.of_points(each, taken, hours.Model.of(module), device)
+    wide = any(point.riemann.dtype for point in points)
+    spent = hours.of_points(each, taken, hours.Model.of(module), device, wide)
     return lines + _spent(spent, device), spent
 
 

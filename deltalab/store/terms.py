@@ -6,7 +6,7 @@ from typing import Any
 
 from deltalab.store.fields import Kind, flatten, mapping, number, numbers
 
-ABOUT = ("points", "converged", "error", "gradient_evaluations")
+ABOUT = ("points", "converged", "error", "gradient_evaluations", "rounding")
 """What there is to say of a term's value."""
 PREDICTIONS = ("first_order", "second_order", "closed_form")
 """Predictions that are accounts of the change, as the rules' terms are."""
@@ -24,6 +24,7 @@ class Term:
         nodes: where the path was looked at, t in [0, 1].
         inner: the inner product of gradient and shift at every node.
         gradient_evaluations: the passes that were made for it.
+        rounding: how far rounding to 16 bits moves the middle of its path, relative to the shift.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Term:
     nodes: tuple[float | None, ...] = ()
     inner: tuple[float | None, ...] = ()
     gradient_evaluations: int | None = None
+    rounding: float | None = None
 
 
 def _term(rule: str, found: Mapping[str, Any]) -> Term:
@@ -51,6 +53,7 @@ def _term(rule: str, found: Mapping[str, Any]) -> Term:
         _sequence(found.get("nodes")),
         _sequence(found.get("inner")),
         passes,
+        number(found.get("rounding")),
     )
 
 

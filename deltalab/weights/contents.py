@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deltalab.store import digests
-from deltalab.weights import headers
+from deltalab.weights import configs, headers
 
 ENDINGS = (".bin", ".pt", ".pth")
 """Of PyTorch's own files, which are pickles (`deltalab.weights.pickles`)."""
@@ -19,6 +19,9 @@ BESIDE = (".json", ".jinja", ".model", ".py", ".spm", ".tiktoken", ".txt", ".voc
 TENSORS = "tensors of "
 """The kind under which the digests of a file's tensors are remembered."""
 _LOGS = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""The dtypes that models are evaluated in, by their names in files."""
 
 
 def main_file(path: Path) -> Path:
@@ -171,3 +174,28 @@ def _tensors(file: Path) -> Mapping[str, str]:
             return dict(zip(entries, pool.map(one, entries.values()), strict=True))
     finally:
         os.close(descriptor)
+
+
+def dtype_of(path: Path) -> str | None:
+    """Return the dtype that a model is to be evaluated in by what is said of it, as `bfloat16`.
+
+    That is what its `config.json` says, also of its text part, else the dtype of the first
+    floating-point tensor of its safetensors; None where neither tells.
+    """
+    content = configs.content((path if path.is_dir() else path.parent) / "config.json")
+    parts = [content, content.get("text_config")]
+    said = [
+        p.get(name) for p in parts if isinstance(p, Mapping) for name in ("dtype", "torch_dtype")
+    ]
+    for name in (each.removeprefix("torch.") for each in said if isinstance(each, str)):
+        if name in FLOATS.values():
+            return name
+    try:
+        main = main_file(path)
+        first = (
+            next(iter(headers.index(main).values())) if main.name.endswith(".index.json") else main
+        )
+        found = headers.read(first) if first.suffix == ".safetensors" else {}
+    except (OSError, ValueError):  # whoever opens it says what is wrong with it
+        return None
+    return next((FLOATS[e.dtype] for e in found.values() if e.dtype in FLOATS), None)
