@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, flags, keys, settings
+from deltalab import console, flags, keys, options, settings
 from deltalab.report.columns import describe
 from deltalab.settings import conf_dir
 from deltalab.store import locks, records
@@ -138,8 +138,7 @@ def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:
 
     Numbers are those that were meant: `range(0.1,0.4,0.1)` gives 0.3 and not 0.30000000000000004.
     """
-    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    values: dict[str, Any] = settings.tidy(container)
+    values: dict[str, Any] = settings.tidy(options.plain(cfg))
     settings.check_top(values, top_level())
     chosen, sources = hydra.runtime.choices, hydra.runtime.config_sources
     named = {

@@ -35,7 +35,13 @@ READERS = {
 """Versions of what many classes share: a mended fault makes the records stale that used it."""
 ALWAYS = ("apply", "passes", "rng")
 """Readers beneath every point."""
-NEUTRAL: dict[str, Any] = {"model.dequantize": False, "salt": ""}
+NEUTRAL: dict[str, Any] = {
+    "model.dequantize": False,
+    "salt": "",
+    "model.experts": None,
+    "merge": None,
+    "calibration": {"model": "post", "data": None, "objective": None, "sequential": False},
+}
 """Settings that came later, each with the value that reproduces what was done without it."""
 BESIDE = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale", "data",

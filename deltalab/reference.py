@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltalab.apply import merging
+from deltalab.calibration.providing import Calibration
 from deltalab.console import one_line
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
@@ -58,6 +60,7 @@ class Reference:
     pre_scores: Scores
     post_scores: Scores
     store: Callable[[str | None], Store]
+    calibration: Calibration
     _halves: dict[str, Judge] = field(default_factory=dict)
 
     def judge(self, half: splits.Half | None) -> Judge:
@@ -79,8 +82,41 @@ class Unopened(ValueError):
     """The pair cannot be opened, and so no point of it can be run."""
 
 
+Opening = tuple[Any, Any, Any, str, str, float | None, Mapping[str, Any], Mapping[str, Any]]
+"""The arguments of `opened`."""
+
+
 @latest.latest("reference", *OPENED)
-def opened(
+def family(openings: Mapping[str, Opening]) -> dict[str, Reference]:
+    """Open every expert's pair, by name; all stay open until another model takes their place.
+
+    Raises:
+        Unopened: experts that cannot be opened, all named, or that do not fit each other.
+    """
+    found: dict[str, Reference] = {}
+    wrong: dict[str, Exception] = {}
+    for name, each in openings.items():
+        try:
+            found[name] = _opened(*each)
+        except Unopened as error:
+            wrong[name] = error
+    if wrong:
+        names, text = ", ".join(wrong), next(iter(wrong.values()))
+        raise Unopened(f"model.experts: {names}: {text}")
+    try:
+        merging.check_family({name: known.pair for name, known in found.items()})
+    except ValueError as error:
+        raise Unopened(one_line(error)) from error
+    return found
+
+
+@latest.latest("reference", *OPENED)
+def opened(*opening: Any) -> Reference:
+    """Open a pair; its arguments are those of `_opened`."""
+    return _opened(*opening)
+
+
+def _opened(
     model: Any,
     objective: Any,
     evaluator: Any,
@@ -88,6 +124,7 @@ def opened(
     artifacts: str,
     artifacts_gb: float | None,
     shared: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
 ) -> Reference:
     """Open a pair with its objective and evaluator, and measure both of its ends, once.
 
@@ -99,6 +136,8 @@ def opened(
         artifacts: where gradients and slopes are kept.
         artifacts_gb: how much of them; None: all.
         shared: what decides them, ready for JSON.
+        calibration: whose layers are looked at on what (`calibration.providing`): `model`,
+            `sequential`, an `objective` of its own if it has one, and what decides it, `about`.
 
     Raises:
         Unopened: the pair's files are missing, damaged, or do not fit.
@@ -112,6 +151,9 @@ def opened(
     def store(half: str | None) -> Store:
         return Store(artifacts, {**shared, **({"half": half} if half else {})}, most)
 
+    given = dict(calibration or {})
+    own = given.pop("objective", None)
+    other = own.open(pair, store(None)) if own is not None else None  # before what stays open
     loss = objective.open(pair, store(None))
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)
@@ -127,4 +169,5 @@ def opened(
         )
     engine = Engine(pair, loss, store(None))
     whole = Judge(loss, engine, pre, post, None, len(post.losses))
-    return Reference(pair, whole, score, pre_scores, post_scores, store)
+    calibrated = Calibration(pair, other or loss, store(None), **given)
+    return Reference(pair, whole, score, pre_scores, post_scores, store, calibrated)

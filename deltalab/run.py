@@ -5,70 +5,37 @@ the workers of a launcher, share the open pair and everything that only depends 
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from torch import Tensor
 
+from deltalab import experts, options
 from deltalab import settings as checks
 from deltalab.apply import editing
 from deltalab.apply.audit import audit
-from deltalab.apply.extras import Extras, check_needs
+from deltalab.apply.extras import check_needs
+from deltalab.apply.merging import check_merge
+from deltalab.calibration import providing
 from deltalab.console import one_line
 from deltalab.data import splits
-from deltalab.evaluators.scores import Scores
 from deltalab.keys import BESIDE, Choices, determinants, pair_id, salt_of
-from deltalab.loss import distill
-from deltalab.loss.objectives import Measured, change, influences, measure
-from deltalab.loss.prediction import Predict
-from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
-from deltalab.provenance import commit, device_name, peak_memory, versions
-from deltalab.reference import OPENED, Reference, Unopened, opened
-from deltalab.store import eviction, latest, locks, records
+from deltalab.point import PROVIDED, Clock, Point, judged, provide, reference, spent
+from deltalab.provenance import commit, device_name, versions
+from deltalab.reference import Unopened
+from deltalab.store import eviction, locks, records
 from deltalab.store.digests import key_of
 from deltalab.store.effects import check_margin
 from deltalab.store.record import SCHEMA, completed, written
 from deltalab.weights import finite, select
-from deltalab.weights.mapping import Weights, difference, loaded
 
 log = logging.getLogger(__name__)
 BUILT = ("objective", "evaluator", "riemann", "prediction")
-
-
-@dataclass(frozen=True)
-class Point:
-    """Everything that determines one point, validated, before any model is opened."""
-
-    model: Any
-    edit: Any
-    objective: Any
-    evaluator: Any
-    riemann: Riemann
-    prediction: Predict
-    select: Any
-    seed: int
-    nonfinite: str
-    artifacts: str
-    artifacts_gb: float | None
-    margin: float
-    objective_name: str
-    salt: str
-    key: str
-    parts: Mapping[str, Any]
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """What decides the edited weights beside the pair and the edit's line."""
-        version = self.parts["edit"]["version"]
-        return {"select": self.select, "seed": self.seed, "salt": self.salt, "version": version}
 
 
 def run(
@@ -134,7 +101,13 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     chosen, parts = validated(settings, choices)
     margin = check_margin(settings["margin"])
+    salt, own = salt_of(settings, choices), {}
+    for name in options.experts_of(settings):
+        with experts.named(name):
+            pair = prepare(options.member(settings, name), choices)
+        own[name] = replace(pair, salt=experts.salt(salt, name))
     found = _determined(settings, choices, parts["model"])
+    experts.check(own)
     return Point(
         **parts,
         select=chosen,
@@ -144,14 +117,17 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         artifacts_gb=settings["artifacts_gb"],
         margin=margin,
         objective_name=choices.objective,
-        salt=salt_of(settings, choices),
+        salt=salt,
         key=key_of(found) if found else "",
         parts=found,
+        experts=own,
     )
 
 
 def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[str, Any]]:
     """Return the tensors to edit and the parts of a point by name, each built; touches no file.
+
+    The model, objective and evaluator of a family are those of its first expert.
 
     Raises:
         ValueError: a setting of the wrong type, out of range, or unknown.
@@ -160,14 +136,51 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     salt_of(settings, choices)
     finite.check(settings["nonfinite"])
     check_margin(settings["margin"])
-    edit_settings = dict(settings["edit"])
-    chosen = edit_settings.pop("select")
+    names = options.experts_of(settings)
+    first = options.member(settings, names[0]) if names else settings
+    edit, chosen = _selecting(settings["edit"], "edit")
     chosen = settings["select"] or chosen
     select.check(chosen)
-    edit = build(edit_settings, "edit")
-    check_needs(edit, distill.PROVIDED)
-    parts = {name: build(settings[name], name) for name in ("model", *BUILT)}
-    return chosen, {"edit": edit, **parts}
+    check_needs(edit, PROVIDED)
+    merge, merged = _merge(settings.get("merge"), names)
+    calibration = dict(first.get("calibration") or {})
+    providing.check(calibration)
+    calibration["objective"] = build(calibration.get("objective"), "calibration.objective")
+    calibration.pop("data", None)
+    parts = {name: build(first[name], name) for name in ("model", *BUILT)}
+    made = {"edit": edit, "merge": merge, "merged": merged, "calibration": calibration, **parts}
+    return chosen, made
+
+
+def _selecting(node: Mapping[str, Any], setting: str) -> tuple[Any, Any]:
+    """Build a node that says which tensors it is for; return it and them."""
+    own = dict(node)
+    chosen = own.pop("select")
+    return build(own, setting), chosen
+
+
+def _merge(node: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
+    """Build a merge and return it with the tensors that it is for; of a pair there is none.
+
+    Raises:
+        ValueError: a merge of a pair, none of a family, or one that is not for these experts.
+    """
+    if not node:
+        if names:
+            raise ValueError(
+                f"merge=: model.experts names {len(names)}, say how they are merged, as merge=ties"
+            )
+        return None, "all"
+    name = str(node.get("_target_", "")).rpartition(".")[2].lower()
+    if not names:
+        raise ValueError(
+            f"merge={name}: a pair has nothing to merge; name experts, as model.experts={{a: DIR,"
+            " b: DIR}"
+        )
+    merge, merged = _selecting({"select": "all", **node}, "merge")
+    select.check(merged)
+    check_merge(merge, PROVIDED, names)
+    return merge, merged
 
 
 def _determined(settings: Mapping[str, Any], choices: Choices, model: Any) -> dict[str, Any]:
@@ -187,11 +200,13 @@ def _determined(settings: Mapping[str, Any], choices: Choices, model: Any) -> di
 
 
 def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
-    """Open the pair, edit, approximate and measure.
+    """Open the pair, edit, approximate and measure; of a family, merge and do so for each expert.
 
     Returns:
         The fields of the record that were computed, and what every document scored, by metric.
     """
+    if point.experts:
+        return experts.evaluate(point)
     clock = Clock()
     with clock("open"):
         known = reference(point)
@@ -202,112 +217,12 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         extras = provide(known, point.edit, point.seed, point.salt)
         post = {name: pair.post[name] for name in editing.chosen(pair.post, point.select)}
         device = next(pair.module.parameters()).device
-        edited = dict(
-            editing.edited(pair.pre, post, point.edit, point.select, extras, device=device)
-        )
+        lazy = editing.edited(pair.pre, post, point.edit, point.select, extras, device=device)
+        edited = known.calibration.in_order(lazy)
         finite.check_edited(edited)
         touched = audit(pair, post, point.edit, extras, edited)
-    with clock("term"):
-        changes = judge.engine.changes(
-            point.edit,
-            shift_from(post, edited),
-            point.drawn,
-            point.riemann,
-            point.prediction,
-            post,
-        )
-    with loaded(pair.module, edited, restore=post):
-        with clock("loss"):
-            measured = measure(pair.module, judge.loss)
-        with clock("evaluate"):
-            scores = known.score(pair.module)
-    value, error = change(judge.post, measured)
-    gap, gap_error = change(judge.post, judge.pre)
-    terms = {name: term.as_record() for name, term in changes.terms.items()}
-    found = written(
-        **touched,
-        main=next(iter(terms.values()), None),
-        terms=terms,
-        prediction=changes.prediction,
-        loss_name=point.objective_name,
-        unit=judge.loss.unit,
-        half=judge.half,
-        losses={"pre": judge.pre.mean, "post": judge.post.mean, "edited": measured.mean},
-        change=value,
-        error=error,
-        gap=gap,
-        gap_error=gap_error,
-        margin=point.margin,
-        metrics={**scores.metrics, **paired(known.post_scores, scores)},
-        reference={
-            "pre": {**known.pre_scores.metrics, **paired(known.post_scores, known.pre_scores)},
-            "post": dict(known.post_scores.metrics),
-        },
-        gradient_evaluations=changes.gradient_evaluations,
-        stages=clock.seconds(),
-        peak_memory_bytes=peak_memory(),
-    )
-    return found, kept_documents(known, scores, judge.of_all(influences(judge.post, measured)))
-
-
-CHANGE = "objective/change"
-"""Among the documents of a point: what every example of the objective says of the loss change,
-nothing where it was fitted to."""
-
-
-def kept_documents(known: Reference, scores: Scores, changes: Tensor) -> dict[str, list[float]]:
-    """Return what is kept of single documents: scores, those of post beside them, loss changes."""
-    found = {name: values.tolist() for name, values in scores.documents.items()}
-    post = {f"{name}@post": v.tolist() for name, v in known.post_scores.documents.items()}
-    return {**found, **post, CHANGE: [float(f"{v:.7g}") for v in changes.tolist()]}
-
-
-def reference(point: Point) -> Reference:
-    """Open a point's pair with its objective and evaluator, and measure both of its ends, once."""
-    latest.stamp(**{name: key_of({"of": point.parts[name]}) for name in OPENED})
-    shared = {name: point.parts[name] for name in ("model", "objective", "nonfinite", "reads")}
-    return opened(
-        point.model,
-        point.objective,
-        point.evaluator,
-        point.nonfinite,
-        point.artifacts,
-        point.artifacts_gb,
-        shared,
-    )
-
-
-def provide(known: Reference, edit: Any, seed: int, salt: str = "") -> Extras:
-    """Return the provider of what an edit may ask for, computed when it asks.
-
-    What is fitted to the objective's examples (`splits.TUNED`) is given half A of them alone.
-    """
-    gradient = lambda: known.whole.engine.gradient  # noqa: E731
-    providers = distill.providers(known.pair, known.whole.loss, gradient)
-    return Extras.of(edit, known.pair, seed=seed, salt=salt, providers=providers)
-
-
-def shift_from(post: Weights, edited: Weights) -> dict[str, Tensor]:
-    """Return W_edit - W_post in float32, of the weights as they are evaluated."""
-    return {name: difference(post[name], edited[name]) for name in edited}
-
-
-def paired(post: Scores, edited: Scores) -> dict[str, float]:
-    """Return the change of every loss and score with its paired standard error.
-
-    The same examples were scored twice, so that the error is that of their differences.
-    """
-    metrics: dict[str, float] = {}
-    sides = ("{}/loss", post.losses, edited.losses), ("{}", post.documents, edited.documents)
-    for title, before, after in sides:
-        for key, values in after.items():
-            both = ~(before[key].isnan() | values.isnan())  # a judge may have said nothing
-            if not both.any():
-                continue
-            ones, name = torch.ones_like(values[both]), title.format(key)
-            value, error = change(Measured(before[key][both], ones), Measured(values[both], ones))
-            metrics |= {f"{name}_change": value, f"{name}_change_error": error}
-    return metrics
+    found, documents = judged(point, known, judge, edited, post, clock)
+    return written(**touched, **found, **spent(clock)), documents
 
 
 def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> records.Record:
@@ -326,6 +241,7 @@ def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> recor
         objective=choices.objective,
         edit=choices.edit,
         settings=hyper,
+        **experts.header(settings),
         seed=point.seed,
         salt=point.salt,
         select=point.select,
@@ -351,23 +267,3 @@ def build(node: Any, setting: str) -> Any:
     if hasattr(built, "data") and not hasattr(built.data, "open"):
         raise ValueError(f"{setting}.data={built.data}: must be a source of data")
     return built
-
-
-class Clock:
-    """Wall-clock seconds by stage."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time one stage."""
-        start = time.perf_counter()
-        yield
-        self._stages[stage] = self._stages.get(stage, 0.0) + time.perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of every stage, and in total."""
-        total = time.perf_counter() - self._start
-        return {k: round(v, 4) for k, v in {"total": total, **self._stages}.items()}
