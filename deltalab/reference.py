@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltalab.apply import merging
-from deltalab.calibration.providing import Calibration
 from deltalab.console import one_line
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
 from deltalab.loss.artifacts import Store
 from deltalab.loss.engine import Engine
 from deltalab.loss.objectives import Loss, Measured, change, measure
+from deltalab.models import families
 from deltalab.store import latest
 from deltalab.store.effects import two_errors
 from deltalab.weights import finite
@@ -52,7 +51,12 @@ class Judge:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What every edit of a pair shares: the live module, and both of its ends measured."""
+    """What every edit of a pair shares: the live module, and both of its ends measured.
+
+    Attributes:
+        calibrating: the objective on whose examples layers are looked at.
+        memo: what points make of it and share, by name.
+    """
 
     pair: ModelPair
     whole: Judge
@@ -60,7 +64,8 @@ class Reference:
     pre_scores: Scores
     post_scores: Scores
     store: Callable[[str | None], Store]
-    calibration: Calibration
+    calibrating: Loss
+    memo: dict[str, Any] = field(default_factory=dict)
     _halves: dict[str, Judge] = field(default_factory=dict)
 
     def judge(self, half: splits.Half | None) -> Judge:
@@ -82,7 +87,7 @@ class Unopened(ValueError):
     """The pair cannot be opened, and so no point of it can be run."""
 
 
-Opening = tuple[Any, Any, Any, str, str, float | None, Mapping[str, Any], Mapping[str, Any]]
+Opening = tuple[Any, Any, Any, str, str, float | None, Mapping[str, Any], Any]
 """The arguments of `opened`."""
 
 
@@ -104,7 +109,7 @@ def family(openings: Mapping[str, Opening]) -> dict[str, Reference]:
         names, text = ", ".join(wrong), next(iter(wrong.values()))
         raise Unopened(f"model.experts: {names}: {text}")
     try:
-        merging.check_family({name: known.pair for name, known in found.items()})
+        families.check_family({name: known.pair for name, known in found.items()})
     except ValueError as error:
         raise Unopened(one_line(error)) from error
     return found
@@ -124,7 +129,7 @@ def _opened(
     artifacts: str,
     artifacts_gb: float | None,
     shared: Mapping[str, Any],
-    calibration: Mapping[str, Any] | None = None,
+    calibrating: Any = None,
 ) -> Reference:
     """Open a pair with its objective and evaluator, and measure both of its ends, once.
 
@@ -136,8 +141,7 @@ def _opened(
         artifacts: where gradients and slopes are kept.
         artifacts_gb: how much of them; None: all.
         shared: what decides them, ready for JSON.
-        calibration: whose layers are looked at on what (`calibration.providing`): `model`,
-            `sequential`, an `objective` of its own if it has one, and what decides it, `about`.
+        calibrating: spec of the loss on whose examples layers are looked at; None: the objective.
 
     Raises:
         Unopened: the pair's files are missing, damaged, or do not fit.
@@ -151,9 +155,8 @@ def _opened(
     def store(half: str | None) -> Store:
         return Store(artifacts, {**shared, **({"half": half} if half else {})}, most)
 
-    given = dict(calibration or {})
-    own = given.pop("objective", None)
-    other = own.open(pair, store(None)) if own is not None else None  # before what stays open
+    # Before the objective, which then is what stays open.
+    other = calibrating.open(pair, store(None)) if calibrating is not None else None
     loss = objective.open(pair, store(None))
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)
@@ -169,5 +172,4 @@ def _opened(
         )
     engine = Engine(pair, loss, store(None))
     whole = Judge(loss, engine, pre, post, None, len(post.losses))
-    calibrated = Calibration(pair, other or loss, store(None), **given)
-    return Reference(pair, whole, score, pre_scores, post_scores, store, calibrated)
+    return Reference(pair, whole, score, pre_scores, post_scores, store, other or loss)

@@ -44,7 +44,6 @@ ORDER = (
         "tracking",
         "reference",
         "point",
-        "experts",
         "run",
         "plan",
         "sweep",

@@ -1,7 +1,5 @@
 """Merge the experts of a family: every delta edited, then one delta of all, or one for each."""
 
-import logging
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,21 +9,16 @@ import torch
 from torch import Tensor
 
 from deltalab.apply import editing
-from deltalab.apply.audit import squared
 from deltalab.apply.extras import NEEDS, Extras, Provider, handed
 from deltalab.edits import Edit
 from deltalab.edits.keep import Keep
 from deltalab.merges import Merge
 from deltalab.weights.aligned import saved_names
-from deltalab.weights.mapping import LazyWeights, Meta, ModelPair, Weights, difference, meta
+from deltalab.weights.mapping import LazyWeights, Meta, Weights, difference, meta
 from deltalab.weights.threshold import ModelThreshold
 
-log = logging.getLogger(__name__)
 FAMILY = ("experts", "base", "total", "quantile")
 """What a family and its edited deltas suffice for."""
-STRANGE = 0.9
-"""|W_expert - W_base| / |W_base| from which an expert looks like another base's: two models that
-were trained apart come to 1.4."""
 
 
 def check_merge(merge: Merge, others: Collection[str], experts: Sequence[str]) -> None:
@@ -197,45 +190,3 @@ def joined(pre: Tensor, posts: Sequence[Tensor], deltas: Sequence[Tensor], hat: 
     for post, own in reversed(list(zip(posts, deltas, strict=True))):
         found = torch.where(hat == own, post, found)
     return found
-
-
-def check_family(pairs: Mapping[str, ModelPair]) -> None:
-    """Check that experts fit each other; warn of one that looks like another base's.
-
-    Raises:
-        ValueError: experts whose tensors differ in name or shape, all named, with the first
-            difference.
-    """
-    (first, lead), *others = pairs.items()
-    strangers = {name: text for name, pair in others if (text := _unlike(lead.post, pair.post))}
-    if strangers:
-        names, text = ", ".join(strangers), next(iter(strangers.values()))
-        raise ValueError(f"model.experts: {names} cannot be merged with {first}: {text}")
-    for name, pair in pairs.items():
-        if (share := distance(pair)) > STRANGE:
-            log.warning(
-                "model.experts.%s: |delta| is %.2f of |W|; is the expert of another base?", name,
-                share,
-            )  # fmt: skip
-
-
-def _unlike(one: Weights, other: Weights) -> str:
-    """Return the first difference of two models' tensors, empty where there is none."""
-    for name in (*one, *other):
-        if name not in one or name not in other:
-            return f"tensor {name!r} is in one of the two only"
-        shapes = meta(one, name).shape, meta(other, name).shape
-        if shapes[0] != shapes[1]:
-            return f"tensor {name!r} has shape {shapes[0]} there, {shapes[1]} here"
-    return ""
-
-
-def distance(pair: ModelPair) -> float:
-    """Return |W_post - W_pre| / |W_pre| over all matrices; 0 where there is nothing."""
-    moved = whole = 0.0
-    for name in pair.post:
-        about = meta(pair.post, name)
-        if about.floating and len(about.shape) > 1:
-            moved += squared(difference(pair.pre[name], pair.post[name]))
-            whole += squared(pair.pre[name].float())
-    return math.sqrt(moved / whole) if whole else 0.0

@@ -13,8 +13,18 @@ from deltalab.apply import merging
 from deltalab.apply.audit import squared
 from deltalab.data import splits
 from deltalab.edits.keep import Keep
-from deltalab.point import Clock, Point, judged, opening, provide, providers, spent, stamp
 from deltalab.reference import Reference, family
+from deltalab.run.point import (
+    Clock,
+    Point,
+    calibration,
+    judged,
+    opening,
+    provide,
+    providers,
+    spent,
+    stamp,
+)
 from deltalab.store.effects import classify
 from deltalab.store.record import written
 from deltalab.weights import finite
@@ -129,9 +139,10 @@ def opened(point: Point) -> dict[str, Reference]:
 
 def _expert(point: Point, name: str, known: Reference) -> merging.Expert:
     own = point.experts[name]
-    extras = provide(known, point.edit, point.seed, own.salt)
-    pair = known.pair
-    return merging.Expert(pair.pre, pair.post, point.edit, point.select, extras, providers(known))
+    calibrated, pair = calibration(known, own), known.pair
+    extras = provide(known, point.edit, point.seed, own.salt, calibrated)
+    given = providers(known, calibrated)
+    return merging.Expert(pair.pre, pair.post, point.edit, point.select, extras, given)
 
 
 def _moved(pre: Weights, post: Weights, merged: Weights) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltalab.apply.extras import Extras, Provider
 from deltalab.calibration import providing
+from deltalab.calibration.providing import Calibration
 from deltalab.evaluators.scores import Scores
 from deltalab.loss import distill
 from deltalab.loss.objectives import Measured, change, influences, measure
@@ -80,7 +81,6 @@ def stamp(points: Sequence[Point]) -> None:
 def opening(point: Point) -> Opening:
     """Return what a point's pair is opened with."""
     shared = {name: point.parts[name] for name in ("model", "objective", "nonfinite", "reads")}
-    about = {"about": {"calibration": point.parts.get("calibration")}}
     return (
         point.model,
         point.objective,
@@ -89,24 +89,39 @@ def opening(point: Point) -> Opening:
         point.artifacts,
         point.artifacts_gb,
         shared,
-        {**point.calibration, **about},
+        point.calibration.get("objective"),
     )
 
 
-def provide(known: Reference, edit: Any, seed: int, salt: str = "") -> Extras:
+def provide(
+    known: Reference, edit: Any, seed: int, salt: str = "", calibrated: Calibration | None = None
+) -> Extras:
     """Return the provider of what an edit may ask for, computed when it asks.
 
     What is fitted to the objective's examples (`splits.TUNED`) is given half A of them alone.
     """
-    given = providers(known)
+    given = providers(known, calibrated or calibration(known))
     return Extras.of(edit, known.pair, seed=seed, salt=salt, providers=given)
 
 
-def providers(known: Reference) -> dict[str, Provider]:
+def providers(known: Reference, calibrated: Calibration) -> dict[str, Provider]:
     """Return the providers of all that needs an objective."""
     gradient = lambda: known.whole.engine.gradient  # noqa: E731
     fitted = distill.providers(known.pair, known.whole.loss, gradient)
-    return {**fitted, **known.calibration.providers()}
+    return {**fitted, **calibrated.providers()}
+
+
+def calibration(known: Reference, point: Point | None = None) -> Calibration:
+    """Return the statistics of a pair's layers, shared by all points that take them alike."""
+    settings = dict(point.calibration) if point else {}
+    settings.pop("objective", None)
+    about = {"calibration": point.parts.get("calibration") if point else None}
+    key = repr(("calibration", settings, about))
+    if key not in known.memo:
+        store = known.store(None)
+        known.memo[key] = Calibration(known.pair, known.calibrating, store, about=about, **settings)
+    found: Calibration = known.memo[key]
+    return found
 
 
 def judged(

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from deltalab import experts, options
+from deltalab import options
 from deltalab import settings as checks
 from deltalab.apply import editing
 from deltalab.apply.audit import audit
@@ -25,9 +25,19 @@ from deltalab.console import one_line
 from deltalab.data import splits
 from deltalab.keys import BESIDE, Choices, determinants, pair_id, salt_of
 from deltalab.models.hub import Absent
-from deltalab.point import PROVIDED, Clock, Point, judged, provide, reference, spent
 from deltalab.provenance import commit, device_name, versions
 from deltalab.reference import Unopened
+from deltalab.run import experts
+from deltalab.run.point import (
+    PROVIDED,
+    Clock,
+    Point,
+    calibration,
+    judged,
+    provide,
+    reference,
+    spent,
+)
 from deltalab.store import eviction, locks, records
 from deltalab.store.digests import key_of
 from deltalab.store.effects import check_margin
@@ -143,12 +153,12 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     select.check(chosen)
     check_needs(edit, PROVIDED)
     merge, merged = _merge(settings.get("merge"), names)
-    calibration = dict(first.get("calibration") or {})
-    providing.check(calibration)
-    calibration["objective"] = build(calibration.get("objective"), "calibration.objective")
-    calibration.pop("data", None)
+    layers = dict(first.get("calibration") or {})
+    providing.check(layers)
+    layers["objective"] = build(layers.get("objective"), "calibration.objective")
+    layers.pop("data", None)
     parts = {name: build(first[name], name) for name in ("model", *BUILT)}
-    made = {"edit": edit, "merge": merge, "merged": merged, "calibration": calibration, **parts}
+    made = {"edit": edit, "merge": merge, "merged": merged, "calibration": layers, **parts}
     return chosen, made
 
 
@@ -214,11 +224,12 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         # What was fitted to half A of the objective's examples is judged on half B.
         judge = known.judge("B" if splits.tunes(point.edit.needs) else None)
     with clock("edit"):
-        extras = provide(known, point.edit, point.seed, point.salt)
+        calibrated = calibration(known, point)
+        extras = provide(known, point.edit, point.seed, point.salt, calibrated)
         post = {name: pair.post[name] for name in editing.chosen(pair.post, point.select)}
         device = next(pair.module.parameters()).device
         lazy = editing.edited(pair.pre, post, point.edit, point.select, extras, device=device)
-        edited = known.calibration.in_order(lazy)
+        edited = calibrated.in_order(lazy)
         finite.check_edited(edited)
         touched = audit(pair, post, point.edit, extras, edited)
     found, documents = judged(point, known, judge, edited, post, clock)
