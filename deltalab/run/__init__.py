@@ -6,7 +6,7 @@ the workers of a launcher, share the open pair and everything that only depends 
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,8 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     providing.check(layers)
     layers["objective"] = build(layers.get("objective"), "calibration.objective")
     layers.pop("data", None)
-    parts = {name: build(first[name], name) for name in ("model", *BUILT)}
+    with experts.named(names[0]) if names else nullcontext():
+        parts = {name: build(first[name], name) for name in ("model", *BUILT)}
     made = {"edit": edit, "merge": merge, "merged": merged, "calibration": layers, **parts}
     return chosen, made
 
