@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
+from deltalab.calibration.providing import Calibration
 from deltalab.edits import Edit
 from deltalab.edits.keep import Keep
 from deltalab.loss import distill, objectives
@@ -174,7 +175,8 @@ def edited(
     providers: Mapping[str, Any] = {}
     if loss is not None:
         gradient = cache(lambda: Engine(pair, loss, Store(None, {})).gradient)
-        providers = distill.providers(pair, loss, gradient)
+        calibrated = Calibration(pair, loss, Store(None, {}))
+        providers = {**distill.providers(pair, loss, gradient), **calibrated.providers()}
     extras = Extras.of(edit, pair, seed=seed, providers=providers, turned=turned)
     return dict(editing.edited(pair.pre, pair.post, edit, select, extras))
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from deltalab import console, flags, keys, settings
+from deltalab import console, flags, keys, options, settings
 from deltalab.mistakes import fail, known_names, mistakes, top_level
 from deltalab.report.columns import describe
 from deltalab.settings import conf_dir
@@ -80,7 +80,7 @@ def check(cfg: DictConfig, hydra: Any) -> None:
     values, choices = _plain(cfg, hydra)
     if _done(values, choices) is None:
         from deltalab.models.live import device_of
-        from deltalab.point import build, validated
+        from deltalab.run.building import build, validated
 
         _, parts = validated(values, choices)
         elsewhere = str(hydra.launcher._target_).rpartition(".")[2] in ELSEWHERE
@@ -123,7 +123,7 @@ def plan(configs: Iterable[tuple[DictConfig, Any]]) -> str:
     """Return what points would cost, given their configs and the options chosen in them."""
     from deltalab.plan.hours import Device
     from deltalab.plan.preview import preview
-    from deltalab.point import prepare
+    from deltalab.run.building import prepare
 
     points, leave = [], False
     for cfg, hydra in configs:
@@ -143,8 +143,7 @@ def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:
 
     Numbers are those that were meant: `range(0.1,0.4,0.1)` gives 0.3 and not 0.30000000000000004.
     """
-    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    values: dict[str, Any] = settings.tidy(container)
+    values: dict[str, Any] = settings.tidy(options.plain(cfg))
     settings.check_top(values, top_level())
     chosen, sources = hydra.runtime.choices, hydra.runtime.config_sources
     named = {

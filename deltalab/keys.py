@@ -36,7 +36,17 @@ READERS = {
 """Versions of what many classes share: a mended fault makes the records stale that used it."""
 ALWAYS = ("apply", "passes", "rng")
 """Readers beneath every point."""
-NEUTRAL: dict[str, Any] = {"model.dequantize": False, "riemann.dtype": None, "salt": ""}
+NEUTRAL: dict[str, Any] = {
+    "model.dequantize": False,
+    "riemann.dtype": None,
+    "salt": "",
+    "model.experts": None,
+    "model.classes": None,
+    "objective.data.classes": None,
+    "evaluator.data.classes": None,
+    "merge": None,
+    "calibration": {"model": "post", "data": None, "objective": None, "sequential": False},
+}
 """Settings that came later, each with the value that reproduces what was done without it."""
 BESIDE = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale", "data",

@@ -15,6 +15,7 @@ from deltalab.evaluators.scores import Scores
 from deltalab.loss.artifacts import Store
 from deltalab.loss.engine import Engine
 from deltalab.loss.objectives import Loss, Measured, change, measure
+from deltalab.models import families
 from deltalab.store import latest
 from deltalab.store.effects import two_errors
 from deltalab.weights import finite
@@ -50,7 +51,12 @@ class Judge:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What every edit of a pair shares: the live module, and both of its ends measured."""
+    """What every edit of a pair shares: the live module, and both of its ends measured.
+
+    Attributes:
+        calibrating: the objective on whose examples layers are looked at.
+        memo: what points make of it and share, by name.
+    """
 
     pair: ModelPair
     whole: Judge
@@ -58,6 +64,8 @@ class Reference:
     pre_scores: Scores
     post_scores: Scores
     store: Callable[[str | None], Store]
+    calibrating: Loss
+    memo: dict[str, Any] = field(default_factory=dict)
     _halves: dict[str, Judge] = field(default_factory=dict)
 
     def judge(self, half: splits.Half | None) -> Judge:
@@ -79,39 +87,76 @@ class Unopened(ValueError):
     """The pair cannot be opened, and so no point of it can be run."""
 
 
+Opening = tuple[Any, Any, Any, str, str, float | None, Mapping[str, Any], Any]
+"""What a pair is opened with: spec of the model and the arguments of `_measured` after the pair."""
+
+
 @latest.latest("reference", *OPENED)
-def opened(
-    model: Any,
+def family(openings: Mapping[str, Opening]) -> dict[str, Reference]:
+    """Open every expert's pair, by name; all stay open until another model takes their place.
+
+    Raises:
+        Unopened: experts that cannot be opened, all named, or that do not fit each other.
+    """
+    pairs: dict[str, ModelPair] = {}
+    wrong: dict[str, Exception] = {}
+    for name, (model, _, _, nonfinite, *_) in openings.items():
+        try:
+            pairs[name] = _pair(model, nonfinite)
+        except Unopened as error:
+            wrong[name] = error
+    if wrong:
+        names, text = ", ".join(wrong), next(iter(wrong.values()))
+        raise Unopened(f"model.experts: {names}: {text}")
+    try:
+        families.check_family(pairs)
+    except ValueError as error:
+        raise Unopened(one_line(error)) from error
+    return {name: _measured(pairs[name], *each[1:]) for name, each in openings.items()}
+
+
+@latest.latest("reference", *OPENED)
+def opened(*opening: Any) -> Reference:
+    """Open a pair, with its objective and evaluator: an `Opening`, taken apart."""
+    return _measured(_pair(opening[0], opening[3]), *opening[1:])
+
+
+def _pair(model: Any, nonfinite: str) -> ModelPair:
+    try:
+        return finite.checked(model.open(), nonfinite)
+    except (ValueError, OSError) as error:
+        raise Unopened(one_line(error)) from error
+
+
+def _measured(
+    pair: ModelPair,
     objective: Any,
     evaluator: Any,
     nonfinite: str,
     artifacts: str,
     artifacts_gb: float | None,
     shared: Mapping[str, Any],
+    calibrating: Any = None,
 ) -> Reference:
-    """Open a pair with its objective and evaluator, and measure both of its ends, once.
+    """Open the objective and evaluator of a pair, and measure both of its ends, once.
 
     Args:
-        model: spec of the pair.
+        pair: the open pair.
         objective: spec of the loss.
         evaluator: spec of the scores; None: none.
         nonfinite: what becomes of NaN and infinities in the weights.
         artifacts: where gradients and slopes are kept.
         artifacts_gb: how much of them; None: all.
         shared: what decides them, ready for JSON.
-
-    Raises:
-        Unopened: the pair's files are missing, damaged, or do not fit.
+        calibrating: spec of the loss on whose examples layers are looked at; None: the objective.
     """
-    try:
-        pair = finite.checked(model.open(), nonfinite)
-    except (ValueError, OSError) as error:
-        raise Unopened(one_line(error)) from error
     most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
 
     def store(half: str | None) -> Store:
         return Store(artifacts, {**shared, **({"half": half} if half else {})}, most)
 
+    # Before the objective, which then is what stays open.
+    other = calibrating.open(pair, store(None)) if calibrating is not None else None
     loss = objective.open(pair, store(None))
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)
@@ -127,4 +172,4 @@ def opened(
         )
     engine = Engine(pair, loss, store(None))
     whole = Judge(loss, engine, pre, post, None, len(post.losses))
-    return Reference(pair, whole, score, pre_scores, post_scores, store)
+    return Reference(pair, whole, score, pre_scores, post_scores, store, other or loss)

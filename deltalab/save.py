@@ -68,7 +68,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from deltalab import settings as checks
     from deltalab.apply import extras, stream
     from deltalab.keys import Choices, salt_of
-    from deltalab.point import build
+    from deltalab.run.building import build
     from deltalab.sweep import composing
     from deltalab.weights import configs, select
 
@@ -134,7 +134,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
 
 def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None]:
     """Return the paths of both checkpoints, fetched if need be, and whether they are decoded."""
-    from deltalab.point import build
+    from deltalab.run.building import build
 
     spec: Any = None
     missing = [side for side in ("pre", "post") if model.get(side, "") in (None, "???")]

@@ -6,8 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from deltalab import allowed, cli, point, settings
+from deltalab import allowed, cli, settings
 from deltalab.mistakes import mistakes
+from deltalab.run import building
 from deltalab.sweep import composing
 
 QUICK = ("riemann=off", "evaluator=none", "data.objective.limit=8")
@@ -75,7 +76,7 @@ def test_what_hydra_calls_by_name_is_refused_and_does_not_run(
         ("+hydra.job_logging.handlers.x.class=logging.handlers.SocketHandler", "only handlers"),
         ("+hydra.job_logging.handlers.x.class=${name}", "only handlers of logging"),
         (
-            "+hydra.hydra_logging.formatters.x.class=deltalab.point.build",
+            "+hydra.hydra_logging.formatters.x.class=deltalab.run.building.build",
             "only handlers of logging",
         ),
         ("+hydra.job_logging.formatters.x={\\(\\): os.system}", "only handlers of logging"),
@@ -194,13 +195,13 @@ def test_the_targets_are_those_of_the_configs_exactly():
     assert "deltalab.edits.dare.Dare" in known
     assert CODE not in known
     for target in (
-        "deltalab.point.Point",
+        "deltalab.run.point.Point",
         "deltalab.store.records.path_of",
         "deltalab.store.locks.Busy",
         CODE,
     ):
         with pytest.raises(ValueError, match="only targets of deltalab"):
-            point.build({"_target_": target}, "edit")
+            building.build({"_target_": target}, "edit")
     for target in known - settings.allowed_targets("hydra"):
         assert isinstance(settings._dataclass_of(target, "x"), type)
 

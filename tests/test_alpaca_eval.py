@@ -1142,7 +1142,8 @@ def test_configs_compose(judge, monkeypatch):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab import point, settings
+    from deltalab import settings
+    from deltalab.run import building
 
     monkeypatch.setenv("DELTALAB_JUDGE_MODEL", "my-judge")
     with initialize_config_dir(str(settings.conf_dir()), version_base="1.3"):
@@ -1156,7 +1157,7 @@ def test_configs_compose(judge, monkeypatch):
             ],
         )
     node = OmegaConf.to_container(config.evaluator, resolve=True)
-    spec = point.build(node, "evaluator")
+    spec = building.build(node, "evaluator")
     assert isinstance(spec, AlpacaEval)
     assert spec.cache_dir == "results/alpaca_eval"
     kinds = {"endpoint": Endpoint, "local": LocalJudge, "likelihood": Likelihood}
@@ -1165,7 +1166,7 @@ def test_configs_compose(judge, monkeypatch):
     if judge == "endpoint":
         assert spec.judge.model == "my-judge"
         node["judge"]["options"] = {"seed": 3}
-        assert point.build(node, "evaluator").judge.options == '{"seed": 3}'
+        assert building.build(node, "evaluator").judge.options == '{"seed": 3}'
 
 
 def test_judges_name_openais_address():

@@ -20,8 +20,8 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
 from deltalab.kernels import native
 from deltalab.keys import Choices
-from deltalab.point import prepare
 from deltalab.rng import Rng
+from deltalab.run.building import prepare
 from deltalab.settings import conf_dir
 from deltalab.store import latest
 from deltalab.weights.mapping import ModelPair, delta, difference

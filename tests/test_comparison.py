@@ -4,10 +4,10 @@ import pytest
 import torch
 from scipy import stats
 
-from deltalab import run
 from deltalab.evaluators.scores import Scores
 from deltalab.report import command
 from deltalab.report.comparison import compare, sign_test
+from deltalab.run.point import paired
 from deltalab.store import records
 
 POST = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
@@ -57,7 +57,7 @@ def test_metrics_of_other_documents_are_left_out():
 
 def test_the_record_has_the_paired_change_of_every_score():
     scores = [Scores({}, {}, {"gsm/exact_match": torch.tensor(s).double()}) for s in (POST, EDITED)]
-    found = run.paired(*scores)
+    found = paired(*scores)
     assert found["gsm/exact_match_change"] == pytest.approx(-2 / 6)
     wanted = compare({"m": POST}, {"m": EDITED})[0].error
     assert found["gsm/exact_match_change_error"] == pytest.approx(wanted)
@@ -103,6 +103,6 @@ def test_a_missing_score_leaves_the_others_paired():
     nan = float("nan")
     before, after = ([1.0, nan, 0.0], [0.0, 1.0, 1.0])
     scores = [Scores({}, {}, {"judge/m": torch.tensor(s).double()}) for s in (before, after)]
-    assert run.paired(*scores)["judge/m_change"] == 0
+    assert paired(*scores)["judge/m_change"] == 0
     nothing = Scores({}, {}, {"judge/m": torch.full((3,), nan).double()})
-    assert run.paired(scores[0], nothing) == {}
+    assert paired(scores[0], nothing) == {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras, Memo
+from deltalab.calibration import providing
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.bitdelta_distilled import BitDeltaDistilled
@@ -19,6 +20,8 @@ from deltalab.edits.darex import Darex
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
 from deltalab.loss import distill
+from deltalab.loss.artifacts import Store
+from deltalab.run.point import PROVIDED
 from deltalab.weights.mapping import ModelPair
 
 
@@ -101,13 +104,13 @@ def test_mean_inputs() -> None:
 
 def test_what_is_averaged_or_learned_is_so_once_for_all_tensors(pair, monkeypatch) -> None:
     calls = []
-    for name in ("mean_inputs", "scales"):
-        original = getattr(distill, name)
+    for module, name in ((providing, "mean_inputs"), (distill, "scales")):
+        original = getattr(module, name)
         counted = lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k)  # noqa: E731
-        monkeypatch.setattr(distill, name, counted)
+        monkeypatch.setattr(module, name, counted)
     gradient = {name: tensor(tuple(t.shape), 7) for name, t in pair.post.items()}
-    given = distill.providers(pair, Squares((tensor((5, 6), 3),)), lambda: gradient)
-    assert tuple(given) == distill.PROVIDED
+    given = provided(pair, Squares((tensor((5, 6), 3),)), lambda: gradient)
+    assert tuple(given) == PROVIDED
     assert given["grad"]("bias", {}) is gradient["bias"]
     assert given["acts"]("weight", {}).shape == (6,)
     assert given["acts"]("bias", {}) is None
@@ -117,6 +120,12 @@ def test_what_is_averaged_or_learned_is_so_once_for_all_tensors(pair, monkeypatc
     assert calls == ["mean_inputs", "scales"]
     scale["weight"](3, 0.1)
     assert calls[2:] == ["scales"], "other settings are another scale"
+
+
+def provided(pair, loss, gradient) -> dict:
+    """All that a live pair provides, as a point puts it together."""
+    calibrated = providing.Calibration(pair, loss, Store(None, {}))
+    return {**distill.providers(pair, loss, gradient), **calibrated.providers()}
 
 
 class Elsewhere(Squares):
@@ -169,7 +178,7 @@ def test_a_pair_whose_module_is_on_another_device_is_edited_there(edit, monkeypa
     for device in ("cpu", "second"):
         pair, loss, gradient = placed(device)
         with lent() if device == "second" else nullcontext():
-            given = distill.providers(pair, loss, gradient.copy)
+            given = provided(pair, loss, gradient.copy)
             extras = Extras.of(edit, pair, seed=0, providers=given)
             where = next(pair.module.parameters()).device
             made[device] = dict(

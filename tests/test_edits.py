@@ -35,6 +35,7 @@ from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
 from deltalab.loss import distill
 from deltalab.rng import Rng
+from deltalab.run.point import PROVIDED
 from deltalab.weights import select
 from deltalab.weights.factor import svd
 from deltalab.weights.threshold import ModelThreshold, ascending
@@ -643,10 +644,10 @@ def test_a_need_outside_the_vocabulary_is_an_error() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_that_edits_ask_for_is_provided(name: str) -> None:
-    check_needs(built(name), distill.PROVIDED)
+    check_needs(built(name), PROVIDED)
 
 
-@pytest.mark.parametrize("need", ["peers", "gram", "fisher", "share"])
+@pytest.mark.parametrize("need", ["peers", "base", "share"])
 def test_what_nobody_provides_yet_is_an_error_before_a_model_is_opened(need: str) -> None:
     class Early(Edit):
         needs = (need,)
@@ -654,7 +655,9 @@ def test_what_nobody_provides_yet_is_an_error_before_a_model_is_opened(need: str
         def __call__(self, delta, **given):
             return delta
 
-    text = f"edit Early needs '{need}', which is not available here; rng, svd, quantile, grad, acts"
+    text = (
+        f"edit Early needs '{need}', which is not available here; rng, svd, quantile, grad, scale"
+    )
     with pytest.raises(ValueError, match=text):
         check_needs(Early(), distill.PROVIDED)
     with pytest.raises(ValueError, match=f"needs '{need}', which is not available here"):

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from deltalab import cli, console, point, settings
+from deltalab import cli, console, settings
+from deltalab.run import building
 from deltalab.store import reading
 
 DECLARED = (ValueError, FileNotFoundError)
 TARGETS = ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",
-           "deltalab.point.build", "deltalab", "", "deltalab.edits.keep.Keep",
+           "deltalab.run.building.build", "deltalab", "", "deltalab.edits.keep.Keep",
            "deltalab.zoo.os.system"]  # fmt: skip
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]),
@@ -82,7 +83,7 @@ def test_no_setting_crashes(chosen, data):
             at[last] = data.draw(LEAVES)
     refusal = None
     try:
-        built = point.build(node, group)
+        built = building.build(node, group)
     except DECLARED as error:
         refusal = console.one_line(error)
     if refusal is None:

@@ -21,7 +21,7 @@ from deltalab.edits.ties import Ties
 from deltalab.keys import Choices
 from deltalab.models import hub, vocabulary
 from deltalab.models.hf_llm import HfPair
-from deltalab.point import build, prepare
+from deltalab.run.building import build, prepare
 from deltalab.settings import conf_dir, tidy
 from deltalab.weights.mapping import loaded
 

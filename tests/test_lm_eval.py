@@ -588,7 +588,7 @@ def test_every_choice_of_tasks_composes():
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from deltalab.point import build
+    from deltalab.run.building import build
     from deltalab.settings import conf_dir
 
     folder = conf_dir() / "evaluator" / "tasks"

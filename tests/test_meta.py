@@ -16,7 +16,7 @@ from deltalab.apply.extras import Extras
 from deltalab.edits.dare import Dare
 from deltalab.keys import Choices
 from deltalab.models import zoo
-from deltalab.point import prepare
+from deltalab.run.building import prepare
 from deltalab.settings import conf_dir
 from deltalab.store import latest
 from deltalab.weights import finite

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab import allowed, cli, console, point, reference, settings
+from deltalab import allowed, cli, console, reference, settings
 from deltalab.mistakes import mistakes
+from deltalab.run import building
 from deltalab.store import latest, records
 from deltalab.weights import finite
 from deltalab.weights.mapping import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
@@ -103,9 +104,9 @@ def test_an_edit_that_overflows_its_dtype_is_counted():
 
 
 def test_models_that_seem_swapped_are_warned_of(caplog):
-    spec = point.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
+    spec = building.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
     data = {"_target_": "deltalab.data.images.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
-    objective = point.build({"_target_": "deltalab.loss.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
+    objective = building.build({"_target_": "deltalab.loss.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
     options = dict.fromkeys(signature(reference.opened).parameters)
     options["shared"] = {}
     options |= {"objective": objective, "nonfinite": "error"}
@@ -146,7 +147,7 @@ def test_unlike_kinds_and_precisions(tmp_path):
 @pytest.mark.parametrize(
     "target",
     ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",
-     "deltalab.cli.os.system", "deltalab.point.build", "deltalab.weights.mapping.torch.hub.load",
+     "deltalab.cli.os.system", "deltalab.run.building.build", "deltalab.weights.mapping.torch.hub.load",
      "deltalab.edits.within", "deltalab.edits", "deltalab", ".os.system", "deltalab..os.system"],
 )  # fmt: skip
 def test_only_dataclasses_of_this_package_are_built(target, tmp_path):
@@ -156,10 +157,10 @@ def test_only_dataclasses_of_this_package_are_built(target, tmp_path):
     keep = "deltalab.edits.keep.Keep"
     for node in (evil, {"_target_": keep, "x": evil}, {"_target_": keep, "x": [{"y": evil}]}):
         with pytest.raises(ValueError, match="only targets of deltalab|no such setting"):
-            point.build(node, "edit")
+            building.build(node, "edit")
     chain = "deltalab.edits.chain.Chain"
     with pytest.raises(ValueError, match="only targets of deltalab"):
-        point.build({"_target_": chain, "steps": ["dare", evil]}, "edit")
+        building.build({"_target_": chain, "steps": ["dare", evil]}, "edit")
     assert not canary.exists()
 
 

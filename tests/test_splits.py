@@ -18,6 +18,7 @@ from deltalab.data import splits
 from deltalab.loss.answers import AnswerLoss, DpoLoss
 from deltalab.loss.objectives import CrossEntropy, change, measure
 from deltalab.report.comparison import compare
+from deltalab.run import point
 from deltalab.store import latest
 from deltalab.weights.mapping import ModelPair, loaded
 
@@ -113,20 +114,20 @@ def test_there_are_edits_that_are_fitted():
 
 def evaluated(name, **fields):
     edit = edit_of(name, **fields)
-    point = SimpleNamespace(
+    one = SimpleNamespace(
         edit=edit, select="all", seed=0, salt="", drawn={"select": "all", "seed": 0}, margin=0.02,
-        objective_name="x",
+        objective_name="x", experts={}, calibration={}, parts={},
         riemann=instantiate(OmegaConf.load(CONF / "riemann" / "paper.yaml")),
         prediction=instantiate(OmegaConf.load(CONF / "prediction" / "on.yaml")),
     )  # fmt: skip
-    return run.evaluate(point), edit
+    return run.evaluate(one), edit
 
 
 @pytest.mark.parametrize(("name", "half"), [("darex", "B"), ("dare", None)])
 def test_a_point_is_judged_by_the_half_that_it_was_not_fitted_to(known, monkeypatch, name, half):
     monkeypatch.setattr(run, "reference", lambda point: known)
     (found, documents), edit = evaluated(name, p=0.5)
-    rows, kept = splits.places(COUNT, half), documents[run.CHANGE]
+    rows, kept = splits.places(COUNT, half), documents[point.CHANGE]
     assert found["loss"]["half"] == half
     assert [i for i, v in enumerate(kept) if v == v] == rows
     extras = run.provide(known, edit, 0)
@@ -196,4 +197,4 @@ def test_edits_are_compared_on_the_examples_that_neither_was_fitted_to(known, mo
     monkeypatch.setattr(run, "reference", lambda point: known)
     fitted, other = (evaluated(name, p=0.5)[0][1] for name in ("darex", "dare"))
     found = {each.metric: each.documents for each in compare(fitted, other)}
-    assert found[run.CHANGE] == len(B)
+    assert found[point.CHANGE] == len(B)

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from deltalab.keys import Choices
-from deltalab.point import prepare
+from deltalab.run.building import prepare
 from deltalab.settings import conf_dir
 from deltalab.store import locks, records
 

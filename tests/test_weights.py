@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab import run
+from deltalab.run import point
 from deltalab.weights import shards
 from deltalab.weights.contents import of_checkpoint
 from deltalab.weights.mapping import (
@@ -321,7 +321,7 @@ def test_the_delta_is_one_thing_everywhere():
     mask = {"mask": torch.tensor([0.0, -torch.inf, torch.inf, 1.0])}
     moved = {"mask": torch.tensor([0.5, -torch.inf, torch.inf, 1.0])}
     assert delta(mask, moved)["mask"].tolist() == [0.5, 0.0, 0.0, 0.0]
-    assert run.shift_from(mask, moved)["mask"].tolist() == [0.5, 0.0, 0.0, 0.0]
+    assert point.shift_from(mask, moved)["mask"].tolist() == [0.5, 0.0, 0.0, 0.0]
     beyond = torch.tensor([1e300], dtype=torch.float64)
     assert difference(beyond, beyond).tolist() == [0.0]
     assert difference(beyond, 2 * beyond).isnan().all()

@@ -1,9 +1,9 @@
 """What an edit may ask for beside its delta: one table of names, and who provides them.
 
 `NEEDS` is the table. A provider finds what one tensor needs; those that an edit's deltas suffice
-for are here, those that need an objective are in `distill`, and `run` puts them together. An edit
-that asks for what is not in the table, or for what nobody provides, is refused before a model is
-opened (`check_needs`).
+for are here, those that need an objective are in `distill` and in `calibration`, and
+`run` puts them together. An edit that asks for what is not in the table, or for what nobody
+provides, is refused before a model is opened (`check_needs`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -38,9 +38,9 @@ class Need(NamedTuple):
 NEEDS = {
     "rng": Need("Rng", "random numbers of this tensor"),
     "grad": Need("Tensor", "the loss gradient at W_post, of the delta's shape"),
-    "fisher": Need("Tensor", "the mean of squared gradients, of the delta's shape"),
+    "fisher": Need("Tensor", "the mean of squared gradients of examples, of the delta's shape"),
     "acts": Need("Tensor | None", "mean input of its layer, (in,); None for what has no input"),
-    "gram": Need("Tensor | None", "X'X / n of its layer's inputs X, (in, in)"),
+    "gram": Need("Tensor | None", "X'X / n of its layer's inputs X, (in, in); None for no layer's"),
     "svd": Need("() -> (U, S, Vh)", "the factors of its delta, read as (out, rest)"),
     "quantile": Need(
         "float -> Threshold", "where a fraction of the whole model's entries survives"
@@ -48,8 +48,12 @@ NEEDS = {
     "scale": Need("(steps, lr) -> Tensor | None", "a scale learned for this tensor"),
     "share": Need("Share", "what a budget gives this tensor"),
     "peers": Need("list[Tensor]", "the deltas of further post-trained models"),
+    "experts": Need("list[str]", "the names of the experts, for a merge"),
+    "base": Need("Tensor", "the pre-trained tensor, for a merge"),
+    "total": Need("(deltas -> Tensor) -> Tensor", "a sum over all tensors, for a merge"),
 }
-"""All that an edit may ask for. `fisher`, `gram`, `share` and `peers` have no provider yet."""
+"""All that an edit may ask for, and a merge, which gets one of every expert where that makes sense
+(`deltalab.apply.merging`). `share` and `peers` have no provider yet."""
 
 OWN = ("rng", "svd", "quantile")
 """What a pair and a seed suffice for."""

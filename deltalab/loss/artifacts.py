@@ -53,7 +53,12 @@ class Store:
     determinants: Mapping[str, Any]
     most_bytes: float = eviction.MOST_BYTES
 
-    def tensors(self, kind: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def tensors(
+        self,
+        kind: str,
+        compute: Callable[[], Mapping[str, Tensor]],
+        extra: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
         """Return named tensors from disk, or compute, keep and return them.
 
         What comes back has the same bits either way, on the CPU when it comes from disk. Names
@@ -62,10 +67,11 @@ class Store:
         Args:
             kind: what they are, one of `eviction.KINDS`; also the directory's name.
             compute: called when there is no intact copy.
+            extra: determinants beside the store's own.
         """
         if self.root is None:
             return dict(compute())
-        root, path = Path(self.root), self._path(kind, {})
+        root, path = Path(self.root), self._path(kind, extra or {})
         if (held := _read_tensors(root, path)) is not None:
             return held
         with _alone(root, path):

@@ -20,7 +20,7 @@ from deltalab.weights.select import selected
 MASK = "attention_mask"
 """The keyword by which a batch of texts tells its module what of it is padding."""
 
-PROVIDED = ("grad", "acts", "scale")
+PROVIDED = ("grad", "scale")
 """What `providers` provides."""
 
 
@@ -35,16 +35,12 @@ def providers(
         gradient: the gradient at W_post, computed when it is first asked for.
 
     Returns:
-        For `extras.Extras`, by need; what is learned or averaged is so once for all tensors.
+        For `extras.Extras`, by need; what is learned is so once for all tensors.
     """
 
     @cache
     def examples() -> Loss:
         return splits.halved(loss, "A")
-
-    @cache
-    def inputs() -> dict[str, Tensor]:
-        return mean_inputs(pair.module, examples())
 
     learned: dict[tuple[int, float], dict[str, Tensor]] = {}
 
@@ -60,7 +56,6 @@ def providers(
 
     return {
         "grad": lambda name, _: gradient()[name],
-        "acts": lambda name, _: input_of(pair.module, inputs(), name, meta(pair.post, name).shape),
         "scale": scale,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from deltalab.models import facts
 from deltalab.models.live import device_of
 from deltalab.plan import hours, planning
-from deltalab.point import Point
+from deltalab.run.point import Point
 from deltalab.store import records
 from deltalab.weights.select import selected
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from deltalab.store import files, locks
 
-KINDS = ("curvature", "gradient", "line", "reference")
+KINDS = ("calibration", "curvature", "gradient", "line", "reference")
 """What artefacts there are; also the names of their directories."""
 DATA, MANIFEST, LOCKS = "data.safetensors", "manifest.json", "locks"
 MARKER, FORMAT = "deltalab-store.json", 1

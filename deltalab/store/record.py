@@ -77,6 +77,8 @@ class Outcome:
         "pair.id", TEXT, "setup", shows=FILES, origin=True, default="",
         derive=lambda p: pairs.identity(p.config),
     )  # fmt: skip
+    merge: str | None = held("merge.name", TEXT, "merge", origin=True)
+    merging: Mapping[str, Any] = held("merge.*", SETTINGS, "merge", origin=True)
     seed: int | None = held("seed", WHOLE, origin=True, shows=NOT_IN_LINE)
     select: str | None = held("select", CHOICE, spare=4, origin=True, shows=NOT_IN_LINE)
     salt: str = held("salt", TEXT, origin=True, default="", shows=FILES)
@@ -98,6 +100,7 @@ class Outcome:
     unit: str | None = held("loss.unit", TEXT, "unit of the loss", shows=FILES)
     metrics: Mapping[str, float] = held("metrics", NUMBERS, alias="", shows=NOT_IN_PAGE)
     reference: Mapping[str, Mapping[str, float]] = held("reference", ENDS, shows=FILES)
+    experts: Mapping[str, Any] = held("experts", SETTINGS, "expert", shows=FILES)
     tensors: int | None = held("touched.tensors", WHOLE, "tensors touched", shows=FILES)
     parameters: int | None = held("touched.parameters", WHOLE, "parameters touched", shows=FILES)
     of_parameters: int | None = held("touched.of_parameters", WHOLE, "parameters", shows=FILES)

@@ -37,7 +37,7 @@ def sweep_ended(config: DictConfig, folder: Path) -> None:
     node = OmegaConf.to_container(config.tracker, resolve=True)
     if not isinstance(node, dict) or str(node.get("_target_")).endswith(".NoTracker"):
         return  # building one would take the imports of a point
-    from deltalab.point import build
+    from deltalab.run.building import build
 
     try:
         tracker, experiment = build(node, "tracker"), config.hydra.runtime.choices.get("experiment")

@@ -1,21 +1,27 @@
-"""One point: everything that determines it, built from a config and checked; opens no model."""
+"""A point's parts, built from a config and checked: cheap, no model is opened."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from deltalab import options
 from deltalab import settings as checks
 from deltalab.apply.extras import check_needs
+from deltalab.apply.merging import check_merge
+from deltalab.calibration import providing
 from deltalab.console import one_line
 from deltalab.keys import Choices, determinants, salt_of
-from deltalab.loss import distill
-from deltalab.loss.prediction import Predict
-from deltalab.loss.riemann import Riemann
 from deltalab.models.hub import Absent
 from deltalab.reference import Unopened
+from deltalab.run import experts
+from deltalab.run.point import (
+    PROVIDED,
+    Point,
+)
 from deltalab.store.digests import key_of
 from deltalab.store.effects import check_margin
 from deltalab.weights import finite, select
@@ -23,39 +29,17 @@ from deltalab.weights import finite, select
 BUILT = ("objective", "evaluator", "riemann", "prediction")
 
 
-@dataclass(frozen=True)
-class Point:
-    """Everything that determines one point, validated, before any model is opened."""
-
-    model: Any
-    edit: Any
-    objective: Any
-    evaluator: Any
-    riemann: Riemann
-    prediction: Predict
-    select: Any
-    seed: int
-    nonfinite: str
-    artifacts: str
-    artifacts_gb: float | None
-    margin: float
-    objective_name: str
-    salt: str
-    key: str
-    parts: Mapping[str, Any]
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """What decides the edited weights beside the pair and the edit's line."""
-        version = self.parts["edit"]["version"]
-        return {"select": self.select, "seed": self.seed, "salt": self.salt, "version": version}
-
-
 def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     chosen, parts = validated(settings, choices)
     margin = check_margin(settings["margin"])
+    salt, own = salt_of(settings, choices), {}
+    for name in options.experts_of(settings):
+        with experts.named(name):
+            pair = prepare(options.member(settings, name), choices)
+        own[name] = replace(pair, salt=experts.salt(salt, name))
     found = _determined(settings, choices, parts["model"])
+    experts.check(own)
     return Point(
         **parts,
         select=chosen,
@@ -65,14 +49,17 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
         artifacts_gb=settings["artifacts_gb"],
         margin=margin,
         objective_name=choices.objective,
-        salt=salt_of(settings, choices),
+        salt=salt,
         key=key_of(found) if found else "",
         parts=found,
+        experts=own,
     )
 
 
 def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[str, Any]]:
     """Return the tensors to edit and the parts of a point by name, each built; touches no file.
+
+    The model, objective and evaluator of a family are those of its first expert.
 
     Raises:
         ValueError: a setting of the wrong type, out of range, or unknown.
@@ -81,14 +68,52 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     salt_of(settings, choices)
     finite.check(settings["nonfinite"])
     check_margin(settings["margin"])
-    edit_settings = dict(settings["edit"])
-    chosen = edit_settings.pop("select")
+    names = options.experts_of(settings)
+    first = options.member(settings, names[0]) if names else settings
+    edit, chosen = _selecting(settings["edit"], "edit")
     chosen = settings["select"] or chosen
     select.check(chosen)
-    edit = build(edit_settings, "edit")
-    check_needs(edit, distill.PROVIDED)
-    parts = {name: build(settings[name], name) for name in ("model", *BUILT)}
-    return chosen, {"edit": edit, **parts}
+    check_needs(edit, PROVIDED)
+    merge, merged = _merge(settings.get("merge"), names)
+    layers = dict(first.get("calibration") or {})
+    providing.check(layers)
+    layers["objective"] = build(layers.get("objective"), "calibration.objective")
+    layers.pop("data", None)
+    with experts.named(names[0]) if names else nullcontext():
+        parts = {name: build(first[name], name) for name in ("model", *BUILT)}
+    made = {"edit": edit, "merge": merge, "merged": merged, "calibration": layers, **parts}
+    return chosen, made
+
+
+def _selecting(node: Mapping[str, Any], setting: str) -> tuple[Any, Any]:
+    """Build a node that says which tensors it is for; return it and them."""
+    own = dict(node)
+    chosen = own.pop("select")
+    return build(own, setting), chosen
+
+
+def _merge(node: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
+    """Build a merge and return it with the tensors that it is for; of a pair there is none.
+
+    Raises:
+        ValueError: a merge of a pair, none of a family, or one that is not for these experts.
+    """
+    if not node:
+        if names:
+            raise ValueError(
+                f"merge=: model.experts names {len(names)}, say how they are merged, as merge=ties"
+            )
+        return None, "all"
+    name = str(node.get("_target_", "")).rpartition(".")[2].lower()
+    if not names:
+        raise ValueError(
+            f"merge={name}: a pair has nothing to merge; name experts, as model.experts={{a: DIR,"
+            " b: DIR}"
+        )
+    merge, merged = _selecting({"select": "all", **node}, "merge")
+    select.check(merged)
+    check_merge(merge, PROVIDED, names)
+    return merge, merged
 
 
 def _determined(settings: Mapping[str, Any], choices: Choices, model: Any) -> dict[str, Any]:

@@ -1,0 +1,205 @@
+"""What edits and merges ask for of a calibrated model: means, grams, squared gradients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltalab import console
+from deltalab.calibration import collecting
+from deltalab.data import splits
+from deltalab.loss.artifacts import Store
+from deltalab.loss.distill import input_of, mean_inputs
+from deltalab.loss.objectives import Loss
+from deltalab.weights.layouts import layout_of
+from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, live, loaded, meta
+
+PROVIDED = ("acts", "gram", "fisher")
+"""What `Calibration.providers` provides."""
+SIDES = ("post", "pre")
+VERSION = 1
+"""To be raised when the same layers on the same data come to have other statistics."""
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Check what says of which model and how statistics are taken.
+
+    Raises:
+        ValueError: an unknown model, or one whose inputs no edit changes.
+
+    >>> check({"model": "base"})
+    Traceback (most recent call last):
+    ValueError: calibration.model=base: must be one of post, pre
+    """
+    side, sequential = settings.get("model", "post"), settings.get("sequential", False)
+    if side not in SIDES:
+        raise ValueError(f"calibration.model={side}: must be one of {', '.join(SIDES)}")
+    if not isinstance(sequential, bool):
+        raise ValueError(f"calibration.sequential={sequential}: must be true or false")
+    if sequential and side != "post":
+        raise ValueError("calibration.sequential=true: goes with calibration.model=post, whose"
+                         " layers are edited")  # fmt: skip
+
+
+@dataclass(eq=False)
+class Calibration:
+    """Statistics of one model of a pair on half A of some examples.
+
+    Only some layers' statistics are in memory at a time; what was collected is in the store.
+
+    Attributes:
+        pair: the open pair, whose module holds `post`.
+        loss: the opened objective whose examples are run; half A of them is.
+        store: where the statistics are kept.
+        model: whose layers: `post` or `pre`.
+        about: what decides the statistics beside the store's own determinants, ready for JSON.
+        sequential: whether a block's inputs are those that the blocks before it give once they are
+            edited (`in_order`); such statistics belong to one point and are not kept.
+        limit: bytes of statistics that a pass holds.
+    """
+
+    pair: ModelPair
+    loss: Loss
+    store: Store
+    model: str = "post"
+    about: Mapping[str, Any] = field(default_factory=dict)
+    sequential: bool = False
+    limit: int = collecting.LIMIT
+    _held: dict[str, tuple[Any, Mapping[str, Tensor]]] = field(default_factory=dict, init=False)
+
+    def providers(self) -> dict[str, Callable[[str, Weights], Any]]:
+        """Return the providers of `PROVIDED`, for `extras.Extras`."""
+        return {
+            "acts": lambda name, _: input_of(
+                self.pair.module, self._means, name, meta(self.pair.post, name).shape
+            ),
+            "gram": lambda name, _: self.gram(name),
+            "fisher": lambda name, _: self._fisher[name],
+        }
+
+    def gram(self, name: str) -> Tensor | None:
+        """Return X'X / n of the layer that a tensor is the weight of; None where it is of none."""
+        layer = self._layers.get(name)
+        if layer is None:
+            return None
+        group = next(each for each in self._groups if layer in each)
+        compute = lambda step: collecting.grams(self.pair.module, self._half, group, step)  # noqa: E731
+        return self._statistics("gram", group, compute, len(self._half.batches))[layer]
+
+    @cached_property
+    def _half(self) -> Loss:
+        return splits.halved(self.loss, "A")
+
+    @cached_property
+    def _means(self) -> dict[str, Tensor]:
+        with self._seated():
+            return mean_inputs(self.pair.module, self._half)
+
+    @cached_property
+    def _layers(self) -> dict[str, str]:
+        """The module's layers by the names that the pair's files have for their weights."""
+        known: Any = {name: name for name in collecting.layers(self.pair.module)}
+        found: Any = layout_of(self.pair.module).of_layers(known)
+        return dict(found)
+
+    @cached_property
+    def _groups(self) -> list[tuple[str, ...]]:
+        module = self.pair.module
+        names = list(dict.fromkeys(self._layers[n] for n in self.pair.post if n in self._layers))
+        if self.sequential:
+            return collecting.blocks(module, names)
+        known = collecting.layers(module)
+        return collecting.groups(
+            {n: 8 * collecting.width(known[n]) ** 2 for n in names}, self.limit
+        )
+
+    @cached_property
+    def _fisher(self) -> Weights:
+        """Squared gradients under the files' names, some parameters at a time."""
+        module = self.pair.module
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        first = {id(parameter): name for name, parameter in reversed(parameters.items())}
+        own = {name: first[id(parameter)] for name, parameter in parameters.items()}
+        sizes = {name: 4 * parameters[name].numel() for name in dict.fromkeys(own.values())}
+        runs = collecting.groups(sizes, self.limit)
+        count = sum(splits.examples(batch) for batch in self._half.batches)
+
+        def load(name: str) -> Tensor:
+            group = next(each for each in runs if own[name] in each)
+            compute = lambda step: collecting.fisher(module, self._half, group, step)  # noqa: E731
+            return self._statistics("fisher", group, compute, count)[own[name]]
+
+        told = lambda name: meta(dict(parameters), name)  # noqa: E731
+        return layout_of(module).filed(LazyWeights(parameters, load, told))
+
+    def _statistics(
+        self,
+        what: str,
+        group: tuple[str, ...],
+        collect: Callable[[Callable[[], None]], dict[str, Tensor]],
+        steps: int,
+    ) -> Mapping[str, Tensor]:
+        """Return the statistics of a group of layers: at hand, or from the store, or new."""
+        held = self._held.get(what)
+        if held is not None and held[0] == group:
+            return held[1]
+
+        def compute() -> dict[str, Tensor]:
+            with self._seated(), console.steps(f"calibration: {what}", steps) as step:
+                return collect(step)
+
+        self._held.pop(what, None)  # before the next group is there
+        extra = {**self.about, "statistic": what, "layers": list(group), "model": self.model,
+                 "version": VERSION}  # fmt: skip
+        found = compute() if self.sequential else self.store.tensors("calibration", compute, extra)
+        self._held[what] = group, found
+        return found
+
+    @contextmanager
+    def _seated(self) -> Iterator[None]:
+        """Have the module hold the weights that are asked about."""
+        pair = self.pair
+        pre = loaded(pair.module, pair.pre, restore=pair.post)
+        with pre if self.model == "pre" else nullcontext(), torch.no_grad():
+            yield
+
+    def in_order(self, edited: Weights) -> dict[str, Tensor]:
+        """Return all edited weights; sequentially, each block sees those before it edited.
+
+        Args:
+            edited: computed when they are asked for, with `providers` of this calibration.
+        """
+        if not self.sequential:
+            return dict(edited)
+        module, post, made = self.pair.module, self.pair.post, dict[str, Tensor]()
+        place = {name: index for index, name in enumerate(module.state_dict())}
+        known = {f: place[n] for f, n in self._layers.items()}
+        order = sorted(edited, key=lambda name: known.get(name, place.get(name, len(place))))
+        self._held.clear()
+        try:
+            for name in order:
+                made[name] = edited[name]
+                _fill(self.pair, {name: made[name]}, made)
+        finally:
+            _fill(self.pair, {name: post[name] for name in made}, {})
+        return {name: made[name] for name in edited}
+
+
+def _fill(pair: ModelPair, weights: Weights, before: Weights) -> None:
+    """Write weights under the files' names into the live module.
+
+    Args:
+        pair: the open pair.
+        weights: what to write.
+        before: what was written before, where the module has one tensor of several of the files'.
+    """
+    rest = LazyWeights(pair.post, lambda n: before[n] if n in before else pair.post[n],
+                       lambda n: meta(pair.post, n))  # fmt: skip
+    state = pair.module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in live(pair.module, weights, rest).items():
+            state[name].copy_(value)

@@ -1,0 +1,125 @@
+"""Merges: one method a file, each a frozen dataclass that makes one delta of several, or one each.
+
+`Merge` is the whole contract. A new method is two files: its class, and `conf/merge/<name>.yaml`
+with its fields as keys, where alone the defaults stand. The contract tests find it by the latter.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Merged = Tensor | list[Tensor]
+
+
+@runtime_checkable
+class Merge(Protocol):
+    """A pure map of one tensor's deltas, one of every expert; every merge derives from this class.
+
+    Attributes:
+        each: whether it gives one delta for every expert, in their order, in place of one for all.
+        version: as for `deltalab.edits.Edit`.
+        alone: settings under which one expert alone comes back as it is; None where there are none.
+
+    >>> class First(Merge):
+    ...     version: ClassVar[int] = 1
+    ...
+    ...     def __call__(self, deltas: Sequence[Tensor]) -> Tensor:
+    ...         return deltas[0].clone()
+    >>> First().needs, First().each
+    ((), False)
+    """
+
+    each: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+    alone: ClassVar[Mapping[str, Any] | None] = {}
+
+    def __call__(self, deltas: Sequence[Tensor], *args: Any, **needs: Any) -> Merged:
+        """Return the merged delta, a new tensor, or one for every expert where `each` says so.
+
+        What a merge needs beside the deltas it declares as keyword-only arguments, of the names in
+        `deltalab.apply.merging.NEEDS`.
+
+        Args:
+            deltas: the edited deltas of every expert, float32, of one shape; not to be changed.
+            args: none.
+            needs: what was declared, on the deltas' device.
+
+        Returns:
+            float32, of their shape and device; zero where all deltas are zero throughout.
+        """
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it asks for beside the deltas."""
+        parameters = inspect.signature(type(self).__call__).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+    def check(self, experts: Sequence[str]) -> None:
+        """Raise `ValueError` where the merge cannot be of these experts."""
+
+
+def weights_of(
+    weights: Mapping[str, float] | None, experts: Sequence[str], default: float
+) -> list[float]:
+    """Return every expert's weight, in order.
+
+    Raises:
+        ValueError: weights that do not match the experts, or are no numbers.
+
+    >>> weights_of({"b": 2, "a": 1}, ["a", "b"], 0.5), weights_of(None, ["a"], 0.5)
+    ([1.0, 2.0], [0.5])
+    """
+    if weights is None:
+        return [default] * len(experts)
+    if missing := [name for name in experts if name not in weights]:
+        raise ValueError(f"merge.weights: has none for expert {', '.join(missing)}")
+    if unknown := [str(name) for name in weights if name not in experts]:
+        raise ValueError(
+            f"merge.weights: {', '.join(unknown)} is no expert, which are {', '.join(experts)}"
+        )
+    for name, value in weights.items():
+        number(f"weights.{name}", value)
+    return [float(weights[name]) for name in experts]
+
+
+def number(
+    field: str,
+    value: object,
+    ok: Callable[[float], bool] = lambda _: True,
+    wanted: str = "a number",
+) -> None:
+    """Raise `ValueError` naming the field unless the value is a finite number that will do.
+
+    >>> number("keep", 2, lambda x: 0 <= x <= 1, "in [0, 1]")
+    Traceback (most recent call last):
+    ValueError: merge.keep=2: must be in [0, 1]
+    """
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (plain and math.isfinite(value) and ok(value)):  # type: ignore[arg-type]
+        raise ValueError(f"merge.{field}={value}: must be {wanted}")
+
+
+def one_of(field: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise `ValueError` naming the field unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"merge.{field}={value}: must be one of {', '.join(map(str, choices))}")
+
+
+def mean(deltas: Sequence[Tensor]) -> Tensor:
+    """Return the plain mean of deltas, rounded once."""
+    total = deltas[0].double()
+    for each in deltas[1:]:
+        total = total + each
+    return (total / len(deltas)).float()
+
+
+def total(deltas: Sequence[Tensor]) -> Tensor:
+    """Return the sum of deltas, rounded once."""
+    found = deltas[0].double()
+    for each in deltas[1:]:
+        found = found + each
+    return found.float()

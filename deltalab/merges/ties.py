@@ -1,0 +1,72 @@
+"""TIES-Merging (arXiv 2306.01708): trim, elect a sign, average those that agree."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deltalab.merges import Merge, number, one_of
+from deltalab.weights.threshold import Threshold, kept_count, tensor_threshold
+
+
+@dataclass(frozen=True)
+class Ties(Merge):
+    """Keep the largest entries of every expert, elect each entry's sign, average who agrees.
+
+    With T_t the trimmed deltas: s = sign(sum_t T_t), a sum of zero counting as positive, as in PEFT
+    and mergekit (the authors' code takes the sign of most entries of the model); then D = weight
+    times the mean of those T_t that are not zero and have the sign s, zero where none has.
+
+    Args:
+        keep: fraction of entries of largest magnitude that every expert keeps, in [0, 1].
+        scope: "model" ranks an expert's entries over the whole model, as the paper does; "tensor"
+            in every tensor by itself.
+        weight: what the mean is multiplied by, any number.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    >>> merge = Ties(keep=1.0, scope="tensor", weight=1.0)
+    >>> merge([torch.tensor([3.0, -1.0]), torch.tensor([1.0, 4.0])], quantile=())
+    tensor([2., 4.])
+    """
+
+    keep: float
+    scope: str
+    weight: float
+    version: ClassVar[int] = 1
+    alone: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0, "weight": 1.0}
+
+    def __post_init__(self) -> None:
+        number("keep", self.keep, lambda x: 0 <= x <= 1, "in [0, 1]")
+        number("weight", self.weight)
+        one_of("scope", self.scope, ("model", "tensor"))
+
+    def __call__(
+        self, deltas: Sequence[Tensor], *, quantile: Sequence[Callable[[float], Threshold]]
+    ) -> Tensor:
+        """Return the merged delta."""
+        trimmed = [self._trimmed(delta, index, quantile) for index, delta in enumerate(deltas)]
+        elected = torch.zeros_like(deltas[0])
+        for each in trimmed:
+            elected += each
+        positive = elected >= 0
+        found, count = torch.zeros_like(elected), torch.zeros_like(elected)
+        for each in trimmed:
+            agrees = torch.where(positive, each > 0, each < 0)
+            found += torch.where(agrees, each, 0.0)
+            count += agrees
+        return self.weight * (found / count.clamp_(min=1))
+
+    def _trimmed(
+        self, delta: Tensor, index: int, quantile: Sequence[Callable[[float], Threshold]]
+    ) -> Tensor:
+        if self.keep == 1:
+            return delta
+        if self.scope == "tensor":
+            limit = tensor_threshold(delta, kept_count(self.keep, delta.numel()))
+        else:
+            limit = quantile[index](self.keep)
+        return torch.where(limit.survivors(delta), delta, 0.0)

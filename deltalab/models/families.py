@@ -1,0 +1,54 @@
+"""Several experts of one base: whether they fit each other, and look as if they were of it."""
+
+import logging
+import math
+from collections.abc import Mapping
+
+from deltalab.weights.mapping import ModelPair, Weights, difference, meta
+
+log = logging.getLogger(__name__)
+STRANGE = 0.9
+"""|W_expert - W_base| / |W_base| from which an expert looks like another base's: two models that
+were trained apart come to 1.4."""
+
+
+def check_family(pairs: Mapping[str, ModelPair]) -> None:
+    """Check that experts fit each other; warn of one that looks like another base's.
+
+    Raises:
+        ValueError: experts whose tensors differ in name or shape, all named, with the first
+            difference.
+    """
+    (first, lead), *others = pairs.items()
+    strangers = {name: text for name, pair in others if (text := _unlike(lead.post, pair.post))}
+    if strangers:
+        names, text = ", ".join(strangers), next(iter(strangers.values()))
+        raise ValueError(f"model.experts: {names} cannot be merged with {first}: {text}")
+    for name, pair in pairs.items():
+        if (share := distance(pair)) > STRANGE:
+            log.warning(
+                "model.experts.%s: |delta| is %.2f of |W|; is the expert of another base?", name,
+                share,
+            )  # fmt: skip
+
+
+def _unlike(one: Weights, other: Weights) -> str:
+    """Return the first difference of two models' tensors, empty where there is none."""
+    for name in (*one, *other):
+        if name not in one or name not in other:
+            return f"tensor {name!r} is in one of the two only"
+        shapes = meta(one, name).shape, meta(other, name).shape
+        if shapes[0] != shapes[1]:
+            return f"tensor {name!r} has shape {shapes[0]} there, {shapes[1]} here"
+    return ""
+
+
+def distance(pair: ModelPair) -> float:
+    """Return |W_post - W_pre| / |W_pre| over all matrices; 0 where there is nothing."""
+    moved = whole = 0.0
+    for name in pair.post:
+        about = meta(pair.post, name)
+        if about.floating and len(about.shape) > 1:
+            moved += float(difference(pair.pre[name], pair.post[name]).double().square().sum())
+            whole += float(pair.pre[name].double().square().sum())
+    return math.sqrt(moved / whole) if whole else 0.0
