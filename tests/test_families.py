@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from deltalab import keys, options, run
 from deltalab.models import embedded, families
 from deltalab.models.zoo import EmbeddedVit
+from deltalab.run import building
 from deltalab.settings import conf_dir, tidy
 from deltalab.store import latest
 from deltalab.weights.mapping import ModelPair
