@@ -655,6 +655,7 @@ class Fake:
 
 
 FILES = ["config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "model.py"]
+TOOLS = "additional_chat_templates/tool_use.jinja"
 
 
 @pytest.mark.parametrize(
@@ -666,10 +667,10 @@ FILES = ["config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "
 )
 @pytest.mark.parametrize("code", [False, True])
 def test_of_a_repository_only_what_is_needed_is_fetched(weights, code, tmp_path, monkeypatch):
-    fake = Fake(tmp_path, [*FILES, *weights, "original/params.json", "onnx/model.onnx"])
+    fake = Fake(tmp_path, [*FILES, TOOLS, *weights, "original/params.json", "onnx/model.onnx"])
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake.snapshot_download)
     assert hub.directory("org/name", "model.pre", "v2", code) == fake.path
-    beside = FILES if code else FILES[:-1]
+    beside = [*FILES, TOOLS] if code else [*FILES[:-1], TOOLS]
     assert sorted({*fake.asked}) == sorted([*beside, weights[0]])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deltalab.models import hub
 from deltalab.models.checkpoints import opened
 from deltalab.models.dequantised import Dequantised
 from deltalab.weights import configs, pickles, quantised
@@ -25,7 +26,6 @@ from deltalab.weights.shards import DTYPES, Entry, entries
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _UNCOPIED = ("README.md", "deltalab.json", ".gitattributes")
-_DIRECTORIES = ("additional_chat_templates",)
 INDEX = "model.safetensors.index.json"
 
 
@@ -139,8 +139,7 @@ def copy_companions(post: Path, out: Path, side: Side) -> None:
     if post.is_dir():
         files = [f for f in sorted(post.iterdir()) if f.is_file() and f.name not in _UNCOPIED]
         files = [f for f in files if not f.name.startswith(".")]
-        for name in _DIRECTORIES:
-            files += sorted(f for f in (post / name).glob("*") if f.is_file())
+        files += sorted(f for f in (post / hub.TEMPLATES).glob("*") if f.is_file())
         for file in (f for f in files if f.suffix not in _WEIGHTS and not _is_index(f)):
             if side.decoded and file.name in quantised.BESIDE:
                 continue

@@ -18,6 +18,8 @@ class Absent(FileNotFoundError):
 
 _BESIDE = ["*.json", "*.txt", "*.model", "*.jinja"]
 _IGNORED = ["*/*", "consolidated*"]  # the same weights again, in another layout
+TEMPLATES = "additional_chat_templates"
+"""The directory of a model's further chat templates."""
 
 
 def directory(source: str, setting: str, revision: str | None = None, code: bool = False) -> Path:
@@ -41,11 +43,20 @@ def directory(source: str, setting: str, revision: str | None = None, code: bool
     from huggingface_hub import snapshot_download
 
     kinds = [*_BESIDE, *(["*.py"] if code else [])]
-    fetch = partial(snapshot_download, source, revision=revision, ignore_patterns=_IGNORED)
-    path = Path(_asked(fetch, source, setting, allow_patterns=["*.safetensors", *kinds]))
+    fetch = partial(snapshot_download, source, revision=revision)
+    path = _snapshot(fetch, source, setting, ["*.safetensors", *kinds])
     if not any(path.glob("*.safetensors")):
-        path = Path(_asked(fetch, source, setting, allow_patterns=["pytorch_model*", *kinds]))
+        path = _snapshot(fetch, source, setting, ["pytorch_model*", *kinds])
     return path
+
+
+def _snapshot(fetch: Any, source: str, setting: str, wanted: list[str]) -> Path:
+    """Return a snapshot with the files at a repository's top that match, and all templates."""
+    path = _asked(fetch, source, setting, allow_patterns=wanted, ignore_patterns=_IGNORED)
+    further = {"allow_patterns": [f"{TEMPLATES}/*.jinja"], "ignore_patterns": []}
+    if (Path(path) / "chat_template.jinja").is_file():  # those that have one may have more
+        _asked(fetch, source, setting, **further)
+    return Path(path)
 
 
 def around(source: str, setting: str, revision: str | None = None, code: bool = False) -> Path:
@@ -60,8 +71,8 @@ def around(source: str, setting: str, revision: str | None = None, code: bool = 
     from huggingface_hub import snapshot_download
 
     kinds = [*_BESIDE, *(["*.py"] if code else [])]
-    fetch = partial(snapshot_download, source, revision=revision, ignore_patterns=_IGNORED)
-    return Path(_asked(fetch, source, setting, allow_patterns=kinds))
+    fetch = partial(snapshot_download, source, revision=revision)
+    return _snapshot(fetch, source, setting, kinds)
 
 
 def described(source: str, setting: str, revision: str | None = None, code: bool = False) -> Path:

@@ -102,7 +102,7 @@ def read(
 
 
 def _short(entry: Entry) -> int:
-    raise OSError(f"{entry.file}: ends too early")
+    raise ValueError(f"{entry.file}: ends too early")
 
 
 def pieces(
@@ -141,5 +141,6 @@ def copy(source: BinaryIO, target: BinaryIO, begin: int, end: int | None) -> Non
     end = os.fstat(source.fileno()).st_size if end is None else end
     while begin < end:
         block = os.pread(source.fileno(), min(end - begin, 1 << 22), begin)
-        assert block, "the source ended too early"
+        if not block:
+            raise ValueError(f"{source.name}: ends too early, at byte {begin} of {end}")
         begin += os.pwrite(target.fileno(), block, begin)
