@@ -234,8 +234,6 @@ def test_regmean_is_the_least_squares_answer() -> None:
         both = zip(deltas, inputs, strict=True)
         return sum(float(((m - d) @ x.T).square().sum()) for d, x in both)
 
-        float(((m - d) @ x.T).square().sum()) for d, x in zip(deltas, inputs, strict=True)
-    )
     assert error(found) < min(map(error, (*deltas, torch.stack(deltas).mean(0))))
     equal = Regmean(gram="inputs", **plain)(deltas, gram=[grams[0]] * 3)
     assert torch.allclose(equal, torch.stack(deltas).mean(0), atol=1e-5)
