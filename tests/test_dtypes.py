@@ -19,7 +19,7 @@ from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import SPOILT, Riemann
 from deltalab.models.hf_llm import HfPair
 from deltalab.plan.planning import plan
-from deltalab.run import shift_from
+from deltalab.run.point import shift_from
 from deltalab.weights import contents
 
 NARROW = torch.bfloat16

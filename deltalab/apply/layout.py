@@ -19,7 +19,7 @@ from torch import Tensor
 from deltalab.models import hub
 from deltalab.models.checkpoints import opened
 from deltalab.models.dequantised import Dequantised
-from deltalab.weights import configs, pickles, quantised
+from deltalab.weights import configs, orientation, pickles, quantised
 from deltalab.weights.headers import BITS
 from deltalab.weights.mapping import Checkpoint
 from deltalab.weights.shards import DTYPES, Entry, entries
@@ -169,3 +169,9 @@ def _decoded(config: dict[str, Any]) -> dict[str, Any]:
 
 def _is_index(file: Path) -> bool:
     return file.name.endswith(".index.json")
+
+
+def turned(path: Path) -> Callable[[str], bool]:
+    """Return which matrices of a checkpoint are stored (in, out), as its configuration has it."""
+    place = path if path.is_dir() else path.parent
+    return orientation.turned(configs.content(place / "config.json"))

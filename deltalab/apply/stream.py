@@ -26,7 +26,7 @@ from deltalab.apply.layout import Side
 from deltalab.apply.work import Work
 from deltalab.edits import Edit
 from deltalab.store import files, records
-from deltalab.weights import configs, contents, finite, orientation
+from deltalab.weights import contents, finite
 from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
 from deltalab.weights.select import selected
 from deltalab.weights.shards import Buffers, Entry, copy, item, keep, pieces, put, read
@@ -100,8 +100,7 @@ def stream(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    told = configs.content((post if post.is_dir() else post.parent) / "config.json")
-    memo, turned = Memo(limit=0), orientation.turned(told)
+    memo, turned = Memo(limit=0), layout.turned(post)
     extras = Extras(edit.needs, seed, memo=memo, salt=salt, turned=turned)
     plan = planned(pre, post, select, mismatch, dequantize)
     hashing = Hashing((pre, post))
@@ -143,7 +142,7 @@ def planned(
     olds = layout.read(pre, "model.pre", dequantize).entries
     side = layout.read(post, "model.post", dequantize)
     news = side.entries
-    ties, old_ties = _tied(news), _tied(olds)
+    ties, old_ties = tied(news), tied(olds)
     chosen = {name for name, new in news.items() if selected(select, name, new.shape)}
     same = {name: name for name in news}
     plan = Plan(news, side, pre={}, alias=same, rows={}, kept={})
@@ -191,7 +190,7 @@ def _complaint(name: str, old: Entry | None, new: Entry) -> str:
     )
 
 
-def _tied(found: dict[str, Entry]) -> dict[str, str]:
+def tied(found: dict[str, Entry]) -> dict[str, str]:
     """Map each tied head to its embedding: both were saved, with equal bytes."""
     matrices = [name for name in found if len(found[name].shape) == 2]
     heads = [name for name in matrices if part_of(name) == "head"]

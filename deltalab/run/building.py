@@ -74,7 +74,7 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     chosen = settings["select"] or chosen
     select.check(chosen)
     check_needs(edit, PROVIDED)
-    merge, merged = _merge(settings.get("merge"), names)
+    merge, merged = merging(settings.get("merge"), names)
     layers = dict(first.get("calibration") or {})
     providing.check(layers)
     layers["objective"] = build(layers.get("objective"), "calibration.objective")
@@ -92,8 +92,15 @@ def _selecting(node: Mapping[str, Any], setting: str) -> tuple[Any, Any]:
     return build(own, setting), chosen
 
 
-def _merge(node: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
+def merging(
+    node: Any, names: tuple[str, ...], provided: tuple[str, ...] = PROVIDED
+) -> tuple[Any, Any]:
     """Build a merge and return it with the tensors that it is for; of a pair there is none.
+
+    Args:
+        node: its config; None where there is none.
+        names: the experts.
+        provided: what it may ask for of every expert.
 
     Raises:
         ValueError: a merge of a pair, none of a family, or one that is not for these experts.
@@ -112,7 +119,7 @@ def _merge(node: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
         )
     merge, merged = _selecting({"select": "all", **node}, "merge")
     select.check(merged)
-    check_merge(merge, PROVIDED, names)
+    check_merge(merge, provided, names)
     return merge, merged
 
 
