@@ -79,6 +79,9 @@ class Outcome:
     )  # fmt: skip
     merge: str | None = held("merge.name", TEXT, "merge", origin=True)
     merging: Mapping[str, Any] = held("merge.*", SETTINGS, "merge", origin=True)
+    kept: float | None = held(
+        "merge.kept", NUMBER, "kept", unit="share of separate experts' numbers", shows=FILES
+    )
     seed: int | None = held("seed", WHOLE, origin=True, shows=NOT_IN_LINE)
     select: str | None = held("select", CHOICE, spare=4, origin=True, shows=NOT_IN_LINE)
     salt: str = held("salt", TEXT, origin=True, default="", shows=FILES)
