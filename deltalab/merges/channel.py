@@ -13,7 +13,9 @@ from deltalab.merges import Merge, number, one_of
 
 EXACT = 6
 """Up to so many experts the best grouping of a row is found by trying all, 203 for six."""
-HEADED = re.compile(r"(^|[._])(qkv|query_key_value|(q|k|v|query|key|value)(_?proj)?)([._]|$)")
+HEADED = re.compile(
+    r"(^|[._])((qkv|query_key_value|q|k|v|query|key|value)(_?proj)?([._]weight)?|in_proj_weight)$"
+)
 """Tensors whose rows are those of attention heads, by their names."""
 _BITS = 15
 """Of the 31 bits of a cost's magnitude those that the second count is of."""
