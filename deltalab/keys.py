@@ -39,6 +39,9 @@ NEUTRAL: dict[str, Any] = {
     "model.dequantize": False,
     "salt": "",
     "model.experts": None,
+    "model.classes": None,
+    "objective.data.classes": None,
+    "evaluator.data.classes": None,
     "merge": None,
     "calibration": {"model": "post", "data": None, "objective": None, "sequential": False},
 }

@@ -80,11 +80,13 @@ class Packaged:
         task: `mnist`, `fashion` or `digits`.
         split: `test` (for accuracies) or `objective` (for losses and gradients).
         limit: the first so many images only; all when None.
+        classes: the labels whose images are taken; all when None.
     """
 
     task: str
     split: str
     limit: int | None = None
+    classes: tuple[int, ...] | None = None
     contents: ClassVar = {"task": "packaged images"}
     reads: ClassVar = ("images",)
 
@@ -94,21 +96,32 @@ class Packaged:
         if self.split not in (splits := ("test", "objective")):
             raise ValueError(f"data.split={self.split}: must be one of {', '.join(splits)}")
         _check_limit(self.limit)
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(self.classes))
 
     def open(self, transform: Transform | None, batch_size: int) -> Batches:
-        """Return the batches; the model's transform is applied to a whole uint8 array at once."""
+        """Return the batches; the model's transform is applied to a whole uint8 array at once.
+
+        Raises:
+            ValueError: no image is of these classes, or a model that images of this size are not
+                for.
+        """
         resource = files("deltalab") / "zoo" / f"{self.task}.npz"
         with as_file(resource) as path, np.load(path, allow_pickle=False) as arrays:
-            x = torch.from_numpy(arrays[f"x_{self.split}"][: self.limit]).unsqueeze(1)
-            y = torch.from_numpy(arrays[f"y_{self.split}"][: self.limit]).long()
+            images, labels = arrays[f"x_{self.split}"], arrays[f"y_{self.split}"]
+        kept = np.isin(labels, labels if self.classes is None else self.classes)
+        if not kept.any():
+            raise ValueError(f"data.classes={self.classes}: {self.task} has no image of them")
+        x = torch.from_numpy(images[kept][: self.limit]).unsqueeze(1)
+        y = torch.from_numpy(labels[kept][: self.limit]).long()
         try:
-            images = transform(x) if transform is not None else x.float() / 255
+            ready = transform(x) if transform is not None else x.float() / 255
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"data.task={self.task}: these images are for the embedded models, this model's"
                 f" transform refuses them ({error})"
             ) from None
-        return Batches(len(y), lambda i: (images[i], int(y[i])), batch_size)
+        return Batches(len(y), lambda i: (ready[i], int(y[i])), batch_size)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class Emr(Merge):
     ) -> list[Tensor]:
         """Return the delta of every expert."""
         own, kept = total(_sums)
-        scales = torch.where(kept > 0, own / kept.clamp(min=1e-300), 1.0).tolist()
-        return [scale * each for scale, each in zip(scales, _masked(deltas), strict=True)]
+        scales = torch.where(kept > 0, own / kept.clamp(min=1e-300), 1.0).float()
+        return [scales[index] * each for index, each in enumerate(_masked(deltas))]
 
     def kept(self, deltas: Sequence[Tensor], **needs: Any) -> float:
         """Return u's entries and one bit an entry and expert, in numbers of 16 bits."""

@@ -15,9 +15,10 @@ class Tsv(Merge):
     """Put the experts' leading singular directions side by side, none in another's way.
 
     Of every matrix (out, rest) the floor(r/T) leading triplets of each expert, r being the smaller
-    side and at least one: their U, S and V are put side by side, U and V replaced by the nearest
-    orthogonal matrices, their polar factors, and D = weight U S V'. Tensors of one dimension are
-    averaged. Experts whose spaces are orthogonal, and of rank at most r/T, are added up exactly.
+    side and at least one, that are not zero to rounding: their U, S and V are put side by side, U
+    and V replaced by the nearest orthogonal matrices, their polar factors, and D = weight U S V'.
+    Tensors of one dimension are averaged. Experts whose spaces are orthogonal, and of rank at most
+    r/T, are added up exactly.
     The polar factor is not unique where experts share a direction exactly.
 
     Args:
@@ -47,15 +48,19 @@ class Tsv(Merge):
         left, values, right = [], [], []
         for matrix in matrices:
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            left.append(u[:, :rank])
-            values.append(s[:rank])
-            right.append(vh[:rank].T)
+            least = s[0] * max(matrix.shape) * torch.finfo(torch.float32).eps
+            some = s[:rank] > least
+            left.append(u[:, :rank][:, some])
+            values.append(s[:rank][some])
+            right.append(vh[:rank][some].T)
         found = (_polar(torch.cat(left, 1)) * torch.cat(values)) @ _polar(torch.cat(right, 1)).T
         return (self.weight * found).float().reshape(deltas[0].shape)
 
 
 def _polar(matrix: Tensor) -> Tensor:
     """Return the nearest matrix with orthonormal columns, or rows where it has more columns."""
+    if not matrix.shape[1]:
+        return matrix
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     found: Tensor = u @ vh
     return found

@@ -4,7 +4,12 @@ from importlib.resources import files
 from pathlib import Path
 
 ZOO = Path(str(files("deltalab"))) / "zoo"
-VIT = {"mnist": "pre", "mnist_early": "pre", "fashion": "pre", "digits": "digits_pre"}
+SUBSETS = tuple(f"subset_{index}" for index in range(5))
+"""The experts of one base that were trained on two classes each."""
+VIT = {
+    **{"mnist": "pre", "mnist_early": "pre", "fashion": "pre", "digits": "digits_pre"},
+    **dict.fromkeys(SUBSETS, "subset_pre"),
+}
 """What every post-trained vision transformer was trained from."""
 LLM = {"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"}
 """What every post-trained language model was trained from."""
@@ -17,7 +22,12 @@ def vit(post: str) -> list[Path]:
     >>> [file.name for file in vit("fashion")]
     ['pre.safetensors', 'fashion.safetensors', 'vit.json']
     """
-    return [ZOO / f"{name}.safetensors" for name in (VIT[post], post)] + [ZOO / "vit.json"]
+    return [ZOO / f"{name}.safetensors" for name in (VIT[post], post)] + [ZOO / vit_config(post)]
+
+
+def vit_config(post: str) -> str:
+    """Return the name of the file that describes a vision transformer's architecture."""
+    return "subset.json" if post in SUBSETS else "vit.json"
 
 
 def llm(post: str) -> list[Path]:

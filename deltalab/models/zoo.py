@@ -14,6 +14,10 @@ from deltalab.store.latest import latest
 from deltalab.weights.mapping import Checkpoint, ModelPair
 
 DIRECTORY = embedded.ZOO
+OUTPUTS = 20
+"""Of all embedded vision transformers."""
+NEVER = -1e4
+"""A logit whose exponential is zero beside any other's, in every dtype."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,31 @@ class EmbeddedVit:
 
     Args:
         post: `mnist`, `mnist_early`, `fashion` or `digits` (whose generalist is one that never saw
-            the held-out digits).
+            the held-out digits), or `subset_0` to `subset_4` (see `results/zoo/subsets.json`).
         task: the packaged image task that the post-trained model is for.
         device: as for `TimmPair`.
+        classes: the outputs that count, as if the others were not there: those of the task that an
+            expert has a head for; None: all.
+
+    Raises:
+        ValueError: no such model, or no list of outputs.
     """
 
     post: str
     task: str
     device: str = "cpu"
+    classes: tuple[int, ...] | None = None
     contents: ClassVar = {"post": "packaged vit"}
     reads: ClassVar = ("checkpoint",)
 
     def __post_init__(self) -> None:
+        if self.classes is not None:
+            found = tuple(self.classes)
+            if not found or not all(type(each) is int and 0 <= each < OUTPUTS for each in found):
+                raise ValueError(
+                    f"model.classes={[*found]}: must list outputs, from 0 to {OUTPUTS - 1}"
+                )
+            object.__setattr__(self, "classes", found)
         if self.post not in embedded.VIT:
             raise ValueError(
                 f"model.post={self.post}: must be one of {', '.join(sorted(embedded.VIT))}"
@@ -51,15 +68,15 @@ class EmbeddedVit:
     def skeleton(self) -> nn.Module:
         """Return the architecture on the meta device: names and shapes, no memory."""
         with torch.device("meta"):
-            return _architecture(_recipe())
+            return _architecture(_recipe(self.post))
 
 
 def _weights(name: str) -> Path:
     return DIRECTORY / f"{name}.safetensors"
 
 
-def _recipe() -> dict[str, Any]:
-    recipe: dict[str, Any] = json.loads((DIRECTORY / "vit.json").read_text())
+def _recipe(post: str) -> dict[str, Any]:
+    recipe: dict[str, Any] = json.loads((DIRECTORY / embedded.vit_config(post)).read_text())
     return recipe
 
 
@@ -72,16 +89,30 @@ def _architecture(recipe: dict[str, Any]) -> nn.Module:
     return module
 
 
+def among(module: nn.Module, classes: tuple[int, ...]) -> None:
+    """Have a module give all outputs but some the logit of what cannot be."""
+    left = torch.ones(OUTPUTS, dtype=torch.bool)
+    left[list(classes)] = False
+
+    def masked(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out.masked_fill(left.to(out.device), NEVER)
+
+    module.register_forward_hook(masked)
+
+
 @latest("model")
 def _open(spec: EmbeddedVit) -> ModelPair:
-    recipe = _recipe()
+    recipe = _recipe(spec.post)
     mean, std = float(recipe["mean"]), float(recipe["std"])
 
     def normalise(images: Tensor) -> Tensor:
         return (images.float() / 255 - mean) / std
 
+    module = _architecture(recipe)
+    if spec.classes is not None:
+        among(module, spec.classes)
     return live_pair(
-        _architecture(recipe),
+        module,
         Checkpoint(_weights(spec.pre)),
         Checkpoint(_weights(spec.post)),
         spec.device,

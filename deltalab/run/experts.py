@@ -73,9 +73,8 @@ def check(points: Mapping[str, Point]) -> None:
     found: dict[str, str] = {}
     for name, point in points.items():
         model = point.parts.get("model") or {}
-        content = {k: v for k, v in model.items() if k not in ("device", "task")}
         bases.setdefault(str(getattr(point.model, "pre", None)), name)
-        other = found.setdefault(repr(sorted(content.items())), name)
+        other = found.setdefault(repr(model.get("post")), name)
         if model and other != name:
             raise ValueError(f"model.experts: {other} and {name} are the same model")
     if len(bases) > 1:
