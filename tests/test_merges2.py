@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
+from second_device import DEVICES, back, lent, on
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -291,6 +292,20 @@ def test_a_budget_is_spent_where_rows_agree_over_the_whole_model(budget: float, 
     assert whole.kept() == pytest.approx((left + table) / everything)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_budget_on_another_device(device: str) -> None:
+    deltas = deltas_of((8, 6), 4)
+    merge = replace(CHANNEL, groups=None, budget=0.5, granularity="head", head=2)
+    given = [on(device, delta) for delta in deltas]
+    total = lambda sums: sums(given, name="q_proj.weight")  # noqa: E731
+    with lent():
+        found = merge(given, name="q_proj.weight", total=total)
+    there = lambda sums: sums(deltas, name="q_proj.weight")  # noqa: E731
+    for own, wanted in zip(found, merge(deltas, name="q_proj.weight", total=there), strict=True):
+        assert own.device == given[0].device
+        assert torch.allclose(back(own), wanted, atol=1e-6)
+
+
 def test_the_ends_of_a_budget_are_the_experts_and_their_mean() -> None:
     tensors = {"w": deltas_of((6, 4), 4), "b": deltas_of((6,), 4)}
     own = outcome(family(tensors, replace(CHANNEL, groups=None, budget=1.0)))
@@ -541,7 +556,7 @@ def test_the_entropy_falls_on_what_it_is_fitted_to() -> None:
 
 def entropy_at(pair: ModelPair, loss, weights: dict[str, Tensor]) -> float:
     logs = functional_call(pair.module, weights, (torch.cat(half(loss)),)).log_softmax(-1)
-    return float(-(logs.exp() * logs).sum(-1).mean())
+    return -(logs.exp() * logs).sum(-1).mean().item()
 
 
 def test_adamerging_sees_no_label_and_no_other_half_and_leaves_modules_alone() -> None:

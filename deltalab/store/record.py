@@ -79,9 +79,6 @@ class Outcome:
     )  # fmt: skip
     merge: str | None = held("merge.name", TEXT, "merge", origin=True)
     merging: Mapping[str, Any] = held("merge.*", SETTINGS, "merge", origin=True)
-    kept: float | None = held(
-        "merge.kept", NUMBER, "kept", unit="share of separate experts' numbers", shows=FILES
-    )
     seed: int | None = held("seed", WHOLE, origin=True, shows=NOT_IN_LINE)
     select: str | None = held("select", CHOICE, spare=4, origin=True, shows=NOT_IN_LINE)
     salt: str = held("salt", TEXT, origin=True, default="", shows=FILES)
@@ -112,6 +109,9 @@ class Outcome:
     )
     sparsity: float | None = held(
         "touched.sparsity", NUMBER, "sparsity", unit="share of touched entries", shows=FILES
+    )
+    kept: float | None = held(
+        "touched.kept", NUMBER, "kept", unit="share of separate experts' numbers", shows=FILES
     )
     lost_in_storage: float | None = held(
         "touched.lost_in_storage", NUMBER, "lost in storage", unit="share of the edit", shows=FILES
