@@ -147,7 +147,7 @@ def test_unlike_kinds_and_precisions(tmp_path):
 @pytest.mark.parametrize(
     "target",
     ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",
-     "deltalab.cli.os.system", "deltalab.run.building.build", "deltalab.weights.mapping.torch.hub.load",
+     "deltalab.cli.os.system", "deltalab.run.building.build", "deltalab.weights.mapping.torch.hub",
 
      "deltalab.edits.within", "deltalab.edits", "deltalab", ".os.system", "deltalab..os.system"],
 )  # fmt: skip

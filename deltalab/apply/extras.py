@@ -51,6 +51,8 @@ NEEDS = {
     "experts": Need("list[str]", "the names of the experts, for a merge"),
     "base": Need("Tensor", "the pre-trained tensor, for a merge"),
     "total": Need("(deltas -> Tensor) -> Tensor", "a sum over all tensors, for a merge"),
+    "name": Need("str", "the tensor's name, for a merge"),
+    "entropy": Need("Learn -> list[float]", "weights that lower the entropy, for a merge"),
 }
 """All that an edit may ask for, and a merge, which gets one of every expert where that makes sense
 (`deltalab.apply.merging`). `share` and `peers` have no provider yet."""

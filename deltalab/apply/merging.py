@@ -12,12 +12,12 @@ from deltalab.apply import editing
 from deltalab.apply.extras import NEEDS, Extras, Provider, handed
 from deltalab.edits import Edit
 from deltalab.edits.keep import Keep
-from deltalab.merges import Merge
+from deltalab.merges import Learn, Merge, Parts
 from deltalab.weights.aligned import saved_names
 from deltalab.weights.mapping import LazyWeights, Meta, Weights, difference, meta
 from deltalab.weights.threshold import ModelThreshold
 
-FAMILY = ("experts", "base", "total", "quantile")
+FAMILY = ("experts", "base", "total", "name", "quantile")
 """What a family and its edited deltas suffice for."""
 
 
@@ -106,6 +106,7 @@ class Family:
     select: Any = "all"
     device: torch.device | str | None = None
     _totals: dict[Any, Tensor] = field(default_factory=dict, init=False)
+    _learned: dict[Any, Mapping[str, list[float]]] = field(default_factory=dict, init=False)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -132,20 +133,38 @@ class Family:
         raw = {n: difference(base, post) for n, post in posts.items()}
         hats = [each.of(name, raw[n]) for n, each in self.experts.items()]
         with torch.no_grad():
-            made = self.merge(hats, **handed(self._needs(name, base), hats[0].device))
+            given = self._needs(self.merge.needs, name, base)
+            made = self.merge(hats, **handed(given, hats[0].device))
         hat = made if isinstance(made, Tensor) else made[[*self.experts].index(own[0])]
         found = joined(base, [posts[n] for n in own], [raw[n] for n in own], hat)
         return found.to(pre.device)
 
-    def _needs(self, name: str, base: Tensor) -> dict[str, Any]:
+    def kept(self) -> float:
+        """Return the share of separate experts' numbers that is kept of the merged tensors."""
+        numbers = separate = 0.0
+        for name in self.names:
+            hats = self._edited(name)
+            given = self._needs(self.merge.needs, name, hats[0])
+            numbers += self.merge.kept(hats, **handed(given, hats[0].device))
+            separate += len(hats) * hats[0].numel()
+        return numbers / separate if separate else 1 / len(self.experts)
+
+    def _edited(self, name: str) -> list[Tensor]:
+        return [each.edited(name, self.device) for each in self.experts.values()]
+
+    def _needs(self, needs: Sequence[str], name: str, base: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for need in self.merge.needs:
+        for need in needs:
             if need == "experts":
                 found[need] = [*self.experts]
             elif need == "base":
                 found[need] = base.float()
+            elif need == "name":
+                found[need] = name
             elif need == "total":
                 found[need] = self._total
+            elif need == "entropy":
+                found[need] = partial(self._weights, name)
             elif need == "quantile":
                 found[need] = [partial(self._threshold, n, name) for n in self.experts]
             else:
@@ -153,15 +172,49 @@ class Family:
                 found[need] = [e.providers[need](name, e._deltas) for e in experts]
         return found
 
-    def _total(self, sums: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
-        """Return the sum over all merged tensors of what a function gives of their deltas."""
+    def _total(self, sums: Callable[..., Tensor]) -> Tensor:
+        """Return the sum over all merged tensors of what a function gives of their deltas.
+
+        A function that has `needs`, of those of a merge, is given them too.
+        """
         if sums not in self._totals:
-            parts = [
-                sums([each.edited(name, self.device) for each in self.experts.values()])
-                for name in self.names
-            ]
+            asked, parts = getattr(sums, "needs", ()), []
+            for name in self.names:
+                hats = self._edited(name)
+                parts.append(sums(hats, **self._needs(asked, name, hats[0])))
             self._totals[sums] = torch.stack(parts).sum(0)
         return self._totals[sums]
+
+    def _weights(self, name: str, learn: Learn) -> list[float]:
+        """Return the weights of one tensor's deltas, which are learned once for all tensors."""
+        if learn not in self._learned:
+            self._learned[learn] = learn([*self.names], [*self.experts], self._slopes)
+        return self._learned[learn][name]
+
+    def _slopes(
+        self, weights: Mapping[str, Sequence[float]], step: int, examples: int, parts: Parts
+    ) -> dict[str, list[float]]:
+        """Return how the experts' mean entropy changes with the weights of every tensor's deltas.
+
+        Args:
+            weights: w_t by tensor: the entropy is that at W_pre + sum_t w_t P_t.
+            step: says which examples of every expert are looked at.
+            examples: how many they are.
+            parts: makes the P_t of a tensor of its edited deltas.
+        """
+        experts = [*self.experts.values()]
+        first, merged = experts[0], dict[str, Tensor]()
+        for name, shares in weights.items():
+            found = first.pre[name].to(self.device).float()
+            for share, part in zip(shares, parts(self._edited(name)), strict=True):
+                found = torch.add(found, part, alpha=share)
+            merged[name] = found.to(meta(first.post, name).dtype)
+        gradients = [e.providers["entropy"]("", e._deltas)(merged, step, examples) for e in experts]
+        slopes = {}
+        for name in weights:
+            grad = torch.stack([g[name].to(self.device).double() for g in gradients]).mean(0)
+            slopes[name] = [float((grad * p).sum()) for p in parts(self._edited(name))]
+        return slopes
 
     def _threshold(self, expert: str, name: str, keep: float) -> Any:
         return self._thresholds[expert].of(keep, self._hats(expert))[name]

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from deltalab import console
-from deltalab.calibration import collecting
+from deltalab.calibration import collecting, entropy
 from deltalab.data import splits
+from deltalab.loss import distill
 from deltalab.loss.artifacts import Store
-from deltalab.loss.distill import input_of, mean_inputs
 from deltalab.loss.objectives import Loss
 from deltalab.weights.layouts import layout_of
 from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, live, loaded, meta
 
-PROVIDED = ("acts", "gram", "fisher")
+PROVIDED = ("acts", "gram", "fisher", "entropy")
 """What `Calibration.providers` provides."""
 SIDES = ("post", "pre")
 VERSION = 1
@@ -70,16 +70,30 @@ class Calibration:
     sequential: bool = False
     limit: int = collecting.LIMIT
     _held: dict[str, tuple[Any, Mapping[str, Tensor]]] = field(default_factory=dict, init=False)
+    _grouped: dict[int, list[list[Any]]] = field(default_factory=dict, init=False)
 
     def providers(self) -> dict[str, Callable[[str, Weights], Any]]:
         """Return the providers of `PROVIDED`, for `extras.Extras`."""
         return {
-            "acts": lambda name, _: input_of(
+            "acts": lambda name, _: distill.input_of(
                 self.pair.module, self._means, name, meta(self.pair.post, name).shape
             ),
             "gram": lambda name, _: self.gram(name),
             "fisher": lambda name, _: self._fisher[name],
+            "entropy": lambda *_: self.unsure,
         }
+
+    def unsure(self, weights: Weights, step: int, examples: int) -> dict[str, Tensor]:
+        """Return the gradient of the outputs' mean entropy at some weights, on some inputs.
+
+        Args:
+            weights: of the pair's tensors, in place of its own.
+            step: which inputs: those that follow the inputs of the step before, in a circle.
+            examples: how many of them, fewer at the end of the circle.
+        """
+        groups = self._grouped.setdefault(examples, distill.grouped(self._half.batches, examples))
+        batches = groups[step % len(groups)]
+        return entropy.gradient_at(self.pair, self._half, batches, weights)
 
     def gram(self, name: str) -> Tensor | None:
         """Return X'X / n of the layer that a tensor is the weight of; None where it is of none."""
@@ -97,7 +111,7 @@ class Calibration:
     @cached_property
     def _means(self) -> dict[str, Tensor]:
         with self._seated():
-            return mean_inputs(self.pair.module, self._half)
+            return distill.mean_inputs(self.pair.module, self._half)
 
     @cached_property
     def _layers(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 Half = Literal["A", "B"]
 HALVES: tuple[Half, Half] = ("A", "B")
-TUNED = ("acts", "scale", "gram", "fisher", "share")
+TUNED = ("acts", "scale", "gram", "fisher", "entropy", "share")
 """What an edit may ask for that is fitted to the objective's examples."""
 
 Opened = TypeVar("Opened")

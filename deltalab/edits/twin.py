@@ -53,15 +53,17 @@ class Twin(Edit):
         """Return the truncated delta."""
         if delta.ndim < 2 or delta.numel() == 0:
             return delta.clone()
-        full = min(delta.shape[0], delta[0].numel())
-        rank = self.rank if self.rank is not None else self._kept(full)
-        if rank >= full:
+        rank = self.kept(delta)
+        if rank == min(delta.shape[0], delta[0].numel()):
             return delta.clone()
         u, s, vh = svd()
         return ((u[:, :rank] * s[:rank]) @ vh[:rank]).reshape(delta.shape)
 
-    def _kept(self, full: int) -> int:
-        """Return the number of singular values that the rate keeps of `full`."""
+    def kept(self, delta: Tensor) -> int:
+        """Return how many singular values of a matrix are kept, of min(d, k)."""
+        full = min(delta.shape[0], delta[0].numel())
+        if self.rank is not None:
+            return min(self.rank, full)
         assert self.rate is not None
         kept = int(round((1 - self.rate) * full, 9))
         return kept if self.rate == 1 else max(kept, 1)

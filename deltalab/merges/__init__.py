@@ -12,6 +12,15 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 Merged = Tensor | list[Tensor]
+Parts = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Makes of the deltas of one tensor what a weighted sum is taken of."""
+Slopes = Callable[[Mapping[str, Sequence[float]], int, int, Parts], Mapping[str, Sequence[float]]]
+"""Gives the slopes of the experts' mean entropy in the weights of that sum, by tensor, expert by
+expert; called with the weights, a step, which says what examples are looked at, how many of every
+expert, and the parts (`deltalab.apply.merging.Family`)."""
+Learn = Callable[[Sequence[str], Sequence[str], Slopes], Mapping[str, list[float]]]
+"""Learns the weights of all tensors at once, from their names, the experts' and the slopes: what a
+merge hands to its need `entropy`, which returns the weights of the tensor at hand."""
 
 
 @runtime_checkable
@@ -52,6 +61,13 @@ class Merge(Protocol):
         """
         ...
 
+    def kept(self, deltas: Sequence[Tensor], **needs: Any) -> float:
+        """Return how many numbers are kept of one tensor, of all experts together, beside the base.
+
+        Separate experts keep all entries of every delta; one model for all keeps those of one.
+        """
+        return float(deltas[0].numel())
+
     @property
     def needs(self) -> tuple[str, ...]:
         """What it asks for beside the deltas."""
@@ -84,6 +100,14 @@ def weights_of(
     for name, value in weights.items():
         number(f"weights.{name}", value)
     return [float(weights[name]) for name in experts]
+
+
+def check_shares(weights: Mapping[str, float] | None) -> None:
+    """Raise `ValueError` unless weights are none, or can be the shares of an average."""
+    for name, value in (weights or {}).items():
+        number(f"weights.{name}", value, lambda x: x >= 0, "0 or more")
+    if weights and not any(value > 0 for value in weights.values()):
+        raise ValueError(f"merge.weights={dict(weights)}: one must be above 0")
 
 
 def number(

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deltalab.merges import Merge, number, weights_of
+from deltalab.merges import Merge, check_shares, weights_of
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,7 @@ class Average(Merge):
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for name, value in (self.weights or {}).items():
-            number(f"weights.{name}", value, lambda x: x >= 0, "0 or more")
-        if self.weights and not sum(self.weights.values()) > 0:
-            raise ValueError(f"merge.weights={dict(self.weights)}: one must be above 0")
+        check_shares(self.weights)
 
     def check(self, experts: Sequence[str]) -> None:
         """Raise `ValueError` where the weights are not those of the experts."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class Emr(Merge):
         own, kept = total(_sums)
         scales = torch.where(kept > 0, own / kept.clamp(min=1e-300), 1.0).float()
         return [scales[index] * each for index, each in enumerate(_masked(deltas))]
+
+    def kept(self, deltas: Sequence[Tensor], **needs: Any) -> float:
+        """Return u's entries and one bit an entry and expert, in numbers of 16 bits."""
+        return deltas[0].numel() * (1 + len(deltas) / 16)
 
 
 def _masked(deltas: Sequence[Tensor]) -> list[Tensor]:

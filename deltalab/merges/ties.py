@@ -1,6 +1,6 @@
 """TIES-Merging (arXiv 2306.01708): trim, elect a sign, average those that agree."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,13 +49,8 @@ class Ties(Merge):
     ) -> Tensor:
         """Return the merged delta."""
         trimmed = [self._trimmed(delta, index, quantile) for index, delta in enumerate(deltas)]
-        elected = torch.zeros_like(deltas[0])
-        for each in trimmed:
-            elected += each
-        positive = elected >= 0
-        found, count = torch.zeros_like(elected), torch.zeros_like(elected)
-        for each in trimmed:
-            agrees = torch.where(positive, each > 0, each < 0)
+        found, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+        for each, agrees in zip(trimmed, agreeing(trimmed), strict=True):
             found += torch.where(agrees, each, 0.0)
             count += agrees
         return self.weight * (found / count.clamp_(min=1))
@@ -70,3 +65,13 @@ class Ties(Merge):
         else:
             limit = quantile[index](self.keep)
         return torch.where(limit.survivors(delta), delta, 0.0)
+
+
+def agreeing(deltas: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield for every expert where its entries are not zero and have the sign of the sum of all."""
+    elected = torch.zeros_like(deltas[0])
+    for each in deltas:
+        elected += each
+    positive = elected >= 0
+    for each in deltas:
+        yield torch.where(positive, each > 0, each < 0)

@@ -120,6 +120,7 @@ def evaluate(point: Point) -> tuple[dict[str, Any], dict[str, list[float]]]:
         **found,
         tensors=len(merged),
         parameters=entries,
+        kept=whole.kept(),
         of_parameters=sum(t.numel() for t in next(iter(pairs.values())).module.parameters()),
         experts={name: _record(own) for name, own in each.items()},
         **spent(clock),

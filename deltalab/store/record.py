@@ -110,6 +110,9 @@ class Outcome:
     sparsity: float | None = held(
         "touched.sparsity", NUMBER, "sparsity", unit="share of touched entries", shows=FILES
     )
+    kept: float | None = held(
+        "touched.kept", NUMBER, "kept", unit="share of separate experts' numbers", shows=FILES
+    )
     lost_in_storage: float | None = held(
         "touched.lost_in_storage", NUMBER, "lost in storage", unit="share of the edit", shows=FILES
     )
