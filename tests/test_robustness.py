@@ -147,8 +147,8 @@ def test_unlike_kinds_and_precisions(tmp_path):
 @pytest.mark.parametrize(
     "target",
     ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",
-     "deltalab.cli.os.system", "deltalab.run.building.build", "deltalab.weights.mapping.torch.hub",
-
+     "deltalab.cli.os.system", "deltalab.run.building.build",
+     "deltalab.weights.mapping.torch.hub.load",
      "deltalab.edits.within", "deltalab.edits", "deltalab", ".os.system", "deltalab..os.system"],
 )  # fmt: skip
 def test_only_dataclasses_of_this_package_are_built(target, tmp_path):
