@@ -63,6 +63,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    from deltalab import options
     from deltalab.apply import extras, stream
     from deltalab.run import build
     from deltalab.settings import conf_dir
@@ -85,7 +86,9 @@ def save(arguments: list[str]) -> dict[str, Any]:
     where = initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()))
     with composing.guarded(), where:
         cfg = compose("config", overrides)
+    experts = options.models(cfg)
     settings: Any = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("edit", "model")}
+    settings["model"].pop("experts", None)
     described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
     given = cfg.select or settings["edit"]["select"]
     settings["edit"].pop("select", None)
@@ -99,6 +102,9 @@ def save(arguments: list[str]) -> dict[str, Any]:
     edit = build(settings["edit"], "edit")
     extras.check_needs(edit)
     out = Path(own["out"]).expanduser()
+    if experts or cfg.merge:
+        manifest = _merge(cfg, experts, edit, chosen, out, own)
+        return {**manifest, "out": str(out)}
     pre, post, dequantize = _checkpoints(settings["model"])
     old, new = (configs.content(place / "config.json") for place in (pre, post))  # none of files
     if line := configs.differences(old, new):
@@ -116,6 +122,48 @@ def save(arguments: list[str]) -> dict[str, Any]:
         describe={"name": type(edit).__module__.rpartition(".")[2], **described},
     )
     return {**manifest, "out": str(out)}
+
+
+def _merge(
+    cfg: Any, experts: dict[str, Any], edit: Any, chosen: Any, out: Any, own: dict[str, Any]
+) -> dict[str, Any]:
+    """Merge a family's checkpoints and return the manifest.
+
+    Raises:
+        ValueError: a merge of a pair, none of a family, or one that files do not suffice for.
+    """
+    from omegaconf import OmegaConf
+
+    from deltalab.apply import merge_files
+    from deltalab.run import experts as family
+    from deltalab.run import merging
+
+    for name, value in OWN.items():
+        if name != "out" and own[name] != value:
+            raise ValueError(f"{name}={own[name]}: is for a pair, not with model.experts")
+    node: Any = OmegaConf.to_container(cfg.merge, resolve=True) if cfg.merge else None
+    merge, merged = merging(node, tuple(experts), ())
+    sides = {name: _checkpoints(model) for name, model in experts.items()}
+    pre, _, dequantize = next(iter(sides.values()))
+    nodes: Any = {"edit": OmegaConf.to_container(cfg.edit, resolve=True), "merge": node}
+    described = {
+        key: {k: v for k, v in value.items() if k not in ("_target_", "select")}
+        for key, value in nodes.items()
+    }
+    names = {"edit": type(edit), "merge": type(merge)}
+    return merge_files.merge(
+        pre,
+        {name: post for name, (_, post, _) in sides.items()},
+        out,
+        merge,
+        edit,
+        select=chosen,
+        merged=merged,
+        seed=cfg.seed,
+        salts={name: family.salt("", name) for name in experts},
+        describe={k: {"name": names[k].__name__.lower(), **v} for k, v in described.items()},
+        dequantize=dequantize,
+    )
 
 
 def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None]:

@@ -9,7 +9,7 @@ does not name is that of the point. Everything after this works on plain setting
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +36,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     own = _copy(cfg)
     if given is not None:
         experts: Any = _contained(given)
-        own.model.experts = _experts(cfg, experts)
+        own.model.experts = _each(cfg, experts, _expert)
         _emptied(own, experts)
     elif "experts" in own.model:
         del own.model["experts"]
@@ -69,7 +69,10 @@ def _copy(cfg: DictConfig) -> DictConfig:
     return own
 
 
-def _experts(cfg: DictConfig, experts: Any) -> dict[str, Any]:
+def _each(
+    cfg: DictConfig, experts: Any, settings: Callable[[DictConfig, str], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return settings of every expert, made of the config of its pair."""
     if not isinstance(experts, Mapping) or not experts:
         raise ValueError(
             f"model.experts={short(experts)}: must name experts, as {{a: PATH, b: PATH}}"
@@ -83,12 +86,25 @@ def _experts(cfg: DictConfig, experts: Any) -> dict[str, Any]:
     for name, given in experts.items():
         if not str(name).replace("-", "_").isidentifier():
             raise ValueError(f"model.experts: {name!r} is no name of an expert: letters, digits, _")
-        found[str(name)] = _expert(cfg, given, f"model.experts.{name}")
+        where = f"model.experts.{name}"
+        found[str(name)] = settings(_alone(cfg, given, where), where)
     return found
 
 
-def _expert(cfg: DictConfig, given: Any, where: str) -> dict[str, Any]:
-    """Return one expert's settings, as they would be composed for its pair alone."""
+def models(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings of the model of every expert of a family alone; none of a pair.
+
+    Raises:
+        ValueError: as `plain`.
+    """
+    experts: Any = _contained(OmegaConf.select(cfg, "model.experts"))
+    if experts is None:
+        return {}
+    return _each(cfg, experts, lambda own, where: dict(_contained(own.model)))
+
+
+def _alone(cfg: DictConfig, given: Any, where: str) -> DictConfig:
+    """Return the config of one expert's pair, as it would be composed for it alone."""
     about = {"post": given} if isinstance(given, str) else given
     if not isinstance(about, Mapping) or not isinstance(about.get("post"), str):
         raise ValueError(f"{where}={short(given)}: must be a path or id, or {{post: PATH, ...}}")
@@ -97,7 +113,7 @@ def _expert(cfg: DictConfig, given: Any, where: str) -> dict[str, Any]:
     for key, value in about.items():
         if key in GROUPS:
             own[key] = _option(own, key, value, f"{where}.{key}")
-        elif key in own.model:
+        elif key in list(own.model):  # of a mapping that is asked itself, what is missing is none
             own.model[key] = value
         else:
             known = [*(str(each) for each in own.model if each != "_target_"), *GROUPS]
@@ -105,6 +121,11 @@ def _expert(cfg: DictConfig, given: Any, where: str) -> dict[str, Any]:
                 f"{where}.{key}: no such setting{near(str(key), known)}; an expert has"
                 f" {', '.join(known)}"
             )
+    return own
+
+
+def _expert(own: DictConfig, where: str) -> dict[str, Any]:
+    """Return one expert's settings, given the config of its pair."""
     if OmegaConf.is_dict(own.get("calibration")):
         own.calibration = _calibration(own)
     found = {}
@@ -179,7 +200,7 @@ def _option(own: DictConfig, group: str, given: Any, where: str) -> Any:
     if OmegaConf.is_dict(now) and now.get("_target_", "") == node.get("_target_"):
         node = _copy(now)  # with the tasks, or the judge, that were composed for it
     for key, value in (changes or {}).items():
-        if key not in node:
+        if key not in list(node):
             known = [str(each) for each in node if each != "_target_"]
             raise ValueError(f"{where}.{name}.{key}: no such setting{near(str(key), known)}")
         node[key] = value

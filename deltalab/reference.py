@@ -88,7 +88,7 @@ class Unopened(ValueError):
 
 
 Opening = tuple[Any, Any, Any, str, str, float | None, Mapping[str, Any], Any]
-"""The arguments of `opened`."""
+"""What a pair is opened with: spec of the model and the arguments of `_measured` after the pair."""
 
 
 @latest.latest("reference", *OPENED)
@@ -98,31 +98,38 @@ def family(openings: Mapping[str, Opening]) -> dict[str, Reference]:
     Raises:
         Unopened: experts that cannot be opened, all named, or that do not fit each other.
     """
-    found: dict[str, Reference] = {}
+    pairs: dict[str, ModelPair] = {}
     wrong: dict[str, Exception] = {}
-    for name, each in openings.items():
+    for name, (model, _, _, nonfinite, *_) in openings.items():
         try:
-            found[name] = _opened(*each)
+            pairs[name] = _pair(model, nonfinite)
         except Unopened as error:
             wrong[name] = error
     if wrong:
         names, text = ", ".join(wrong), next(iter(wrong.values()))
         raise Unopened(f"model.experts: {names}: {text}")
     try:
-        families.check_family({name: known.pair for name, known in found.items()})
+        families.check_family(pairs)
     except ValueError as error:
         raise Unopened(one_line(error)) from error
-    return found
+    return {name: _measured(pairs[name], *each[1:]) for name, each in openings.items()}
 
 
 @latest.latest("reference", *OPENED)
 def opened(*opening: Any) -> Reference:
-    """Open a pair; its arguments are those of `_opened`."""
-    return _opened(*opening)
+    """Open a pair, with its objective and evaluator: an `Opening`, taken apart."""
+    return _measured(_pair(opening[0], opening[3]), *opening[1:])
 
 
-def _opened(
-    model: Any,
+def _pair(model: Any, nonfinite: str) -> ModelPair:
+    try:
+        return finite.checked(model.open(), nonfinite)
+    except (ValueError, OSError) as error:
+        raise Unopened(one_line(error)) from error
+
+
+def _measured(
+    pair: ModelPair,
     objective: Any,
     evaluator: Any,
     nonfinite: str,
@@ -131,10 +138,10 @@ def _opened(
     shared: Mapping[str, Any],
     calibrating: Any = None,
 ) -> Reference:
-    """Open a pair with its objective and evaluator, and measure both of its ends, once.
+    """Open the objective and evaluator of a pair, and measure both of its ends, once.
 
     Args:
-        model: spec of the pair.
+        pair: the open pair.
         objective: spec of the loss.
         evaluator: spec of the scores; None: none.
         nonfinite: what becomes of NaN and infinities in the weights.
@@ -142,14 +149,7 @@ def _opened(
         artifacts_gb: how much of them; None: all.
         shared: what decides them, ready for JSON.
         calibrating: spec of the loss on whose examples layers are looked at; None: the objective.
-
-    Raises:
-        Unopened: the pair's files are missing, damaged, or do not fit.
     """
-    try:
-        pair = finite.checked(model.open(), nonfinite)
-    except (ValueError, OSError) as error:
-        raise Unopened(one_line(error)) from error
     most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
 
     def store(half: str | None) -> Store:

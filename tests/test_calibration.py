@@ -173,7 +173,7 @@ def test_sequentially_a_block_sees_those_before_it_edited(pair: ModelPair) -> No
     for index in range(3):
         module = Blocks().eval()
         edited = {
-            n: t + 1.0 * (n.startswith("stem") or any(n.startswith(f"blocks.{i}.") for i in range(index)))
+            n: t + 1.0 * n.startswith(("stem", *(f"blocks.{i}." for i in range(index))))
             for n, t in pair.post.items()
         }  # fmt: skip
         module.load_state_dict(edited)

@@ -232,15 +232,17 @@ def test_iso_keeps_the_sum_of_singular_values_and_makes_them_equal() -> None:
 def test_regmean_is_the_least_squares_answer() -> None:
     deltas, inputs = deltas_of((6, 9), 3), [tensor((30, 9), 20 + t) for t in range(3)]
     grams = [x.T @ x / 30 for x in inputs]
-    plain = dict(normalise="none", off_diagonal=1.0, ridge=0.0, towards="mean")
+    plain = {"normalise": "none", "off_diagonal": 1.0, "ridge": 0.0, "towards": "mean"}
     found = Regmean(gram="inputs", **plain)(deltas, gram=grams)
     stack = np.concatenate([x.numpy() for x in inputs]).astype(np.float64)
     outputs = np.concatenate([(x @ d.T).numpy() for x, d in zip(inputs, deltas, strict=True)])
     wanted = np.linalg.lstsq(stack, outputs.astype(np.float64), rcond=None)[0].T
     assert np.allclose(found.numpy(), wanted, atol=1e-5)
-    error = lambda m: sum(
-        float(((m - d) @ x.T).square().sum()) for d, x in zip(deltas, inputs, strict=True)
-    )
+
+    def error(m: Tensor) -> float:
+        both = zip(deltas, inputs, strict=True)
+        return sum(float(((m - d) @ x.T).square().sum()) for d, x in both)
+
     assert error(found) < min(map(error, (*deltas, torch.stack(deltas).mean(0))))
     equal = Regmean(gram="inputs", **plain)(deltas, gram=[grams[0]] * 3)
     assert torch.allclose(equal, torch.stack(deltas).mean(0), atol=1e-5)
@@ -291,7 +293,8 @@ def family_of(dtype=torch.float32, count: int = 3) -> tuple[dict, list[dict]]:
     shapes = {"a.weight": (64, 32), "b.weight": (48, 40), "b.bias": (100,)}
     pre = {n: tensor(s, i).to(dtype) for i, (n, s) in enumerate(shapes.items())}
     posts = [
-        {n: (t.float() + 0.1 * tensor(t.shape, 10 * k + i)).to(dtype) for i, (n, t) in enumerate(pre.items())}
+        {n: (t.float() + 0.1 * tensor(t.shape, 10 * k + i)).to(dtype)
+         for i, (n, t) in enumerate(pre.items())}
         for k in range(1, count + 1)
     ]  # fmt: skip
     return pre, posts
@@ -432,8 +435,8 @@ def test_thresholds_and_totals_are_of_the_whole_model_once_edited() -> None:
     [
         (lambda: Sum(float("nan"), None), "merge.weight=nan: must be a number"),
         (lambda: Sum(1.0, {"a": 1}).check(EXPERTS), "merge.weights: has none for expert b"),
-        (lambda: Sum(1.0, {"a": 1, "b": 1, "c": 2}).check(EXPERTS), "c is no expert, which are a, b"),
-        (lambda: Sum(1.0, {"a": 1, "b": "x"}).check(EXPERTS), "merge.weights.b=x: must be a number"),
+        (lambda: Sum(1.0, {"a": 1, "b": 1, "c": 2}).check(EXPERTS), "c is no expert, which are a"),
+        (lambda: Sum(1.0, {"a": 1, "b": "x"}).check(EXPERTS), "merge.weights.b=x: must be"),
         (lambda: Average({"a": -1.0}), "merge.weights.a=-1.0: must be 0 or more"),
         (lambda: Average({"a": 0, "b": 0}), "one must be above 0"),
         (lambda: Ties(2, "model", 1.0), r"merge.keep=2: must be in \[0, 1\]"),

@@ -132,7 +132,7 @@ def planned(
     olds = layout.read(pre, "model.pre", dequantize).entries
     side = layout.read(post, "model.post", dequantize)
     news = side.entries
-    ties, old_ties = _tied(news), _tied(olds)
+    ties, old_ties = tied(news), tied(olds)
     chosen = {name for name, new in news.items() if selected(select, name, new.shape)}
     same = {name: name for name in news}
     plan = Plan(news, side, pre={}, alias=same, rows={}, kept={})
@@ -180,7 +180,7 @@ def _complaint(name: str, old: Entry | None, new: Entry) -> str:
     )
 
 
-def _tied(found: dict[str, Entry]) -> dict[str, str]:
+def tied(found: dict[str, Entry]) -> dict[str, str]:
     """Map each tied head to its embedding: both were saved, with equal bytes."""
     matrices = [name for name in found if len(found[name].shape) == 2]
     heads = [name for name in matrices if part_of(name) == "head"]

@@ -6,7 +6,7 @@ the workers of a launcher, share the open pair and everything that only depends 
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,12 +152,13 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     chosen = settings["select"] or chosen
     select.check(chosen)
     check_needs(edit, PROVIDED)
-    merge, merged = _merge(settings.get("merge"), names)
+    merge, merged = merging(settings.get("merge"), names)
     layers = dict(first.get("calibration") or {})
     providing.check(layers)
     layers["objective"] = build(layers.get("objective"), "calibration.objective")
     layers.pop("data", None)
-    parts = {name: build(first[name], name) for name in ("model", *BUILT)}
+    with experts.named(names[0]) if names else nullcontext():
+        parts = {name: build(first[name], name) for name in ("model", *BUILT)}
     made = {"edit": edit, "merge": merge, "merged": merged, "calibration": layers, **parts}
     return chosen, made
 
@@ -169,8 +170,15 @@ def _selecting(node: Mapping[str, Any], setting: str) -> tuple[Any, Any]:
     return build(own, setting), chosen
 
 
-def _merge(node: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
+def merging(
+    node: Any, names: tuple[str, ...], provided: tuple[str, ...] = PROVIDED
+) -> tuple[Any, Any]:
     """Build a merge and return it with the tensors that it is for; of a pair there is none.
+
+    Args:
+        node: its config; None where there is none.
+        names: the experts.
+        provided: what it may ask for of every expert.
 
     Raises:
         ValueError: a merge of a pair, none of a family, or one that is not for these experts.
@@ -189,7 +197,7 @@ def _merge(node: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
         )
     merge, merged = _selecting({"select": "all", **node}, "merge")
     select.check(merged)
-    check_merge(merge, PROVIDED, names)
+    check_merge(merge, provided, names)
     return merge, merged
 
 
