@@ -7,12 +7,14 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from scipy.cluster.hierarchy import cut_tree, linkage
 from second_device import DEVICES, back, lent, on
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deltalab import keys, options, run
 from deltalab.apply.extras import Extras
 from deltalab.apply.merging import Expert, Family
 from deltalab.calibration.entropy import Entropy, gradient_at
@@ -35,6 +37,8 @@ from deltalab.merges.svc import Svc
 from deltalab.merges.ties import Ties
 from deltalab.merges.twin_merging import TwinMerging
 from deltalab.rng import Rng
+from deltalab.settings import conf_dir, tidy
+from deltalab.store import latest
 from deltalab.weights.factor import svd
 from deltalab.weights.mapping import ModelPair
 
@@ -683,8 +687,9 @@ def test_dare_then_ties_is_pefts_dare_ties(p: float, monkeypatch) -> None:
 def test_where_mergekits_dare_ties_differs(p: float, monkeypatch) -> None:
     """It brings what is left to the whole tensor's L1 norm, where DARE divides by 1 - p.
 
-    Both agree on what is kept; ours has the expected value of the delta, theirs a factor that
-    depends on the mask, the same for all entries of one tensor of one expert.
+    Its `rescale=false` with a lambda of 1 / (1 - p) is ours, given the same masks. Ours has the
+    expected value of the delta; its own rescaling is a factor that depends on the mask, the same
+    for all entries of one tensor of one expert.
     """
     sparsify = optional("mergekit.sparsify")
     method = optional("mergekit.merge_methods")
@@ -699,13 +704,14 @@ def test_where_mergekits_dare_ties_differs(p: float, monkeypatch) -> None:
     found = {}
     for rescale in (True, False):
         parameters = {"weight": 1.0, "density": 1 - p, "normalize": True, "rescale": rescale}
+        parameters |= {} if rescale else {"lambda": 1 / (1 - p)}
         found[rescale] = method.merge_state_dicts(
             dict(models), "dare_ties", base="base", parameters=parameters
         )
     for name, each in hats.items():
         raw = [post[name] - pre[name] for post in posts]
-        plain = TIES([(1 - p) * hat for hat in each], quantile=())  # the same masks, not rescaled
-        assert torch.allclose(found[False][name], pre[name] + plain, rtol=0, atol=1e-6), name
+        own = Family(experts, TIES).merged()[name]
+        assert torch.allclose(found[False][name], own, rtol=0, atol=1e-6), name
         ratios = [
             float(d.abs().sum() / d[h != 0].abs().sum()) for d, h in zip(raw, each, strict=True)
         ]
@@ -755,6 +761,37 @@ def test_where_mergekits_della_differs(monkeypatch) -> None:
     assert ((kept / draws - p).abs() < 5 * (p * (1 - p) / draws).sqrt()).all()
     error = ((1 - p) / p / draws).sqrt() * delta.abs()
     assert ((mean - delta).abs() < 5 * error + 1e-6).all()
+
+
+# --- a point ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("merge", "half", "kept"),
+    [
+        (("fisher",), "B", 0.5),
+        (("channel", "merge.groups=null", "merge.budget=0.75"), None, None),
+        (("adamerging", "merge.steps=2", "merge.batch=4"), "B", 0.5),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_point_of_a_family(tmp_path, merge: tuple[str, ...], half, kept) -> None:
+    more = ("objective.limit=12", "evaluator=none", "riemann=off", f"results={tmp_path}")
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", ["model=vit_family", f"merge={merge[0]}", *merge[1:], *more])
+    choices = keys.Choices("vit_family", "keep", "classification")
+    try:
+        record, _ = run.run(tidy(options.plain(cfg)), choices)
+    finally:
+        latest.forget()
+    assert record["status"] == "ok"
+    assert record["loss"].get("half") == half, "what is fitted to half A is judged on half B"
+    share = record["touched"]["kept"]
+    assert share == pytest.approx(kept) if kept else 0.5 < share < 0.9
+    changes = [own["loss"]["change"] for own in record["experts"].values()]
+    assert all(abs(change) > 1e-4 for change in changes)
+    if merge[0] == "channel":
+        assert share == pytest.approx(0.75, abs=0.01)
 
 
 # --- mistakes -----------------------------------------------------------------------------------

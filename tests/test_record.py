@@ -67,11 +67,15 @@ def kept(each: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in flat.items() if n != "loss/objective" and not n.endswith("/rule")}
 
 
+_FAMILY = ("merge", "merging", "experts")
+"""Fields of a family alone; see test_families."""
+
+
 def test_a_run_writes_what_the_table_names(real) -> None:
     for each in raw(real[0]):
         point = parse(each)
         empty = {field.name for field in table() if getattr(point, field.name) in (None, "", {})}
-        assert empty <= {"kind_of_failure", "message", "git", "digest", "salt", "half"}
+        assert empty <= {*_FAMILY, "kind_of_failure", "message", "git", "digest", "salt", "half"}
         assert each["pair"] | {"id": ""} == {
             "label": "mnist_vit",
             "data": "mnist",
