@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltalab.commands import command
 from deltalab.store import eviction
+from deltalab.terminal.commands import command
 
 USAGE = """\
 usage: deltalab-cache [results=DIR] [artifacts=DIR] [kind=NAME] [max-size=SIZE | clear]

@@ -13,14 +13,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from deltalab import console, flags, keys, options, settings
-from deltalab.mistakes import fail, known_names, mistakes, top_level
+from deltalab import keys, options, settings
 from deltalab.report.columns import describe
 from deltalab.settings import conf_dir
 from deltalab.store import locks, records, shown
 from deltalab.store.digests import key_of
 from deltalab.store.records import redacted
 from deltalab.sweep import composing, stopping, sweeps
+from deltalab.terminal import console, flags
+from deltalab.terminal.mistakes import fail, known_names, mistakes, top_level
 
 ELSEWHERE = ("Slurm", "Ray")
 """Launchers whose points run on other machines."""
@@ -66,7 +67,7 @@ def point(cfg: DictConfig) -> str | None:
 
 def unopened(error: Exception) -> bool:
     """Whether a point failed because its pair cannot be opened: so would all others of it."""
-    from deltalab.reference import Unopened
+    from deltalab.run.reference import Unopened
 
     return isinstance(error, Unopened)
 

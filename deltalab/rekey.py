@@ -17,12 +17,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from deltalab import keys
-from deltalab.commands import command
 from deltalab.models import clip_heads, embedded, hub
 from deltalab.settings import conf_dir
 from deltalab.store import records
 from deltalab.store.digests import key_of
 from deltalab.store.record import completed
+from deltalab.terminal.commands import command
 from deltalab.weights import contents, headers
 
 USAGE = "usage: python -m deltalab.rekey DIR\n\nDIR is a results directory; its records are kept.\n"

@@ -21,10 +21,10 @@ OWN = {"out": None, "mismatch": "error", "kernel": "auto"}
 
 def main() -> None:
     """Entry point of the `deltalab-apply` command. Exit code 0 on success, 2 for a mistake."""
-    from deltalab import console
-    from deltalab.mistakes import fail, mistakes
     from deltalab.store import shown
     from deltalab.sweep import stopping
+    from deltalab.terminal import console
+    from deltalab.terminal.mistakes import fail, mistakes
 
     console.ready()
     if {"-h", "--help"} & set(sys.argv[1:]):

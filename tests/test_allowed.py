@@ -7,9 +7,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from deltalab import allowed, cli, settings
-from deltalab.mistakes import mistakes
 from deltalab.run import building
 from deltalab.sweep import composing
+from deltalab.terminal.mistakes import mistakes
 
 QUICK = ("riemann=off", "evaluator=none", "data.objective.limit=8")
 CODE = "deltalab.evaluators.lm.run_code.passes"

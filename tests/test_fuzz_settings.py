@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from deltalab import cli, console, settings
+from deltalab import cli, settings
 from deltalab.run import building
 from deltalab.store import reading
+from deltalab.terminal import console
 
 DECLARED = (ValueError, FileNotFoundError)
 TARGETS = ["os.system", "subprocess.run", "builtins.eval", "deltalab.run.subprocess.run",

@@ -19,7 +19,8 @@ APP = """
 import os, signal, sys, time
 from pathlib import Path
 import hydra
-from deltalab import cli, console
+from deltalab import cli
+from deltalab.terminal import console
 from deltalab.settings import conf_dir
 from deltalab.sweep import composing
 

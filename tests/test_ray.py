@@ -16,7 +16,8 @@ APP = """
 import os, signal, sys
 from pathlib import Path
 import hydra
-from deltalab import cli, console
+from deltalab import cli
+from deltalab.terminal import console
 from deltalab.settings import conf_dir
 
 def task(cfg):

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from deltalab import cli, exporting
+from deltalab import cli
 from deltalab.report import columns, command
 from deltalab.report.figures import accuracy, parts
 from deltalab.report.outcomes import by_pair, pair_names
-from deltalab.store import pairs, reading, record
+from deltalab.store import exporting, pairs, reading, record
 from deltalab.store.fields import NUMBER, Shows, held
 from deltalab.store.record import Outcome, completed, parse, table, written
 from deltalab.sweep import closing, status

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deltalab import allowed, cli, console, reference, settings
-from deltalab.mistakes import mistakes
-from deltalab.run import building
+from deltalab import allowed, cli, settings
+from deltalab.run import building, reference
 from deltalab.store import latest, records
+from deltalab.terminal import console
+from deltalab.terminal.mistakes import mistakes
 from deltalab.weights import finite
 from deltalab.weights.mapping import Checkpoint, ModelPair, check_same_layout, mixed_dtypes
 

@@ -15,11 +15,11 @@ from urllib.parse import unquote
 import pytest
 from markdown_it import MarkdownIt
 
-from deltalab import console, exporting
 from deltalab.report.columns import terminal
-from deltalab.store import reading, records, shown
+from deltalab.store import exporting, reading, records, shown
 from deltalab.store.record import parse
 from deltalab.sweep import sweeps
+from deltalab.terminal import console
 from deltalab.tracking import runs
 
 SIGNS = "\x1b]0;pwned\x07\x1b[2J\x9b1m\r\n\t\u202e\u2066\u200b\u2028\x00\ud800"

@@ -12,13 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from deltalab import reference, run
+from deltalab import run
 from deltalab.apply import editing
 from deltalab.data import splits
 from deltalab.loss.answers import AnswerLoss, DpoLoss
 from deltalab.loss.objectives import CrossEntropy, change, measure
 from deltalab.report.comparison import compare
-from deltalab.run import point
+from deltalab.run import point, reference
 from deltalab.store import latest
 from deltalab.weights.mapping import ModelPair, loaded
 

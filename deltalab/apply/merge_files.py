@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltalab import console
 from deltalab.apply import layout
 from deltalab.apply.extras import Extras, Memo
 from deltalab.apply.layout import Side
@@ -23,6 +22,7 @@ from deltalab.apply.stream import tied
 from deltalab.edits import Edit
 from deltalab.merges import Merge
 from deltalab.store import files, records
+from deltalab.terminal import console
 from deltalab.weights import contents, finite
 from deltalab.weights.aligned import Aligned
 from deltalab.weights.mapping import Meta

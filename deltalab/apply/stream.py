@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from deltalab import console
 from deltalab.apply import editing, layout
 from deltalab.apply.extras import Extras, Memo, thresholds
 from deltalab.apply.hashing import Hashing
@@ -26,6 +25,7 @@ from deltalab.apply.layout import Side
 from deltalab.apply.work import Work
 from deltalab.edits import Edit
 from deltalab.store import files, records
+from deltalab.terminal import console
 from deltalab.weights import contents, finite
 from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
 from deltalab.weights.select import selected

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltalab import console
 from deltalab.calibration import collecting, entropy
 from deltalab.data import splits
 from deltalab.loss import distill
 from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Loss
+from deltalab.terminal import console
 from deltalab.weights.layouts import layout_of
 from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, live, loaded, meta
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltalab.console import steps
 from deltalab.evaluators.lm import asked, hflm, requests, vllm
 from deltalab.evaluators.lm import tasks as lm_tasks
 from deltalab.evaluators.scores import Scores
+from deltalab.terminal.console import steps
 from deltalab.weights.mapping import ModelPair
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltalab.console import steps
 from deltalab.judging.comparisons import Messages, verdict
 from deltalab.judging.endpoint import Client, Refused, Stopped
 from deltalab.judging.kept import Verdicts
+from deltalab.terminal.console import steps
 
 log = logging.getLogger(__name__)
 CHARACTERS_PER_TOKEN = 4.0

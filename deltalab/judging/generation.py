@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltalab.console import steps
 from deltalab.data.text import Encoder
 from deltalab.judging.decoding import Decoding, sampler
 from deltalab.judging.kept import add_lines, lines
 from deltalab.loss.objectives import evaluating
 from deltalab.store.digests import key_of
+from deltalab.terminal.console import steps
 
 log = logging.getLogger(__name__)
 

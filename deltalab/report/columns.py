@@ -245,7 +245,7 @@ def terminal(points: Sequence[Outcome], title: str, width: int | None) -> "Table
     from rich import box
     from rich.table import Table
 
-    from deltalab.console import rich_console
+    from deltalab.terminal.console import rich_console
 
     shown = rows(points)
     table = columns(shown)

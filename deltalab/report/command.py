@@ -14,17 +14,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from deltalab import exporting
-from deltalab.commands import command
 from deltalab.report import placing
 from deltalab.report.columns import common_data, points_table, terminal
 from deltalab.report.outcomes import at_margin, pair_names, rules
 from deltalab.report.summary import agreement, summary
 from deltalab.report.tables import Column, markdown, signed
-from deltalab.store import files, shown
+from deltalab.store import exporting, files, shown
 from deltalab.store.effects import check_margin
 from deltalab.store.reading import TRACKED, read, read_tracked
 from deltalab.store.record import Outcome
+from deltalab.terminal.commands import command
 
 USAGE = """\
 usage: deltalab-report [results=DIR] [into=DIR] [experiment=NAME] [from=wandb] [margin=SHARE]
@@ -307,7 +306,7 @@ def _failures(points: Sequence[Outcome]) -> list[str]:
 
 
 def _show(points: Sequence[Outcome], title: str) -> None:
-    from deltalab.console import rich_console
+    from deltalab.terminal.console import rich_console
 
     console = rich_console()
     width = console.width if console.is_terminal else None

@@ -13,17 +13,17 @@ from deltalab import settings as checks
 from deltalab.apply.extras import check_needs
 from deltalab.apply.merging import check_merge
 from deltalab.calibration import providing
-from deltalab.console import one_line
 from deltalab.keys import Choices, determinants, salt_of
 from deltalab.models.hub import Absent
-from deltalab.reference import Unopened
 from deltalab.run import experts
 from deltalab.run.point import (
     PROVIDED,
     Point,
 )
+from deltalab.run.reference import Unopened
 from deltalab.store.digests import key_of
 from deltalab.store.effects import check_margin
+from deltalab.terminal.console import one_line
 from deltalab.weights import finite, select
 
 BUILT = ("objective", "evaluator", "riemann", "prediction")

@@ -3,7 +3,7 @@ r"""Text from elsewhere as people and programs get to see it: one function for e
 Records, cards, configs, names of files and messages come from anyone. What is read passes `line` or
 `name` at the door, so that it is plain text of bounded length. Each medium adds what it alone takes
 for more than text: Markdown, HTML, spreadsheets and names of files here, the markup of rich in
-`deltalab.console`, what a terminal's encoding lacks in `deltalab.commands`.
+`deltalab.terminal.console`, what a terminal's encoding lacks in `deltalab.terminal.commands`.
 """
 
 import hashlib

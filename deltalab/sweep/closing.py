@@ -16,8 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from deltalab import exporting
 from deltalab.report.outcomes import relative_error
+from deltalab.store import exporting
 from deltalab.store.reading import sort_key
 from deltalab.store.record import Outcome, parse
 from deltalab.store.records import Record, path_of

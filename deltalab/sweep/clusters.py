@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deltalab import console
 from deltalab.sweep import stopping
 from deltalab.sweep.launching import Done, Job, Sweep, collect, died, end_of, run
+from deltalab.terminal import console
 
 SHARE_OF_WARNING = 0.7  # of the time between SLURM's warning and its end, for the point at hand
 

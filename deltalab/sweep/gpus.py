@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from deltalab import console
+from deltalab.terminal import console
 
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader")
 _claimed: dict[str, FileLock] = {}  # the GPU of this process, and its lock

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from omegaconf import open_dict
 
-from deltalab import console
 from deltalab.sweep import composing, gpus, stopping
+from deltalab.terminal import console
 
 
 class Job(NamedTuple):

@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltalab.commands import command
 from deltalab.store import locks, shown
 from deltalab.store.record import fault, is_newer, peek
 from deltalab.sweep import sweeps
+from deltalab.terminal.commands import command
 
 USAGE = """\
 usage: deltalab-status [results=DIR] [sweep=NAME] [list=STATE] [--retry-failed]

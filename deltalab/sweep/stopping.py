@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from deltalab import console
+from deltalab.terminal import console
 
 _state = {"wanted": False, "working": False, "stopped": False}
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltalab import exporting
 from deltalab.report.figures.style import STYLE
 from deltalab.settings import conf_dir
+from deltalab.store import exporting
 from deltalab.store.record import Outcome
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.evidence import Stored

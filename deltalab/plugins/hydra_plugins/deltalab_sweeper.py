@@ -104,8 +104,8 @@ class PointsSweeper(BasicSweeper):
             )
 
     def sweep(self, arguments: List[str]) -> Any:
-        from deltalab import console
         from deltalab.sweep import closing, stopping, sweeps
+        from deltalab.terminal import console
 
         HydraConfig.instance().set_config(self.config)
         points = self.points(list(arguments))
@@ -143,8 +143,8 @@ class PointsSweeper(BasicSweeper):
         A job returns the path of its lock where another process holds it. What is then done, the
         next round finds done; what another process died over, it runs.
         """
-        from deltalab import console
         from deltalab.store import locks
+        from deltalab.terminal import console
 
         start, busy = 0, {}
         while points:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltalab.console import one_line
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
 from deltalab.loss.artifacts import Store
@@ -18,6 +17,7 @@ from deltalab.loss.objectives import Loss, Measured, change, measure
 from deltalab.models import families
 from deltalab.store import latest
 from deltalab.store.effects import two_errors
+from deltalab.terminal.console import one_line
 from deltalab.weights import finite
 from deltalab.weights.mapping import ModelPair, loaded
 

@@ -8,8 +8,9 @@ from typing import NoReturn
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltalab import console, settings
+from deltalab import settings
 from deltalab.settings import conf_dir
+from deltalab.terminal import console
 
 
 def mistakes() -> tuple[type[Exception], ...]:

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltalab import commands
 from deltalab.store import shown
 from deltalab.store.records import redacted
+from deltalab.terminal import commands
 
 _bars: list[Progress] = []  # the bar of the sweep that this process runs, if it runs one
 
