@@ -137,14 +137,17 @@ def test_subsets_merge_and_their_base_has_seen_no_class_of_theirs() -> None:
 
 
 def test_subsets_as_a_family(tmp_path) -> None:
+    """On every expert's way the accurate term is the measured change, or says that it is not."""
     record = ran(tmp_path, "model=subset_family", *FEW[:2], "merge=sum", "merge.weight=0.3",
-                 "riemann=accurate", "riemann.rule=gauss", "riemann.points=12")  # fmt: skip
+                 "riemann=accurate")  # fmt: skip
+    right = 0
     for own in record["experts"].values():
         assert own["loss"]["post"] < own["loss"]["edited"] < own["loss"]["pre"] + 0.1
-        if own["loss"]["change"] > 0.5:
-            continue  # so far that the path is too sharp for so few nodes
-        term = own["terms"]["gauss"]["value"]
-        assert term == pytest.approx(own["loss"]["change"], rel=0.02, abs=1e-4)
+        term = own["terms"]["adaptive"]
+        close = term["value"] == pytest.approx(own["loss"]["change"], rel=0.02, abs=1e-4)
+        assert close or not term["converged"], (term, own["loss"])
+        right += close
+    assert right >= 4
     assert record["loss"]["edited"] < record["loss"]["pre"] - 0.1
 
 

@@ -93,6 +93,7 @@ class Engine:
         settings: Riemann,
         predict: Predict,
         post: Weights | None = None,
+        compared: bool = False,
     ) -> Changes:
         """Return the terms and predictions of one edit.
 
@@ -104,6 +105,7 @@ class Engine:
             predict: what to predict.
             post: the pair's post-trained weights as far as the edit shifts them, where they are in
                 memory: every node of the path starts from them.
+            compared: as for `lines.alone`.
 
         Raises:
             ValueError: as for `riemann.terms`.
@@ -112,7 +114,9 @@ class Engine:
         narrow = any(p.element_size() == 2 for p in module.parameters())
         if settings.dtype and narrow and not self.wide:
             with passes.widened(module):
-                return self.widened.changes(edit, shift, selection, settings, predict, post)
+                return self.widened.changes(
+                    edit, shift, selection, settings, predict, post, compared
+                )
         post = live(module, whole if post is None else post, whole)
         if layout_of(module).groups:
             shift = dict(live(module, shift))
@@ -138,6 +142,7 @@ class Engine:
             line,
             selection,
             first,
+            compared,
         )
         terms = {name: replace(term, rounding=lost) for name, term in terms.items()}
         prediction = None

@@ -155,6 +155,7 @@ def judged(
             point.riemann,
             point.prediction,
             post,
+            compared=edit is not None,
         )
     with loaded(known.pair.module, edited, restore=post):
         with clock("loss"):
