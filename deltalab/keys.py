@@ -130,6 +130,8 @@ def _readers(model: Mapping[str, Any], edit: Mapping[str, Any]) -> tuple[str, ..
     blind = kind.get("unit", "") == "entry" or kind.get("axes", True) is False
     if blind or described(model["_target_"]).get("contents", {}).get("post") != "model":
         return ALWAYS
+    for expert in (model.get("experts") or {}).values():
+        return _readers(expert["model"], edit)  # all experts have their base's layout
     place = hub.described(str(model["post"]), "model.post", model.get("post_revision"))
     content = configs.content((place if place.is_dir() else place.parent) / "config.json")
     return (*ALWAYS, "turned") if orientation.patterns(content) else ALWAYS

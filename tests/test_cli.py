@@ -366,13 +366,13 @@ def test_a_pair_that_cannot_be_opened_ends_a_sweep_in_one_line(
 
 
 def test_an_exception_while_computing_leaves_an_error_record(deltalab, tmp_path, monkeypatch):
-    from deltalab import run
+    from deltalab.run import point
 
     def explode(*args, **kwargs):
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "measure", explode)
+        patch.setattr(point, "measure", explode)
         latest.forget()
         with pytest.raises(RuntimeError, match="out of luck"):
             deltalab("edit=dare", *FAST)
@@ -398,15 +398,20 @@ def test_one_pair_is_opened_once_in_a_sweep(deltalab, monkeypatch):
 
 
 def test_help_and_completion_are_fast(tmp_path):
-    command = [sys.executable, "-m", "deltalab", "--help"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    assert seconds < 2  # of the processor: half of that here; importing torch alone takes more
-    assert "deltalab -m experiment=demo" in shown.stdout
+
+    def run(*command: str) -> tuple[str, float]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        return shown.stdout, spent
+
+    _, hydra_alone = run(sys.executable, "-c", "import hydra, omegaconf")
+    shown, seconds = run(sys.executable, "-m", "deltalab", "--help")
+    assert seconds < 4 * hydra_alone, "of the processor; torch alone takes seven times as much"
+    assert "deltalab -m experiment=demo" in shown
     for edit in ("dare", "bitdelta", "expo"):
-        assert edit in shown.stdout
+        assert edit in shown
     code = "import sys, deltalab.cli; assert not {'torch', 'timm', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

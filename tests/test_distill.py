@@ -104,7 +104,7 @@ def test_mean_inputs() -> None:
 
 def test_what_is_averaged_or_learned_is_so_once_for_all_tensors(pair, monkeypatch) -> None:
     calls = []
-    for module, name in ((providing, "mean_inputs"), (distill, "scales")):
+    for module, name in ((distill, "mean_inputs"), (distill, "scales")):
         original = getattr(module, name)
         counted = lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k)  # noqa: E731
         monkeypatch.setattr(module, name, counted)

@@ -301,7 +301,7 @@ def test_on_disk_it_is_what_it_is_in_memory(tmp_path, merge: list, edit: list) -
     manifest, found = written(tmp_path, *merge, *edit, "seed=3")
     choices = keys.Choices("timm_vit", "keep", "classification")
     values = settings_of(*models(tmp_path)[:-2], f"data.dir={tmp_path}", *merge, *edit, "seed=3")
-    point = run.prepare(values, choices)
+    point = building.prepare(values, choices)
     experts = {}
     for name, own in point.experts.items():
         pair = own.model.open()

@@ -9,10 +9,10 @@ import pytest
 import texts
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import deltalab.save as save
+from deltalab import options
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
 from deltalab.edits.dare import Dare
@@ -179,7 +179,7 @@ def test_the_command_draws_what_a_point_draws(pairs, tmp_path):
         manifest = save.save([*given, *more, f"out={out}"])
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             cfg = compose("config", [*given, *more])
-        values = tidy(OmegaConf.to_container(cfg, resolve=True))
+        values = tidy(options.plain(cfg))
         point = prepare(values, Choices("hf_llm", "dare", "classification"))
         assert manifest["salt"] == point.salt == ("", "hf_llm", "a pair of mine")[number]
         extras = Extras.of(point.edit, found, seed=point.seed, salt=point.salt)
@@ -531,7 +531,10 @@ def test_attention_that_a_file_names_is_not_fetched(pair):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "int8"}, "model.dtype=int8: must be one of bfloat16, float16, float32, float64"),
+        (
+            {"dtype": "int8"},
+            "model.dtype=int8: must be one of auto, bfloat16, float16, float32, float64",
+        ),
         ({"attn": "fast"}, "model.attn=fast: must be one of null, eager, sdpa, flash_attention_2"),
         ({"mismatch": "pad"}, "model.mismatch=pad: must be one of error, keep_post"),
         ({"context": 1}, "model.context=1: must be at least 2 tokens"),
@@ -727,7 +730,7 @@ def test_presets_are_the_papers_pairs(preset):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", [f"model={preset}"])
         other = compose("config", [f"model={preset}", "data=plain", "data.path=x"])
-    assert build(OmegaConf.to_container(cfg.model), "model") == HfPair(*PRESETS[preset])
+    assert build(options.plain(cfg)["model"], "model") == HfPair(*PRESETS[preset])
     preferences = preset == "zephyr_7b_dpo"
     assert cfg.data.name == ("preferences" if preferences else "gsm8k")
     assert cfg.objective._target_.endswith("answers.Dpo" if preferences else "answers.Answers")

@@ -6,7 +6,6 @@ import logging
 import re
 import resource
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -108,10 +107,8 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
     spec = building.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
     data = {"_target_": "deltalab.data.images.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
     objective = building.build({"_target_": "deltalab.loss.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
-    options = dict.fromkeys(signature(reference.opened).parameters)
-    options["shared"] = {}
-    options |= {"objective": objective, "nonfinite": "error"}
-    reference.opened(**options | {"model": spec})
+    others = (objective, None, "error", None, None, {}, None)
+    reference.opened(spec, *others)
     assert "swapped" not in caplog.text
 
     class Swapped:
@@ -124,7 +121,7 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
             )
 
     try:
-        reference.opened(**options | {"model": Swapped()})
+        reference.opened(Swapped(), *others)
     finally:
         latest.forget()
     assert "are model.pre and model.post swapped?" in caplog.text

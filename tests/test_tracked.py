@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltalab import cli, run
+from deltalab.run import building
 from deltalab.store import reading, records
 from deltalab.sweep import closing, sweeps
 from deltalab.tracking import trackers
@@ -211,7 +212,7 @@ def ended(tmp_path, monkeypatch):
 
     def end(most: int = 9, experiment: str | None = "fig1") -> Counting:
         tracker = Counting(most)
-        monkeypatch.setattr(run, "build", lambda node, setting: tracker)
+        monkeypatch.setattr(building, "build", lambda node, setting: tracker)
         hydra = {"runtime": {"choices": {"experiment": experiment}}}
         config = {"results": str(tmp_path), "tracker": {"_target_": "W"}, "hydra": hydra}
         closing.sweep_ended(OmegaConf.create(config), folder)

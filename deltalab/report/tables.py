@@ -18,12 +18,16 @@ _NO_SCORE = re.compile(r"stderr|error|change")
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table; the higher `spare`, the sooner a narrow terminal leaves it out."""
+    """One column of the table; the higher `spare`, the sooner a narrow terminal leaves it out.
+
+    Cells are text, shown as it is; with `markup` they are Markdown of our own, such as links.
+    """
 
     title: str
     cells: Sequence[str]
     spare: int = 0
     right: bool = True
+    markup: bool = False
 
 
 def scores(points: Sequence[Outcome]) -> list[str]:
@@ -116,7 +120,7 @@ def markdown(table: Sequence[Column], bold: Sequence[bool] = ()) -> str:
     | 1 | x |
     | 2 | y |
     """
-    escaped = [[shown.markdown(cell) for cell in c.cells] for c in table]
+    escaped = [c.cells if c.markup else [shown.markdown(cell) for cell in c.cells] for c in table]
     lines = [[shown.markdown(c.title) for c in table]]
     lines += [list(row) for row in zip(*escaped, strict=True)]
     for index, strong in enumerate(bold, start=1):

@@ -24,18 +24,18 @@ def cards(results: Path) -> list[dict[str, Any]]:
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """Write the cards as a Markdown table."""
 
-    def column(title: str, *values: str, right: bool = False) -> Column:
-        return Column(title, values, right=right)
+    def column(title: str, *values: str, right: bool = False, markup: bool = False) -> Column:
+        return Column(title, values, right=right, markup=markup)
 
     figures = [f"[{c['name']}](paper/{c['figures'][0]['png']})" for c in found]
     return markdown([
-        column("artefact", *figures),
+        column("artefact", *figures, markup=True),
         column("claim", *(c["claim"] for c in found)),
-        column("verdict", *(_verdict(c) for c in found)),
+        column("verdict", *(_verdict(c) for c in found), markup=True),
         column("in one sentence", *(c["sentence"] for c in found)),
         column("points", *(str(c["points"]) for c in found), right=True),
         column("core minutes", *(f"{c['minutes']:.1f}" for c in found), right=True),
-        column("command", *(f"`{c['command']}`" for c in found)),
+        column("command", *(f"`{c['command']}`" for c in found), markup=True),
         column("hardware", *(c["hardware"] for c in found)),
         column("date", *(c["date"] for c in found)),
     ])  # fmt: skip
