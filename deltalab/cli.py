@@ -67,7 +67,7 @@ def point(cfg: DictConfig) -> str | None:
 
 def unopened(error: Exception) -> bool:
     """Whether a point failed because its pair cannot be opened: so would all others of it."""
-    from deltalab.run.reference import Unopened
+    from deltalab.run.opening import Unopened
 
     return isinstance(error, Unopened)
 

@@ -18,7 +18,7 @@ from deltalab.data import splits
 from deltalab.loss.answers import AnswerLoss, DpoLoss
 from deltalab.loss.objectives import CrossEntropy, change, measure
 from deltalab.report.comparison import compare
-from deltalab.run import point, reference
+from deltalab.run import opening, point
 from deltalab.store import latest
 from deltalab.weights.mapping import ModelPair, loaded
 
@@ -81,7 +81,7 @@ EDITS["bitdelta_distilled"] = edit_of("bitdelta_distilled", steps=9)
 @pytest.fixture
 def known():
     latest.forget()
-    yield reference.opened(Model(), Objective(), None, "error", None, None, {})
+    yield opening.opened(Model(), Objective(), None, "error", None, None, {})
     latest.forget()
 
 

@@ -16,11 +16,11 @@ from deltalab.calibration import providing
 from deltalab.keys import Choices, determinants, salt_of
 from deltalab.models.hub import Absent
 from deltalab.run import experts
+from deltalab.run.opening import Unopened
 from deltalab.run.point import (
     PROVIDED,
     Point,
 )
-from deltalab.run.reference import Unopened
 from deltalab.store.digests import key_of
 from deltalab.store.effects import check_margin
 from deltalab.terminal.console import one_line

@@ -13,6 +13,7 @@ from deltalab.apply import merging
 from deltalab.apply.audit import summed
 from deltalab.data import splits
 from deltalab.edits.keep import Keep
+from deltalab.run.opening import Reference, family
 from deltalab.run.point import (
     Clock,
     Point,
@@ -24,7 +25,6 @@ from deltalab.run.point import (
     spent,
     stamp,
 )
-from deltalab.run.reference import Reference, family
 from deltalab.store.effects import classify
 from deltalab.store.record import written
 from deltalab.weights import finite

@@ -18,7 +18,7 @@ from deltalab.loss.objectives import Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.provenance import peak_memory
-from deltalab.run.reference import OPENED, Judge, Opening, Reference, opened
+from deltalab.run.opening import OPENED, Judge, Opening, Reference, opened
 from deltalab.store import latest
 from deltalab.store.digests import key_of
 from deltalab.weights.mapping import Weights, difference, loaded
