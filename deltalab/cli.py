@@ -168,7 +168,7 @@ def main() -> None:
         with composing.guarded():
             run()
     except (Exception, stopping.Stopped) as error:
-        if isinstance(error, stopping.Stopped) or stopping.stopped():
+        if stopping.is_stop(error):
             console.fail("stopped; finished points are recorded, the same command continues")
             sys.exit(143)
         if isinstance(error, console.SweepFailed):

@@ -34,7 +34,7 @@ def main() -> None:
         with stopping.ending():
             manifest = save(sys.argv[1:])
     except (Exception, stopping.Stopped) as error:
-        if isinstance(error, stopping.Stopped) or stopping.stopped():
+        if stopping.is_stop(error):
             console.fail("stopped; nothing was written")
             sys.exit(143)
         if isinstance(error, mistakes()):

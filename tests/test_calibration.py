@@ -227,3 +227,11 @@ def test_any_causal_model_and_any_vit(tmp_path) -> None:
 def test_mistakes_are_told(given: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         check(given)
+
+
+def test_a_layer_stored_in_out_has_the_gram_of_its_inputs() -> None:
+    """GPT-2's `Conv1D`: the weight is (in, out), and X has as many columns as it has rows."""
+    from transformers.pytorch_utils import Conv1D
+
+    module = torch.nn.Sequential(Conv1D(3, 5))
+    assert collecting.width(collecting.layers(module)["0.weight"]) == 5

@@ -84,13 +84,13 @@ def wanted() -> bool:
     return _state["wanted"]
 
 
-def stopped() -> bool:
-    """Whether `Stopped` was raised by a signal, wherever the process was.
+def is_stop(error: BaseException) -> bool:
+    """Whether an error is `Stopped`, or came in its place.
 
-    In the midst of other people's code, what tidies up there may raise an error of its own in its
-    place (OmegaConf, copying a config): whoever catches that error asks here.
+    In the midst of other people's code, what tidies up there may raise an error of its own instead
+    (OmegaConf, copying a config).
     """
-    return _state["stopped"]
+    return isinstance(error, Stopped) or _state["stopped"]
 
 
 def busy() -> bool:
