@@ -10,6 +10,7 @@ from test_apply import FUSED, bits, tensor
 from torch import Tensor
 
 from deltalab.apply import editing
+from deltalab.apply.extras import Extras, Memo
 from deltalab.edits import Edit
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.biased_sign import BiasedSign
@@ -17,6 +18,7 @@ from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
+from deltalab.edits.twin import Twin
 from deltalab.kernels import fused, native, translation
 from deltalab.rng import Rng
 from deltalab.weights import mapping
@@ -322,6 +324,43 @@ def test_small_tensors_do_not_compile() -> None:
     assert not fused.wanted(Ties(keep=0.5, scope="tensor"), large, "compiled")
     with pytest.raises(ValueError, match="kernel=fast: must be one of auto, eager, compiled"):
         fused.wanted(edit, 100, "fast")
+
+
+@pytest.mark.parametrize(
+    ("edit", "large", "compiled"),
+    [
+        (Expo(alpha=0.5), (F32, (256, 256)), {"large", "matrix"}),
+        (Expo(alpha=0.5), (F32, (1 << 16,)), {"large", "vector"}),
+        (Expo(alpha=0.5), (F16, (256, 256)), {"large"}),
+        (Expo(alpha=0.5), (F32, (255, 256)), set()),
+        (EDITS[-1], (F32, (256, 256)), {"large", "matrix"}),
+        (Twin(rank=1, rate=None), (F32, (256, 256)), {"large", "matrix"}),
+        (Ties(keep=0.5, scope="model"), (F32, (256, 256)), {"large"}),
+    ],
+    ids=str,
+)
+def test_small_tensors_are_compiled_with_a_large_one(edit, large, compiled, monkeypatch) -> None:
+    """With one of the same program alone: none is compiled for their sake; the bits are the same.
+
+    Of an edit that sees all of a tensor, what is compiled is the adding of its result.
+    """
+    shapes = {"matrix": (F32, (9, 7)), "vector": (F32, (8,)), "large": large}
+    pre, post = (
+        {n: tensor(shape, seed=i).to(dtype) for n, (dtype, shape) in shapes.items()}
+        for i in range(2)
+    )
+    ran, original = set(), native.edit
+
+    def seen(program, tensors, *rest):
+        ran.add(next(n for n in post if post[n].numel() == tensors[1].numel()))
+        return original(program, tensors, *rest)
+
+    monkeypatch.setattr(native, "edit", seen)
+    given = Extras(edit.needs, 3, {}, memo=Memo())
+    made = dict(editing.edited(pre, post, edit, "all", given))
+    assert ran == compiled
+    eager = dict(editing.edited(pre, post, edit, "all", given, "eager"))
+    assert all(torch.equal(bits(made[n]), bits(eager[n])) for n in post)
 
 
 def test_all_float16_numbers_and_the_roundings_between_them() -> None:

@@ -75,7 +75,7 @@ def edited_tensor(
             found = fused.edited(pre, post, edit, _found(edit, needs), body, out)
         if found is None and edit.unit == "tensor":
             hat = _edited_delta(pre, post, edit, needs)
-            return edited_tensor(pre, post, _Given(), kernel, out, sums, grad=hat)
+            return edited_tensor(pre, post, _GIVEN, kernel, out, sums, grad=hat)
         if found is None:
             found = _in_slices(pre, post, edit, needs, body, out)
     if sums is not None:
@@ -144,6 +144,9 @@ class _Given(Edit):
         return grad
 
 
+_GIVEN = _Given()  # one, for which its program is found again
+
+
 def _in_slices(
     pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any], body: Body, out: Tensor
 ) -> list[float]:
@@ -209,24 +212,40 @@ def edited(
         edit: the edit.
         select: a preset or a `select.Selection`.
         extras: provider of what the edit needs.
-        kernel: as for `edited_tensor`.
+        kernel: as for `edited_tensor`; "auto" compiles for small tensors as well where a large one
+            has the program compiled anyway.
         device: where to edit: that of the live model, where a GPU has it; None for where they are.
         audit: told what the edit does to each, if given.
     """
     touched = LazyWeights(chosen(post, select), post.__getitem__, partial(meta, post))
     deltas = delta(*(_moved(side, touched, device) for side in (pre, post)))
+    kernels = _kernels(pre, post, touched, edit, kernel)
 
     def load(name: str) -> Tensor:
         old, new = pre[name], post[name]
         needs = extras.for_tensor(name, deltas)
         mine = extras.seen(edit, name)
         sums: list[float] | None = None if audit is None else []
-        made = edited_tensor(old.to(device), new.to(device), mine, kernel, sums=sums, **needs)
+        made = edited_tensor(
+            old.to(device), new.to(device), mine, kernels[name], sums=sums, **needs
+        )
         if audit is not None and sums is not None:
             audit.add(name, new.numel(), sums)
         return made.to(new.device)
 
     return LazyWeights(touched, load, touched.meta)
+
+
+def _kernels(
+    pre: Weights, post: Weights, names: Iterable[str], edit: Edit, kernel: str
+) -> dict[str, str]:
+    """Return the kernel of every tensor: compiled if it is for the largest of those like it."""
+    if kernel != "auto" or edit.whole_model:  # what is known of each is recorded anew
+        return dict.fromkeys(names, kernel)
+    metas = {name: (meta(pre, name), meta(post, name)) for name in names}
+    alike = {n: (a.dtype, b.dtype, len(b.shape) > 1) for n, (a, b) in metas.items()}
+    large = {alike[n] for n, (_, b) in metas.items() if prod(b.shape) >= fused.SMALLEST}
+    return {name: "compiled" if kind in large else kernel for name, kind in alike.items()}
 
 
 def _moved(weights: Weights, names: Iterable[str], device: Any) -> LazyWeights:

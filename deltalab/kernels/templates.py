@@ -129,8 +129,8 @@ static double stage_{stage}({signature})
 {scalars}
     for (int64_t first = 0; first < count; first += width) {{
 {rows}
-        for (int64_t start = first; start < first + width; start += 1024) {{
-            int64_t size = first + width - start < 1024 ? first + width - start : 1024;
+        for (int64_t start = first; start < first + width; start += 256) {{
+            int64_t size = first + width - start < 256 ? first + width - start : 256;
 {counts}
             for (int64_t j = 0; j < size; j++) {{
                 int64_t i = start + j;

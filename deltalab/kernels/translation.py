@@ -318,7 +318,10 @@ class _Writer:
         return _cast(mean, torch.float64, out.dtype)
 
     def counted(self, terms: list[Tensor]) -> dict[str, str]:
-        """Return the statements that add up terms as an edit goes on: 1,024 entries at a time."""
+        """Return the statements that add up terms as an edit goes on: 256 entries at a time.
+
+        Blocks of more are pushed out of the cache by the kernel, where it clears fresh memory.
+        """
         found: dict[str, list[str]] = {
             part: [] for part in ("blocks", "counts", "terms", "filled", "added", "totals")
         }
@@ -329,7 +332,7 @@ class _Writer:
                 found["terms"].append(f"held_{index} += {value};")
                 found["added"].append(f"terms[{index}] += held_{index};")
             elif term.dtype == torch.float32:
-                blocks = f"float block_{index}[1024]; double lane_{index}[LANES] = {{0}};"
+                blocks = f"float block_{index}[256]; double lane_{index}[LANES] = {{0}};"
                 found["blocks"].append(blocks)
                 found["terms"].append(f"block_{index}[j] = {value};")
                 found["filled"].append(f"block_{index}[j] = 0;")
