@@ -209,6 +209,8 @@ OPERATIONS = {
         (a - by_row(a)).abs() * by_row((a - by_row(a)).abs()) + by_row(b)
     ),
     "rows of masks": lambda a, b: a * (a > b).sum(1, keepdim=True) - (a < 0).sum(-1).reshape(-1, 1),
+    "columns": lambda a, b: a - b.abs().mean(0, keepdim=True, dtype=F64).float() * (1 + b),
+    "columns of masks": lambda a, b: a * (a > b).sum(-2) + b,
     "whole": lambda a, b: a.int().float() + b.double().long().float(),
 }
 
@@ -224,7 +226,9 @@ def test_every_operation_that_is_translated(name: str) -> None:
     out = torch.empty_like(a)
     made = translation.program(None, (), body, (F32, F32), matrix=True)
     assert made.rows == name.startswith("rows")
-    native.edit(made, [a.view(-1), b.view(-1)], None, out.view(-1), 41 if made.rows else 0)
+    assert made.columns == name.startswith("columns")
+    width = 41 if made.rows or made.columns else 0
+    native.edit(made, [a.view(-1), b.view(-1)], None, out.view(-1), width)
     assert torch.equal(bits(out), bits(body(a, b, None, {})))
 
 
@@ -235,7 +239,13 @@ def test_every_operation_that_is_translated(name: str) -> None:
         (lambda a, b, *_: a.add_(1), "add_"),
         (lambda a, b, *_: a if bool(a[0, 0] > 0) else b, "select"),
         (lambda a, b, *_: a.sum(dtype=F64).float() / a.numel() + b, "size of the tensor"),
-        (lambda a, b, *_: a.mean(0, keepdim=True, dtype=F64).float() * b, "mean"),
+        (lambda a, b, *_: (a.mean(0, dtype=F64) * a.abs().mean(0, dtype=F64)).float() * b, "sums"),
+        (
+            lambda a, b, *_: (
+                a.mean(0, dtype=F64).float() * a.mean(1, keepdim=True, dtype=F64).float() * b
+            ),
+            "sums",
+        ),
         (lambda a, b, *_: a.mean(1, dtype=F64).float().mean() * b, "mean"),
         (
             lambda a, b, *_: (
@@ -254,10 +264,20 @@ def test_what_has_no_translation_is_refused(body, reason: str) -> None:
         translation.program(None, (), body, (F32, F32), matrix=True)
 
 
+class Grown(Edit):
+    """D_hat = exp(D) - 1: the exponential of C is another than PyTorch's."""
+
+    unit = "entry"
+    version = 1
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        return delta.exp() - 1
+
+
 def test_what_has_no_translation_runs_as_it_is(monkeypatch) -> None:
-    edit = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="column")
+    edit = Grown()
     (pre, post), needs = pair(F32), needed(edit)
-    assert fused._program(edit, (F32, F32), True, editing._edited, {}) is None
+    assert fused._program(edit, (F32, F32), False, editing._edited, {}) is None
     monkeypatch.delattr(torch, "compile")
     compiled = editing.edited_tensor(pre, post, edit, "compiled", **needs)
     assert torch.equal(bits(compiled), bits(editing._edited(pre, post, edit, needs)))
@@ -446,3 +466,27 @@ def test_addresses_of_another_device_are_never_read(place: int) -> None:
     given[place] = given[place].to("meta")
     with pytest.raises(ValueError, match="an edit in C takes tensors on the CPU, not on meta"):
         native.edit(made, given[:3], None, given[3])
+
+
+@pytest.mark.parametrize("shape", [(1153, 1001), (100_000, 3), (3, 100_000), (40, 20, 9, 9)])
+@pytest.mark.parametrize("magnitudes", ["mean", "normal"])
+def test_columns_in_pieces(magnitudes, shape, tmp_path, monkeypatch) -> None:
+    """A column's scale is the same however many threads add up however large parts of it."""
+    edit = BitDelta(multiple=1.5, magnitudes=magnitudes, cv=0.4, axis="column")
+    pre, post = (tensor(shape, seed=i).to(BF16) for i in range(2))
+    rng, threads = Rng(3, "w", start=77), torch.get_num_threads()
+    assert fused._program(edit, (BF16, BF16), True, editing._edited, {}).columns
+    expected = editing._edited(pre, post, edit, {"rng": rng})
+    try:
+        for count in (1, 3):
+            for piece in (5000, 1 << 20):
+                monkeypatch.setattr(native, "PIECE", piece)
+                torch.set_num_threads(count)
+                compiled = editing.edited_tensor(pre, post, edit, "compiled", rng=rng)
+                assert torch.equal(bits(compiled), bits(expected))
+    finally:
+        torch.set_num_threads(threads)
+    assert between_files(tmp_path, edit, pre, post, rng) is None
+    crossing = Rng(3, "w", start=2**32 - 3000)
+    compiled = editing.edited_tensor(pre, post, edit, "compiled", rng=crossing)
+    assert torch.equal(bits(compiled), bits(editing._edited(pre, post, edit, {"rng": crossing})))

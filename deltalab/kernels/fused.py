@@ -78,7 +78,7 @@ def edited(
     program = _program(edit, tuple(t.dtype for t in inputs), matrix, body, _known(needs))
     if program is None or not _compiles(edit, program):
         return None
-    rng, width = needs.get("rng"), prod(post.shape[1:]) if program.rows else 0
+    rng, width = needs.get("rng"), prod(post.shape[1:]) if program.rows or program.columns else 0
     if width and not native.within_page(post.numel(), rng):
         return None
     flat = [t.detach().contiguous().view(-1) for t in inputs]
@@ -104,8 +104,8 @@ def edited_files(
         body: as for `edited`.
     """
     program = _program(edit, dtypes, _sees_matrix(edit, shape), body, _known(needs))
-    if program is None or not _compiles(edit, program):
-        return False
+    if program is None or program.columns or not _compiles(edit, program):
+        return False  # sums over columns are taken in memory alone
     rng, width = needs.get("rng"), prod(shape[1:]) if program.rows else 0
     if width and not native.within_page(prod(shape), rng):
         return False

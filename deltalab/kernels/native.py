@@ -46,7 +46,7 @@ def edit(
             contiguous, on the CPU, of the dtypes the program was made for.
         rng: the random numbers of the tensor, or None.
         out: of post's length and dtype.
-        width: of the tensor's rows, where the program takes sums over each.
+        width: of the tensor's rows, where the program takes sums over each or over columns.
 
     Returns:
         What the program's terms add up to, in an order that no number of threads changes.
@@ -73,14 +73,23 @@ def edit(
 
     def run(stage: int, sums: Any, piece: tuple[int, int]) -> float:
         begin, size = piece
-        own = terms[begin] = _doubles([0.0] * program.terms)
+        own = terms[begin] = _doubles([0.0] * (width if stage < program.columns else program.terms))
         a, b, *grad, made = (t.data_ptr() + begin * t.itemsize for t in (*tensors, out))
         slope, keys = grad[0] if grad else None, _keys(program, rng and rng.at(begin))
         more = keys, numbers, sums, whole, own, width
         total: float = library.in_memory(stage, size, a, b, slope, made, *more)
         return total
 
-    _stages(program, whole, rng, run, width)  # a sum that is no number makes entries that are none
+    if program.columns:
+        pieces = list(_pieces(whole, 0 if rng is None else rng.start, width))
+        _each(partial(run, 0, None), pieces)
+        columns = torch.zeros(width, dtype=torch.float64)
+        for begin in sorted(terms):
+            columns += torch.frombuffer(terms[begin], dtype=torch.float64)
+        _each(partial(run, 1, columns.data_ptr()), pieces)
+    else:
+        _stages(program, whole, rng, run, width)
+    # a sum that is no number makes entries that are none
     each = [list(terms[begin]) for begin in sorted(terms)]  # of the last stage
     return [sum(piece[index] for piece in each) for index in range(program.terms)]
 

@@ -1,9 +1,9 @@
 """The C around an edit's own statements: types, roundings, sums, loops over entries and files.
 
-`PRELUDE` begins a program. `TOTAL` is a stage that takes a sum over the tensor, `EDIT` the last
-one, `COUNTED` the same with terms that are added up on the way; in both `ROW` is a sum over each
-row, and a tensor without such is one row. `RUN` is called from outside, for a stage in memory or
-in files.
+`PRELUDE` begins a program. `TOTAL` is a stage that takes a sum over the tensor, `COLUMN` one over
+each column, `EDIT` the last one, `COUNTED` the same with terms that are added up on the way; in
+both `ROW` is a sum over each row, and a tensor without such is one row. `RUN` is called from
+outside, for a stage in memory or in files.
 """
 
 PRELUDE = """
@@ -91,6 +91,18 @@ static double stage_{stage}({signature})
         sum += added(block, size);
     }}
     return sum;
+}}
+"""
+COLUMN = """
+static double stage_{stage}({signature})
+{{
+{scalars}
+    for (int64_t first = 0; first < count; first += width)
+        for (int64_t i = first; i < first + width; i++) {{
+{entries}
+            terms[i - first] += {result};
+        }}
+    return 0;
 }}
 """
 ROW = """

@@ -66,6 +66,7 @@ class Program:
         totals: how many sums over the whole tensor it takes first.
         terms: how many sums it takes as it edits.
         rows: whether it takes sums over each row, and so is to be run on whole rows.
+        columns: whether it takes sums over each column first, in a stage of their own.
     """
 
     source: str
@@ -75,6 +76,7 @@ class Program:
     totals: int
     terms: int = 0
     rows: bool = False
+    columns: bool = False
 
 
 def program(
@@ -145,7 +147,7 @@ def _written(
         raise Untranslatable(f"a result of {result.dtype} in {tuple(result.shape)}")
     source = writer.program(writer.operand(result, post.dtype), dtypes, terms)
     numbers, taken = tuple(writer.numbers), tuple(streams.taken)
-    sums = len(writer.totals), len(terms), bool(writer.sums)
+    sums = len(writer.totals), len(terms), bool(writer.sums), bool(writer.columns)
     return Program(source, dtypes, numbers, taken, *sums)
 
 
@@ -199,6 +201,7 @@ class _Writer:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self.by_row = ((shape[0],), (shape[0], 1)) if len(shape) == 2 else ()
+        self.by_column = (shape[1:], (1, *shape[1:])) if len(shape) == 2 else ()
         self.names: dict[int, str] = {}
         self.scalars: list[str] = []
         self.entries: list[str] = []
@@ -206,6 +209,7 @@ class _Writer:
         self.totals: list[tuple[int, int, str]] = []
         self.rows: list[str] = []
         self.sums: list[tuple[int, int, str]] = []
+        self.columns: list[tuple[int, int, str]] = []
 
     def take(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Write one operation.
@@ -214,7 +218,8 @@ class _Writer:
             Untranslatable: it is in none of the tables.
         """
         name = func.overloadpacket.__name__
-        shaped = isinstance(out, Tensor) and tuple(out.shape) in ((), self.shape, *self.by_row)
+        shapes = ((), self.shape, *self.by_row, *self.by_column)
+        shaped = isinstance(out, Tensor) and tuple(out.shape) in shapes
         if not shaped or func._schema.is_mutable or out.dtype not in _TYPES:
             raise Untranslatable(str(func))
         code = self.expression(name, args, kwargs, out)
@@ -233,7 +238,7 @@ class _Writer:
         kind = out.dtype
         if name == "view" and isinstance(args[1], torch.dtype):
             return self.reinterpreted(args[0], kind)
-        if name in ("alias", "clone", "detach", "view", "_to_copy"):
+        if name in ("alias", "clone", "detach", "view", "unsqueeze", "_to_copy"):
             return self.operand(args[0], kind)
         if name in _FILLED:
             place = _FILLED[name]
@@ -301,7 +306,7 @@ class _Writer:
         return function and f"{function}({self.operand(value, value.dtype)})"
 
     def total(self, name: str, args: tuple[Any, ...], out: Tensor) -> str | None:
-        """End a loop with the sum over all entries or a row's; the loops after it can use it."""
+        """End a loop with the sum over all entries, a row's or a column's, for those after it."""
         known = {torch.float64: _TYPES, torch.int64: (torch.bool, torch.int32)}.get(out.dtype, ())
         if tuple(args[0].shape) != self.shape or args[0].dtype not in known:
             return None
@@ -309,6 +314,12 @@ class _Writer:
             index, value = len(self.sums), self.operand(args[0], torch.float64)
             self.sums.append((len(self.rows), len(self.entries), value))
             mean = f"t{index}" + (" / (double)width" if name == "mean" else "")
+            return _cast(mean, torch.float64, out.dtype)
+        if tuple(out.shape) in self.by_column and list(args[1]) in ([0], [-2]):
+            self.columns.append(
+                (len(self.scalars), len(self.entries), self.operand(args[0], torch.float64))
+            )
+            mean = "sums[i - first]" + (" / (double)(whole / width)" if name == "mean" else "")
             return _cast(mean, torch.float64, out.dtype)
         if len(args) > 1:
             return None
@@ -372,12 +383,13 @@ class _Writer:
                 "int64_t width",
             ]
         )
-        parts, count = [templates.PRELUDE], len(self.totals)
+        parts, count = [templates.PRELUDE], len(self.totals) + len(self.columns)
         steps = [(templates.TOTAL, 3, *total) for total in self.totals]
+        steps += [(templates.COLUMN, 3, *column) for column in self.columns]
         counted = self.counted(terms) if terms else {}
         edit, depth = (templates.COUNTED, 4) if terms else (templates.EDIT, 3)
-        if self.sums and self.totals:
-            raise Untranslatable("sums over rows and over the tensor")
+        if sum(map(bool, (self.totals, self.sums, self.columns))) > 1 or len(self.columns) > 1:
+            raise Untranslatable("sums over unlike parts of the tensor")
         counted["rows"] = self.by_rows()
         steps.append((edit, depth, len(self.scalars), len(self.entries), result))
         for stage, (template, depth, scalars, entries, value) in enumerate(steps):
