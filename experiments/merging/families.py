@@ -1,4 +1,4 @@
-"""Points of a family taken apart: its methods, the setting of each, and every expert's own point."""
+"""Points of a family taken apart: its methods, the setting of each, and the points of experts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +56,7 @@ class Family:
     points: Sequence[Outcome]
     documents: Documents
     _own: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+    _chosen: dict[str, Outcome] = field(default_factory=dict)
 
     @cached_property
     def experts(self) -> list[str]:
@@ -85,8 +86,11 @@ class Family:
         Raises:
             ValueError: there are several, and no documents of half A to choose by.
         """
-        own = self.methods[name]
-        return own[0] if len(own) == 1 else min(own, key=lambda p: self.change(p, "A"))
+        if name not in self._chosen:
+            own = self.methods[name]
+            least = own[0] if len(own) == 1 else min(own, key=lambda p: self.change(p, "A"))
+            self._chosen[name] = least
+        return self._chosen[name]
 
     def change(self, point: Outcome, half: Half) -> float:
         """Return the experts' mean loss change on one half of their examples.

@@ -69,8 +69,9 @@ def merging(points: Sequence[Outcome], documents: Documents | None = None) -> Fo
 NOTE = (
     "The setting of a method is the one whose experts lose least on half A of the objective's"
     " examples; scores are of test images, losses of half B. Of task arithmetic the best of three"
-    " weights by the score itself is taken to compare with. Fisher, RegMean of inputs and AdaMerging"
-    " are fitted to half A: of each there is one setting, and its ways are left out of ranks."
+    " weights by the score itself is taken to compare with. Fisher, RegMean of inputs and"
+    " AdaMerging are fitted to half A: of each there is one setting, and its ways are left out of"
+    " ranks."
 )
 
 
