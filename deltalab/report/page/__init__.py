@@ -1,7 +1,8 @@
 """`DIR/index.html`: all that a results directory tells, on one page that needs no network.
 
 A template with escaping makes the page; `DIR/paper/*.json` and `DIR/merging/*.json` are its
-cards, the records (or, where there are none, CSV files beside the cards) its points. The same files give the same bytes.
+cards, the records (or, where there are none, CSV files beside the cards) its points. The same
+files give the same bytes.
 """
 
 from collections import Counter
