@@ -24,6 +24,7 @@ from deltalab.weights.threshold import (
     tensor_threshold,
 )
 
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 FAMILY = ("experts", "base", "total", "name", "quantile")
 """What a family and its edited deltas suffice for."""
 
@@ -330,8 +331,19 @@ def joined(pre: Tensor, posts: Sequence[Tensor], deltas: Sequence[Tensor], hat: 
     >>> joined(torch.zeros(2), [torch.ones(2)], [torch.ones(2)], torch.tensor([1.0, 0.5]))
     tensor([1.0000, 0.5000])
     """
-    dtype = posts[0].dtype
-    found = torch.where(hat == 0, pre.to(dtype), (pre.float() + hat).to(dtype))
-    for post, own in reversed(list(zip(posts, deltas, strict=True))):
-        found = torch.where(hat == own, post, found)
+    dtype, wide = posts[0].dtype, pre.float()
+    found = (wide + hat).to(dtype)
+    zero = torch.zeros((), device=hat.device)
+    exact = [(zero, pre.to(dtype)), *reversed(list(zip(deltas, posts, strict=True)))]
+    if all(_same((wide + own).to(dtype), model) for own, model in exact):
+        return found  # as it mostly is in 16 bits: what has an expert's delta has its weight
+    for own, model in exact:
+        found = torch.where(hat == own, model, found)
     return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same bits, compared in words as long as they go."""
+    whole = one.dim() and one.shape[-1] * one.itemsize % 8 == 0
+    word = torch.int64 if whole else _WORDS[one.itemsize]
+    return torch.equal(one.contiguous().view(word), other.contiguous().view(word))

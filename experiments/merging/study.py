@@ -48,7 +48,7 @@ CAPTION = (
 
 def merging(points: Sequence[Outcome], documents: Documents | None = None) -> Found:
     """Judge merges of families: scores against task arithmetic, terms and predictions by expert."""
-    kept = documents or {}
+    kept = {} if documents is None else documents  # read when asked for: none has been yet
     found = families(points, kept)
     evidence = Evidence([], OfExperts(kept))
     return Found(
@@ -221,6 +221,9 @@ def _figure(found: Sequence[Family]) -> Any:
         axes.axline((0, 0), slope=1, color="black", lw=0.8)
         for set_scale in (axes.set_xscale, axes.set_yscale):
             set_scale("symlog", linthresh=1e-2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks([-1, -0.1, -0.01, 0, 0.01, 0.1, 1], minor=False)
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set(title=title, xlabel="measured change, nats")
     handles, labels = grid[-1][0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
@@ -243,6 +246,6 @@ def _bars(axes: Any, family: Family) -> None:
     axes.set_xticks(range(len(order)), order, rotation=40, ha="right")
     lowest = min(heights)
     axes.set(
-        title=family.name, ylabel="score, % of the experts' own", ylim=(max(0, lowest - 25), 105)
+        title=family.name, ylabel="score, % of the experts' own", ylim=(max(0, lowest - 25), 118)
     )
     axes.legend(ncols=len(family.experts))

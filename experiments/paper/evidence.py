@@ -234,7 +234,8 @@ def kept(path: Path) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         own = json.loads(line)
-        found[own.pop("key")] = {name: _long(values) for name, values in own.items()}
+        key = own.pop("key")
+        found[key] = {name: _long(values) for name, values in own.items()}
     return found
 
 
