@@ -62,7 +62,7 @@ def needs(merge: Merge, deltas: list[Tensor], device: str = "cpu") -> dict:
         "base": on(device, tensor(shape, 90)),
         "total": lambda sums: sums(deltas),
         "quantile": [
-            partial(lambda d, keep: ModelThreshold().of(keep, {"w": d})["w"], d) for d in plain
+            partial(lambda d, keep, *_: ModelThreshold().of(keep, {"w": d})["w"], d) for d in plain
         ],
         "gram": [on(device, x.T @ x / len(x)) for x in grams] or [None] * len(deltas),
         "fisher": [on(device, tensor(shape, 70 + i).square()) for i in range(len(deltas))],

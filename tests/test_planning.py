@@ -275,6 +275,18 @@ def test_the_clip_pairs_are_planned_without_a_hub(planned):
     assert out.count("hours ") == 3
 
 
+def test_a_family_is_planned_with_all_its_experts(planned):
+    """Every expert has its own module, gradient and passes; rules of 3, 6, 12 nodes are compared."""
+    sweep = ("-m", "merge=sum", "merge.weight=0.2,0.3")
+    out = planned(*sweep, "model=clip_two", "prediction=on", "prediction.probes=0")
+    alone = planned("model=clip_svhn", "edit=keep")
+    assert f"at most {2 * (2 * (2 + 5 + 11) + 1)} gradient evaluations" in out
+    sizes = [re.findall(r"held +([\d.]+) GiB +(model|gradient)", text) for text in (out, alone)]
+    for (two, _), (one, _) in zip(*sizes, strict=True):
+        assert float(two) == pytest.approx(2 * float(one), abs=0.011)
+    assert all(f"patch32_{name} (0.3 GB)" in out for name in ("sun397", "svhn"))
+
+
 def test_points_that_share_a_config_are_those_that_hydra_composes(planned, monkeypatch):
     """The plan sets plain values in one composed config; every point must be as composed alone."""
     seen = []

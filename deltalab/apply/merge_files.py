@@ -1,24 +1,32 @@
 """Merge checkpoints on disk, tensor by tensor: as many experts as there are, in bounded memory.
 
-In memory is one tensor of every expert at a time. The bits are those of `merging.Family` on the
-same models. The result has the layout of the base; where a merge gives one model for every expert,
-each goes to a directory of its own and has the layout of the expert.
+In memory is a part of a tensor of every expert at a time, or all of one where a merge needs it.
+The bits are those of `merging.Family` on the same models. The result has the layout of the base;
+where a merge gives one model for every expert, each goes to a directory of its own and has the
+layout of the expert.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from deltalab.apply import layout
 from deltalab.apply.extras import Extras, Memo
+from deltalab.apply.hashing import Hashing
 from deltalab.apply.layout import Side
 from deltalab.apply.merging import Expert, Family
 from deltalab.apply.stream import tied
+from deltalab.apply.work import Work
 from deltalab.edits import Edit
 from deltalab.merges import Merge
 from deltalab.store import files, records
@@ -26,7 +34,11 @@ from deltalab.terminal import console
 from deltalab.weights import contents, finite
 from deltalab.weights.aligned import Aligned
 from deltalab.weights.mapping import Meta
-from deltalab.weights.shards import Entry, copy, keep, put, read
+from deltalab.weights.shards import Buffers, Entry, copy, keep, pieces, put, read
+
+PART = 1 << 17
+"""Entries of every model that are merged at once where that can be: they stay in the cache."""
+_buffers = Buffers()
 
 
 def merge(
@@ -79,32 +91,53 @@ def merge(
         for name, side in sides.items()
     }
     family = Family(experts, merge, merged)
-    names = set(family.names)
-    manifest = {
+    hashing = Hashing((pre, *posts.values()))
+    manifest: dict[str, Any] = {
         **(describe or {}),
         "select": str(select),
         "merged": str(merged),
         "seed": seed,
-        "pre": {"path": str(pre), "digest": contents.of_checkpoint(pre)},
-        "experts": {
-            n: {"path": str(p), "digest": contents.of_checkpoint(p)} for n, p in posts.items()
-        },
+        "pre": {"path": str(pre)},
+        "experts": {n: {"path": str(p)} for n, p in posts.items()},
         "edited": {
-            "tensors": len(names),
-            "parameters": sum(prod(base.entries[name].shape) for name in names),
+            "tensors": len(family.names),
+            "parameters": sum(prod(base.entries[name].shape) for name in family.names),
         },
     }
     for left, size in files.leftovers(out):
         console.fail(f"{left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it")
     with files.building(out) as made:
-        targets = {n: (made / n, side, posts[n]) for n, side in sides.items()}
-        if not merge.each:
-            targets = {"": (made, base, pre)}
-        for name, (place, side, source) in targets.items():
-            _write(family, name or None, names, ties, side, place)
-            layout.copy_companions(source, place, side)
-        files.write(made / "deltalab.json", json.dumps(records.redacted(manifest), indent=1) + "\n")
+        targets = [_Target(made / n, sides[n], posts[n]) for n in family.models if n]
+        targets = targets or [_Target(made, base, pre)]
+        with ExitStack() as stack:
+            _write(family, base, sides, ties, [t.opened(stack) for t in targets], hashing)
+        known = hashing.finish()
+        _digests(manifest, pre, posts, known)
+        for target in targets:
+            target.check()
+            layout.copy_companions(target.source, target.place, target.side)
+        text = json.dumps(records.redacted(manifest), indent=1)
+        files.write(made / contents.MANIFEST, text + "\n")
     return manifest
+
+
+def _digests(
+    manifest: dict[str, Any],
+    pre: Path,
+    posts: Mapping[str, Path],
+    known: Mapping[Path, Mapping[str, str]],
+) -> None:
+    """Put the digests of all inputs into the manifest.
+
+    Raises:
+        ValueError: two experts are the same.
+    """
+    manifest["pre"]["digest"] = contents.of_checkpoint(pre, known=known)
+    found: dict[str, str] = {}
+    for name, path in posts.items():
+        digest = manifest["experts"][name]["digest"] = contents.of_checkpoint(path, known=known)
+        if (other := found.setdefault(digest, name)) != name:
+            raise ValueError(f"model.experts: {other} and {name} are the same model")
 
 
 def _check_fit(base: Side, sides: Mapping[str, Side]) -> None:
@@ -151,39 +184,122 @@ def _weights(entries: Mapping[str, Entry], ties: Mapping[str, str], who: str) ->
     )
 
 
+@dataclass(eq=False)
+class _Target:
+    """A checkpoint that is written.
+
+    Attributes:
+        place: its directory.
+        side: how it is laid out.
+        source: where its files come from.
+    """
+
+    place: Path
+    side: Side
+    source: Path
+    _open: dict[Path, BinaryIO] = field(default_factory=dict)
+
+    def opened(self, stack: ExitStack) -> "_Target":
+        """Make its files, with their headers."""
+        for file, written in self.side.files.items():
+            path = self.place / written.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            target = self._open[file] = stack.enter_context(path.open("wb", buffering=0))
+            if written.head is None:
+                begins = [e.begin for e in self.side.entries.values() if e.file == file]
+                with open(file, "rb") as source:
+                    copy(source, target, 0, min(begins, default=None))
+            else:
+                put(target, torch.frombuffer(bytearray(written.head), dtype=torch.uint8), 0)
+        return self
+
+    def keep(self, name: str) -> None:
+        """Write a tensor as it is."""
+        entry = self.side.entries[name]
+        with open(entry.file, "rb") as source:
+            keep(source, self._open[entry.file], entry, 0)
+
+    def put(self, name: str, found: Tensor, start: int) -> None:
+        """Write entries of a merged tensor, the first of them at `start`."""
+        entry = self.side.entries[name]
+        assert entry.dtype is not None, "only such tensors are merged"
+        own = found.to(entry.dtype)
+        finite.check_edited({name: own})
+        put(self._open[entry.file], own.reshape(-1), entry.begin + start * entry.dtype.itemsize)
+
+    def check(self) -> None:
+        """Raise `OSError` where a file is not as long as it must be."""
+        for written in self.side.files.values():
+            if (size := (self.place / written.name).stat().st_size) != written.size:
+                raise OSError(f"{self.place / written.name}: {size} bytes, not {written.size}")
+
+
 def _write(
     family: Family,
-    expert: str | None,
-    names: set[str],
+    base: Side,
+    sides: Mapping[str, Side],
     ties: Mapping[str, str],
-    side: Side,
-    place: Path,
+    targets: Sequence[_Target],
+    hashing: Hashing,
 ) -> None:
-    """Write all files of one model: headers and what is not merged as bytes."""
-    weights = family.merged(expert)
-    with console.steps(expert or "tensors", len(side.entries)) as step:
-        for file, written in side.files.items():
-            (place / written.name).parent.mkdir(parents=True, exist_ok=True)
-            ours = {n: e for n, e in side.entries.items() if e.file == file}
-            with (
-                open(place / written.name, "wb", buffering=0) as target,
-                open(file, "rb") as source,
-            ):
-                if written.head is None:
-                    copy(source, target, 0, min((e.begin for e in ours.values()), default=None))
+    """Write all tensors: what is not merged as bytes, the others in parts where they can be.
+
+    Parts are independent: each worker reads those of all models, merges them with one thread and
+    writes the result to its place; what has been read is hashed beside it.
+    """
+    saved: dict[str, list[str]] = {}  # tied ones are merged once
+    for name in base.entries:
+        saved.setdefault(ties.get(name, name), []).append(name)
+    names, threads = set(family.names), torch.get_num_threads()
+    read_from = [base, *sides.values()]
+    with (
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        console.steps("tensors", len(saved)) as step,
+    ):
+        work = Work(pool, hashing)
+        try:
+            for lead, also in saved.items():
+                entries = [side.entries[lead] for side in read_from]
+                count = prod(entries[0].shape)
+                if lead not in names or any(e.dtype is None for e in entries):
+                    for target, name in product(targets, also):
+                        target.keep(name)
+                elif family.sliced:
+                    task = partial(_part, family, lead, also, entries, targets)
+                    for part in pieces(count, 1, PART):
+                        work.submit(task, part)
+                        for entry in entries:
+                            work.hash(entry, part)
                 else:
-                    put(target, torch.frombuffer(bytearray(written.head), dtype=torch.uint8), 0)
-                for name, entry in ours.items():
-                    _put(target, source, entry, weights, ties.get(name, name), names)
-                    step()
-            if (size := (place / written.name).stat().st_size) != written.size:
-                raise OSError(f"{place / written.name}: {size} bytes, not {written.size}")
+                    for target, found in zip(targets, family.of(lead), strict=True):
+                        for name in also:
+                            target.put(name, found, 0)
+                    for entry in entries:
+                        work.hash(entry, (0, count))
+                step()
+            work.wait()
+        finally:
+            work.stop()  # none may write to a closed file
 
 
-def _put(target: Any, source: Any, entry: Entry, weights: Any, name: str, names: set[str]) -> None:
-    if name not in names or entry.dtype is None:
-        keep(source, target, entry, 0)
-        return
-    found = weights[name].to(entry.dtype)
-    finite.check_edited({name: found})
-    put(target, found.reshape(-1), entry.begin)
+def _part(
+    family: Family,
+    lead: str,
+    also: Sequence[str],
+    entries: Sequence[Entry],
+    targets: Sequence[_Target],
+    part: tuple[int, int],
+) -> None:
+    """Read, merge and write the entries of one part of a tensor."""
+    held = []
+    for index, entry in enumerate(entries):
+        assert entry.dtype is not None, "only such tensors are merged"
+        into = _buffers.take(str(index), entry.dtype, part[1] - part[0])
+        held.append(read(entry, *part, into))
+        if not finite.all_finite(into):
+            models = [next(iter(family.experts.values())).pre]
+            models += [each.post for each in family.experts.values()]
+            models[index][lead]  # says whose it is, and counts
+    for target, found in zip(targets, family.part(lead, part[0], held[0], held[1:]), strict=True):
+        for name in also:
+            target.put(name, found, part[0])

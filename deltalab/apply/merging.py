@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,8 +16,15 @@ from deltalab.edits.keep import Keep
 from deltalab.merges import Learn, Merge, Parts
 from deltalab.weights.aligned import saved_names
 from deltalab.weights.mapping import LazyWeights, Meta, Weights, difference, meta
-from deltalab.weights.threshold import ModelThreshold
+from deltalab.weights.threshold import (
+    Cut,
+    ModelThreshold,
+    Threshold,
+    kept_count,
+    tensor_threshold,
+)
 
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 FAMILY = ("experts", "base", "total", "name", "quantile")
 """What a family and its edited deltas suffice for."""
 
@@ -67,14 +75,23 @@ class Expert:
         old, new = self.pre[name].to(device), self.post[name].to(device)
         return self.of(name, difference(old, new))
 
-    def of(self, name: str, before: Tensor) -> Tensor:
-        """Return the edited delta of one tensor, given the delta."""
+    def of(self, name: str, before: Tensor, start: int = 0) -> Tensor:
+        """Return the edited delta of one tensor, given the delta, or a part of it from `start`."""
         own = self._chosen.get(name)
         if own is None or isinstance(self.edit, Keep):
             return before
-        needs = handed(self.extras.for_tensor(own, self._deltas), before.device)
+        given = self.extras.for_tensor(own, self._deltas)
+        if start:
+            given = {need: value.at(start) for need, value in given.items()}  # rng alone
+        needs = handed(given, before.device)
         with torch.no_grad():
             return self.extras.seen(self.edit, own)(before, **needs)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether parts of a delta can be edited by themselves, given where they are."""
+        by_entry = self.edit.unit == "entry" and set(self.edit.needs) <= {"rng"}
+        return isinstance(self.edit, Keep) or by_entry
 
     @cached_property
     def _chosen(self) -> dict[str, str]:
@@ -107,6 +124,8 @@ class Family:
     device: torch.device | str | None = None
     _totals: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _learned: dict[Any, Mapping[str, list[float]]] = field(default_factory=dict, init=False)
+    _cuts: dict[tuple[str, str, float, str], Cut] = field(default_factory=dict, init=False)
+    _lock: Any = field(default_factory=Lock, init=False)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -115,29 +134,86 @@ class Family:
         listed = {alias: name for name in first.post for alias in saved_names(first.post, name)}
         return tuple(listed[name] for name in editing.chosen(first.post, self.select))
 
-    def merged(self, expert: str | None = None) -> LazyWeights:
-        """Return the merged tensors, computed one by one when they are asked for.
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The experts whose models are made, where the merge gives one for each; else ("",)."""
+        return tuple(self.experts) if self.merge.each else ("",)
+
+    def merged(self, model: str | None = None) -> LazyWeights:
+        """Return the merged tensors of one of `models`, computed one by one when asked for.
 
         Args:
-            expert: whose model it is to be, where the merge gives one for each.
+            model: whose it is to be, where the merge gives one for each.
         """
-        first = next(iter(self.experts.values())).post
-        return LazyWeights(self.names, partial(self._merged, expert), partial(meta, first))
+        assert self.merge.each == (model is not None), "one for all, or one for each"
+        first, index = next(iter(self.experts.values())).post, self.models.index(model or "")
+        return LazyWeights(self.names, lambda name: self.of(name)[index], partial(meta, first))
 
-    def _merged(self, expert: str | None, name: str) -> Tensor:
-        assert self.merge.each == (expert is not None), "one for all, or one for each"
-        own = [*self.experts] if expert is None else [expert]
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        """Return the merged tensors of all `models` in memory, every tensor merged once."""
+        found: dict[str, dict[str, Tensor]] = {model: {} for model in self.models}
+        for name in self.names:
+            for model, tensor in zip(self.models, self.of(name), strict=True):
+                found[model][name] = tensor
+        return found
+
+    def of(self, name: str) -> list[Tensor]:
+        """Return one merged tensor of every one of `models`."""
         pre = next(iter(self.experts.values())).pre[name]
-        posts = {n: each.post[name].to(self.device) for n, each in self.experts.items()}
+        posts = [each.post[name].to(self.device) for each in self.experts.values()]
         base = pre.to(self.device)
-        raw = {n: difference(base, post) for n, post in posts.items()}
-        hats = [each.of(name, raw[n]) for n, each in self.experts.items()]
+        raw = [difference(base, post) for post in posts]
+        return [each.to(pre.device) for each in self._joined(name, base, posts, raw)]
+
+    @property
+    def sliced(self) -> bool:
+        """Whether parts of tensors can be merged by themselves."""
+        return self.merge.unit == "entry" and all(e.sliced for e in self.experts.values())
+
+    def part(self, name: str, start: int, base: Tensor, posts: Sequence[Tensor]) -> list[Tensor]:
+        """Return what `of` does for a part of a tensor, where the family is `sliced`.
+
+        Args:
+            name: of the tensor.
+            start: the flat index of the part's first entry.
+            base: its entries in the base, finite.
+            posts: its entries in every expert, finite.
+        """
+        wide = base.float()
+        raw = [post.float() - wide for post in posts]  # what is equal gives zero, as all is finite
+        return self._joined(name, base, posts, raw, start)
+
+    def _joined(
+        self,
+        name: str,
+        base: Tensor,
+        posts: Sequence[Tensor],
+        raw: Sequence[Tensor],
+        start: int | None = None,
+    ) -> list[Tensor]:
+        """Edit, merge, and add to the base; `start` is where a part begins, None of a whole."""
+        both = zip(self.experts.values(), raw, strict=True)
+        hats = [each.of(name, delta, start or 0) for each, delta in both]
         with torch.no_grad():
-            given = self._needs(self.merge.needs, name, base)
+            given = self._needs(self.merge.needs, name, base, start)
             made = self.merge(hats, **handed(given, hats[0].device))
-        hat = made if isinstance(made, Tensor) else made[[*self.experts].index(own[0])]
-        found = joined(base, [posts[n] for n in own], [raw[n] for n in own], hat)
-        return found.to(pre.device)
+        if isinstance(made, Tensor):
+            return [joined(base, posts, raw, made)]
+        return [joined(base, [p], [d], h) for p, d, h in zip(posts, raw, made, strict=True)]
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The weights that were learned so far, by expert: one, or one of every tensor.
+
+        Empty where the merge learns none.
+        """
+        found: dict[str, Any] = {}
+        for by_tensor in self._learned.values():
+            for index, name in enumerate(self.experts):
+                own = {tensor: weights[index] for tensor, weights in by_tensor.items()}
+                one = set(own.values())
+                found[name] = one.pop() if len(one) == 1 else own
+        return found
 
     def kept(self) -> float:
         """Return the share of separate experts' numbers that is kept of the merged tensors."""
@@ -152,7 +228,9 @@ class Family:
     def _edited(self, name: str) -> list[Tensor]:
         return [each.edited(name, self.device) for each in self.experts.values()]
 
-    def _needs(self, needs: Sequence[str], name: str, base: Tensor) -> dict[str, Any]:
+    def _needs(
+        self, needs: Sequence[str], name: str, base: Tensor, start: int | None = None
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for need in needs:
             if need == "experts":
@@ -166,7 +244,7 @@ class Family:
             elif need == "entropy":
                 found[need] = partial(self._weights, name)
             elif need == "quantile":
-                found[need] = [partial(self._threshold, n, name) for n in self.experts]
+                found[need] = [partial(self._threshold, n, name, start) for n in self.experts]
             else:
                 experts = self.experts.values()
                 found[need] = [e.providers[need](name, e._deltas) for e in experts]
@@ -216,8 +294,23 @@ class Family:
             slopes[name] = [float((grad * p).sum()) for p in parts(self._edited(name))]
         return slopes
 
-    def _threshold(self, expert: str, name: str, keep: float) -> Any:
-        return self._thresholds[expert].of(keep, self._hats(expert))[name]
+    def _threshold(
+        self, expert: str, name: str, start: int | None, keep: float, scope: str, delta: Tensor
+    ) -> Threshold | Cut:
+        """Return what survives of an expert's delta, or of the part of it that starts there."""
+        if start is None:
+            return self._limit(expert, name, keep, scope, delta)
+        at = expert, name, keep, scope
+        with self._lock:  # the first part of a tensor looks at all of it, the others wait
+            if at not in self._cuts:
+                whole = self.experts[expert].edited(name, self.device)
+                self._cuts[at] = self._limit(*at, whole).cut(whole)
+        return self._cuts[at].at(start)
+
+    def _limit(self, expert: str, name: str, keep: float, scope: str, delta: Tensor) -> Threshold:
+        if scope == "model":
+            return self._thresholds[expert].of(keep, self._hats(expert))[name]
+        return tensor_threshold(delta, kept_count(keep, delta.numel()))
 
     @cached_property
     def _thresholds(self) -> dict[str, ModelThreshold]:
@@ -238,8 +331,19 @@ def joined(pre: Tensor, posts: Sequence[Tensor], deltas: Sequence[Tensor], hat: 
     >>> joined(torch.zeros(2), [torch.ones(2)], [torch.ones(2)], torch.tensor([1.0, 0.5]))
     tensor([1.0000, 0.5000])
     """
-    dtype = posts[0].dtype
-    found = torch.where(hat == 0, pre.to(dtype), (pre.float() + hat).to(dtype))
-    for post, own in reversed(list(zip(posts, deltas, strict=True))):
-        found = torch.where(hat == own, post, found)
+    dtype, wide = posts[0].dtype, pre.float()
+    found = (wide + hat).to(dtype)
+    zero = torch.zeros((), device=hat.device)
+    exact = [(zero, pre.to(dtype)), *reversed(list(zip(deltas, posts, strict=True)))]
+    if all(_same((wide + own).to(dtype), model) for own, model in exact):
+        return found  # as it mostly is in 16 bits: what has an expert's delta has its weight
+    for own, model in exact:
+        found = torch.where(hat == own, model, found)
     return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same bits, compared in words as long as they go."""
+    whole = one.dim() and one.shape[-1] * one.itemsize % 8 == 0
+    word = torch.int64 if whole else _WORDS[one.itemsize]
+    return torch.equal(one.contiguous().view(word), other.contiguous().view(word))

@@ -39,6 +39,9 @@ RELATIVE, ABSOLUTE = 0.01, 2e-4
 PESSIMISM = 4.0
 """By how much Radau's rule overestimates its error, at least."""
 
+NODES = (3, 6, 12)
+"""Of Radau's rules that are taken in turn, the last where two are compared alone."""
+
 CARRY = 0.25
 """How much of the surprise at an interval's middle is expected to remain in either half."""
 
@@ -157,7 +160,7 @@ def alone(
         compared: whether rules are compared.
     """
     made, before = 0, math.inf
-    for points in (3, 6, 12) if compared else (3, 6):
+    for points in NODES if compared else NODES[:2]:
         found = terms(module, post, shift, loss, [Rule("radau", points)], first)["radau"]
         made += found.gradient_evaluations
         error = abs(found.value - before) if compared else (found.error or 0.0) / PESSIMISM

@@ -7,7 +7,7 @@ with its fields as keys, where alone the defaults stand. The contract tests find
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class Merge(Protocol):
     """A pure map of one tensor's deltas, one of every expert; every merge derives from this class.
 
     Attributes:
+        unit: "entry" where every entry is merged by itself, so that parts of a tensor, flat, give
+            the parts of the result; "tensor" where it needs all of it.
         each: whether it gives one delta for every expert, in their order, in place of one for all.
         version: as for `deltalab.edits.Edit`.
         alone: settings under which one expert alone comes back as it is; None where there are none.
@@ -41,6 +43,7 @@ class Merge(Protocol):
     ((), False)
     """
 
+    unit: ClassVar[Literal["entry", "tensor"]] = "tensor"
     each: ClassVar[bool] = False
     version: ClassVar[int] = 1
     alone: ClassVar[Mapping[str, Any] | None] = {}

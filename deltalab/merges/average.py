@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class Average(Merge):
     """
 
     weights: Mapping[str, float] | None
+    unit: ClassVar[Literal["entry", "tensor"]] = "entry"
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

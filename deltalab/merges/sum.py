@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Sum(Merge):
 
     weight: float
     weights: Mapping[str, float] | None
+    unit: ClassVar[Literal["entry", "tensor"]] = "entry"
     version: ClassVar[int] = 1
     alone: ClassVar[Mapping[str, Any] | None] = {"weight": 1.0}
 

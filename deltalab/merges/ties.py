@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from deltalab.merges import Merge, number, one_of
-from deltalab.weights.threshold import Threshold, kept_count, tensor_threshold
+from deltalab.weights.threshold import Cut, Threshold
+
+Limit = Callable[[float, str, Tensor], Threshold | Cut]
+"""Gives what a share and a scope keep of one expert's delta, or of the part of it at hand."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Ties(Merge):
     keep: float
     scope: str
     weight: float
+    unit: ClassVar[Literal["entry", "tensor"]] = "entry"
     version: ClassVar[int] = 1
     alone: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0, "weight": 1.0}
 
@@ -44,9 +48,7 @@ class Ties(Merge):
         number("weight", self.weight)
         one_of("scope", self.scope, ("model", "tensor"))
 
-    def __call__(
-        self, deltas: Sequence[Tensor], *, quantile: Sequence[Callable[[float], Threshold]]
-    ) -> Tensor:
+    def __call__(self, deltas: Sequence[Tensor], *, quantile: Sequence[Limit]) -> Tensor:
         """Return the merged delta."""
         trimmed = [self._trimmed(delta, index, quantile) for index, delta in enumerate(deltas)]
         found, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
@@ -55,16 +57,11 @@ class Ties(Merge):
             count += agrees
         return self.weight * (found / count.clamp_(min=1))
 
-    def _trimmed(
-        self, delta: Tensor, index: int, quantile: Sequence[Callable[[float], Threshold]]
-    ) -> Tensor:
+    def _trimmed(self, delta: Tensor, index: int, quantile: Sequence[Limit]) -> Tensor:
         if self.keep == 1:
             return delta
-        if self.scope == "tensor":
-            limit = tensor_threshold(delta, kept_count(self.keep, delta.numel()))
-        else:
-            limit = quantile[index](self.keep)
-        return torch.where(limit.survivors(delta), delta, 0.0)
+        survivors = quantile[index](self.keep, self.scope, delta).survivors(delta)
+        return torch.where(survivors, delta, 0.0)
 
 
 def agreeing(deltas: Sequence[Tensor]) -> Iterator[Tensor]:

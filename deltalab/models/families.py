@@ -3,13 +3,37 @@
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
+from deltalab.weights import contents
 from deltalab.weights.mapping import ModelPair, Weights, difference, meta
 
 log = logging.getLogger(__name__)
 STRANGE = 0.9
 """|W_expert - W_base| / |W_base| from which an expert looks like another base's: two models that
 were trained apart come to 1.4."""
+
+
+def check_base(pre: Path, posts: Mapping[str, Path]) -> None:
+    """Refuse experts that are known to have been made from another base.
+
+    Args:
+        pre: the base's checkpoint.
+        posts: the experts', by name.
+
+    Raises:
+        ValueError: their `deltalab.json` names the digest of another one.
+    """
+    wrong = []
+    for name, post in posts.items():
+        known = contents.made_from(post)
+        if known is not None and known != contents.of_checkpoint(pre):
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"model.experts: {', '.join(wrong)}: made from another base than {pre}, by the digest"
+            f" in {posts[wrong[0]] / contents.MANIFEST}"
+        )
 
 
 def check_family(pairs: Mapping[str, ModelPair]) -> None:

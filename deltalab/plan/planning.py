@@ -7,10 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from deltalab.edits import Edit
+from deltalab.loss.lines import NODES
 from deltalab.loss.passes import CHUNK
 from deltalab.loss.riemann import Riemann
 
 GIB = 1 << 30
+GRADIENT = "gradient at W_post in float32"
+OWN = ("model", GRADIENT)
+"""What every expert of a family holds for itself."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,16 @@ class Plan:
             activations=self.activations and other.activations,
         )
 
+    def beside(self, other: "Plan") -> "Plan":
+        """Return the cost of two experts that are open at once, judged one after the other.
+
+        Each has its own module and its own gradient at W_post; what is edited, what is shifted and
+        what a pass needs is one expert's at a time.
+        """
+        both = self.joined(other)
+        own = {n: self.held.get(n, 0) + other.held.get(n, 0) for n in OWN if n in both.held}
+        return replace(both, held={**both.held, **own})
+
     def check(self, engine: str, available: int, where: str) -> None:
         """Raise `ValueError` where a run would not fit, naming the engines that would.
 
@@ -94,6 +108,7 @@ def plan(
     settings: Riemann,
     activations: int | None = None,
     predicted: bool = False,
+    compared: bool = False,
 ) -> Plan:
     """Work out the cost of the terms of a sweep; nothing is computed or allocated.
 
@@ -104,6 +119,7 @@ def plan(
         settings: the rules.
         activations: bytes stored by the forward pass of a micro-batch (`stored`), where known.
         predicted: whether predictions are made too.
+        compared: as for `most_evaluations`.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     unique = {id(parameters[n]): parameters[n] for n in touched if n in parameters}
@@ -122,7 +138,7 @@ def plan(
             2 * t.numel() for t in everything if t.is_floating_point() and t.element_size() == 2
         )
     if settings.starts_at_post or predicted:
-        held["gradient at W_post in float32"] = 4 * entries
+        held[GRADIENT] = 4 * entries
     forward = activations or 0
     largest = (2 if wide else 1) * max((_bytes(p) for p in unique.values()), default=0)
     products = 16 * min(16 * CHUNK, max((p.numel() for p in unique.values()), default=0))
@@ -138,20 +154,23 @@ def plan(
         tensors=len(unique),
         parameters=entries,
         of_parameters=sum(p.numel() for p in module.parameters()),
-        evaluations=most_evaluations(edits, settings, lines=not narrow),
+        evaluations=most_evaluations(edits, settings, not narrow, compared),
         held=held,
         engines=engines,
         activations=activations is not None,
     )
 
 
-def most_evaluations(edits: Sequence[Edit], settings: Riemann, lines: bool = True) -> int:
+def most_evaluations(
+    edits: Sequence[Edit], settings: Riemann, lines: bool = True, compared: bool = False
+) -> int:
     """Return the most gradient evaluations that a sweep can take, shared ones once.
 
     Args:
         edits: the edits of the sweep.
         settings: the rules.
         lines: whether edits share lines; those of weights stored in 16 bits do not.
+        compared: whether these are merges, each of which is a way of its own (`lines.alone`).
 
     >>> from deltalab.edits.expo import Expo
     >>> most_evaluations([Expo(i / 10) for i in range(-10, 11)], Riemann("adaptive"))
@@ -161,6 +180,8 @@ def most_evaluations(edits: Sequence[Edit], settings: Riemann, lines: bool = Tru
     shared = int(settings.starts_at_post)
     fixed = len(edits) * len(nodes - {0.0} if shared else nodes)
     budget: dict[str, int] = {}
+    if compared and settings.adaptive:
+        return shared + fixed + len(edits) * sum(n - 1 for n in NODES)
     for edit in edits if settings.adaptive else ():
         line = edit.line() if lines else None
         budget[line.family if line else repr(edit)] = line.most if line else 2 + 5

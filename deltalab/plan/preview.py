@@ -30,44 +30,65 @@ def preview(points: Sequence[Point], results: str, device: hours.Device) -> str:
     """
     left = [p for p in points if not p.key or records.read(results, p.key) is None]
     lines = [f"points       {len(points)}, of which {len(points) - len(left)} are finished"]
-    pairs = _grouped(left, lambda p: repr(p.model))
+    pairs = _grouped(left, lambda p: repr([p.model, *(e.model for e in p.experts.values())]))
     total, fetched = hours.Hours(), dict[str, int | None]()
     for group in pairs:
         text, spent = _pair(group, device)
         lines += ["", *text]
         total = total.plus(spent)
-        fetched |= downloads(group[0].model)
+        fetched |= _downloads(group[0])
     if len(pairs) > 1:
         lines += ["", *_sizes("total", fetched), *_spent(total, device)]
     return "\n".join(lines)
 
 
 def _pair(points: Sequence[Point], device: hours.Device) -> tuple[list[str], hours.Hours]:
-    """Return the plan of points that share a pair, and their hours."""
+    """Return the plan of points that share a pair or a family, and their hours."""
     first = points[0]
-    module = first.model.skeleton()
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    touched = [n for n in shapes if any(selected(s, n, shapes[n]) for s in _selections(points))]
-    plans, taken = [], dict[Any, tuple[int, int]]()
-    for group in _grouped(points, lambda p: repr((p.riemann, p.prediction, p.objective))):
-        one = group[0]
-        edits, predicted = [point.edit for point in group], one.prediction.enabled
-        plans.append(planning.plan(module, touched, edits, one.riemann, predicted=predicted))
-        products = (len(group) + one.prediction.probes) * predicted
-        before = taken.get(one.objective, (0, 0))
-        taken[one.objective] = (before[0] + plans[-1].evaluations, before[1] + products)
-    plan = reduce(planning.Plan.joined, plans)
+    selections = [p.merged if p.experts else p.select for p in points]
+    each = [[p.experts[name] for p in points] for name in first.experts] or [[*points]]
+    costs = [_cost(own, selections, device, bool(first.experts)) for own in each]
+    plan = reduce(planning.Plan.beside, [plan for plan, _ in costs])
     where = device_of(first.model.device)
-    lines = [f"pair         {first.model}, {len(points)} points on {where}"]
-    lines += _sizes("download", downloads(first.model))
+    names = f"family       {', '.join(first.experts)}, first" if first.experts else "pair        "
+    lines = [f"{names} {first.model}, {len(points)} points on {where}"]
+    lines += _sizes("download", _downloads(first))
     lines.append(plan.table())
     lines += _room(plan, {p.riemann.engine for p in points}, first.model.device, where)
     if where == "cpu" and first.model.device == "cpu":
         return lines, hours.Hours()
-    each = [(point.objective, point.evaluator) for point in points]
-    wide = any(point.riemann.dtype for point in points)
-    spent = hours.of_points(each, taken, hours.Model.of(module), device, wide)
+    spent = reduce(hours.Hours.plus, [spent for _, spent in costs])
     return lines + _spent(spent, device), spent
+
+
+def _cost(
+    points: Sequence[Point], selections: Sequence[Any], device: hours.Device, compared: bool
+) -> tuple[planning.Plan, hours.Hours]:
+    """Return the plan and the hours of points of one pair, or of one expert.
+
+    Args:
+        points: they share a model.
+        selections: what is edited, or merged.
+        device: how fast a GPU the hours are worked out for.
+        compared: whether they are of an expert.
+    """
+    module = points[0].model.skeleton()
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    different = {repr(s): s for s in selections}.values()
+    touched = [n for n in shapes if any(selected(s, n, shapes[n]) for s in different)]
+    plans, taken = [], dict[Any, tuple[int, int]]()
+    for group in _grouped(points, lambda p: repr((p.riemann, p.prediction, p.objective))):
+        one = group[0]
+        edits, predicted = [point.edit for point in group], one.prediction.enabled
+        how = {"predicted": predicted, "compared": compared}
+        plans.append(planning.plan(module, touched, edits, one.riemann, **how))
+        products = (len(group) + one.prediction.probes) * predicted
+        before = taken.get(one.objective, (0, 0))
+        taken[one.objective] = (before[0] + plans[-1].evaluations, before[1] + products)
+    measured = [(point.objective, point.evaluator) for point in points]
+    wide = any(point.riemann.dtype for point in points)
+    spent = hours.of_points(measured, taken, hours.Model.of(module), device, wide)
+    return reduce(planning.Plan.joined, plans), spent
 
 
 def _room(plan: planning.Plan, engines: set[str], asked: str, where: str) -> list[str]:
@@ -84,6 +105,14 @@ def _room(plan: planning.Plan, engines: set[str], asked: str, where: str) -> lis
             raise
         return [f"room         not on this machine: {error}"]
     return []
+
+
+def _downloads(point: Point) -> dict[str, int | None]:
+    """Return what is to be fetched of a pair, or of all experts."""
+    found: dict[str, int | None] = {}
+    for own in point.experts.values() or [point]:
+        found |= downloads(own.model)
+    return found
 
 
 def downloads(model: Any) -> dict[str, int | None]:
@@ -135,11 +164,6 @@ def _grouped(points: Iterable[Point], key: Any) -> list[list[Point]]:
     for point in points:
         found.setdefault(key(point), []).append(point)
     return list(found.values())
-
-
-def _selections(points: Sequence[Point]) -> list[Any]:
-    """Return the different selections of the points."""
-    return list({repr(p.select): p.select for p in points}.values())
 
 
 def _hours(value: float) -> str:

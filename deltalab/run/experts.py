@@ -13,6 +13,7 @@ from deltalab.apply import merging
 from deltalab.apply.audit import summed
 from deltalab.data import splits
 from deltalab.edits.keep import Keep
+from deltalab.models import families
 from deltalab.run.opening import Reference, family
 from deltalab.run.point import (
     Clock,
@@ -66,6 +67,8 @@ def header(settings: Mapping[str, Any]) -> dict[str, Any]:
 def check(points: Mapping[str, Point]) -> None:
     """Check that experts are of one base and that no two are the same.
 
+    What a checkpoint says it was made from counts.
+
     Raises:
         ValueError: which they are.
     """
@@ -80,6 +83,9 @@ def check(points: Mapping[str, Point]) -> None:
     if len(bases) > 1:
         (base, one), (another, two), *_ = bases.items()
         raise ValueError(f"model.experts: {one} is of base {base}, {two} of {another}")
+    known = {n: p.model.checkpoints for n, p in points.items() if hasattr(p.model, "checkpoints")}
+    if known and all(point.parts for point in points.values()):
+        families.check_base(next(iter(known.values()))[0], {n: c[1] for n, c in known.items()})
 
 
 def evaluate(point: Point) -> tuple[dict[str, Any], dict[str, list[float]]]:
@@ -102,13 +108,15 @@ def evaluate(point: Point) -> tuple[dict[str, Any], dict[str, list[float]]]:
         point.merged,
         device,
     )
+    with clock("edit"):
+        made = whole.held()
     merged: Weights = {}
     each: dict[str, dict[str, Any]] = {}
     documents: dict[str, list[float]] = {}
     for name, own in point.experts.items():
         with clock("edit"):
-            if point.merge.each or not merged:
-                merged = dict(whole.merged(name if point.merge.each else None))
+            if model := made.pop(name if point.merge.each else "", None):
+                merged = model
                 finite.check_edited(merged)
             post = {tensor: pairs[name].post[tensor] for tensor in merged}
         told, scored = judged(own, knowns[name], judges[name], merged, post, clock, Keep())
@@ -121,6 +129,7 @@ def evaluate(point: Point) -> tuple[dict[str, Any], dict[str, list[float]]]:
         tensors=len(merged),
         parameters=entries,
         kept=whole.kept(),
+        learned=whole.learned,
         of_parameters=sum(t.numel() for t in next(iter(pairs.values())).module.parameters()),
         experts={name: _record(own) for name, own in each.items()},
         **spent(clock),

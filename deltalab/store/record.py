@@ -113,6 +113,9 @@ class Outcome:
     kept: float | None = held(
         "touched.kept", NUMBER, "kept", unit="share of separate experts' numbers", shows=FILES
     )
+    learned: Mapping[str, Any] = held(
+        "learned", SETTINGS, "learned weight", unit="of the expert, or of its tensor", shows=FILES
+    )
     lost_in_storage: float | None = held(
         "touched.lost_in_storage", NUMBER, "lost in storage", unit="share of the edit", shows=FILES
     )

@@ -4,6 +4,7 @@ A checkpoint's digest is of its tensors: name, dtype, shape and every byte. It d
 the same tensors are cut into other shards. Nothing here imports torch.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from deltalab.weights import configs, headers
 
 ENDINGS = (".bin", ".pt", ".pth")
 """Of PyTorch's own files, which are pickles (`deltalab.weights.pickles`)."""
+MANIFEST = "deltalab.json"
+"""What `deltalab-apply` says of a checkpoint that it wrote, beside it."""
 BESIDE = (".json", ".jinja", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab")
 """Endings of the files beside a model's weights that say how it computes and how it reads text."""
 TENSORS = "tensors of "
@@ -113,6 +116,20 @@ def of_model(path: Path, full: bool = False) -> str:
         if "config.json" not in said:
             raise
         return digests.combined(said)
+
+
+def made_from(path: Path) -> str | None:
+    """Return the digest of the base that a checkpoint was made from, where it says so.
+
+    `deltalab-apply` leaves it in `deltalab.json`, which anyone may have written: what is no digest
+    is none.
+    """
+    try:
+        told = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        found = told["pre"]["digest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def beside(path: Path) -> list[Path]:

@@ -41,6 +41,43 @@ class Threshold:
             mask |= equal.reshape(mask.shape)
         return mask
 
+    def cut(self, delta: Tensor) -> "Cut":
+        """Return what parts of this tensor meet."""
+        if not self.ties:
+            return Cut(self.value, -1)
+        equal = (delta.abs() == self.value).flatten()
+        return Cut(self.value, int(equal.nonzero()[self.ties - 1]))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What survives a magnitude cut in a part of a tensor.
+
+    Attributes:
+        value: as of `Threshold`.
+        last: the flat index in the part up to which entries of magnitude `value` survive.
+
+    >>> Threshold(2.0, 1).cut(torch.tensor([2.0, -3.0, -2.0])).at(2).survivors(torch.tensor([-2.0]))
+    tensor([False])
+    """
+
+    value: float
+    last: int
+
+    def at(self, start: int) -> "Cut":
+        """Return what the part meets that starts so many entries further."""
+        return Cut(self.value, self.last - start)
+
+    def survivors(self, delta: Tensor) -> Tensor:
+        """Return the boolean mask of the surviving entries, of the part's shape."""
+        magnitude = delta.abs()
+        mask = magnitude > self.value
+        if self.last >= 0:
+            equal = (magnitude == self.value).flatten()
+            equal[self.last + 1 :] = False
+            mask |= equal.reshape(mask.shape)
+        return mask
+
 
 def kept_count(keep: float, total: int) -> int:
     """Return floor(keep * total), with keep read as the decimal fraction that was meant.
