@@ -35,6 +35,7 @@ ORDER = (
         "loss",
         "calibration",
         "api",
+        "inference",
         "evaluators",
     ),
     *(

@@ -34,7 +34,8 @@ class LmEval:
         tasks: a mapping of names to settings (shots, metrics, limit, generation), or names.
         include: directories of further task files.
         limit: the first so many documents of every task only; all when None.
-        batch_size: sequences a forward pass; `auto` tries how many the device holds.
+        batch_size: of how many of the longest sequences a forward pass may have the tokens; `auto`
+            tries how many the device holds.
         chat: whether prompts are wrapped in the chat template; None: as the model's pair says.
         fewshot_as_multiturn: in the chat template, whether every example is a turn of its own.
         seed: of the choice of examples and of sampling, set anew before each evaluation.
@@ -43,6 +44,8 @@ class LmEval:
         run_code: whether tasks may run the code that the model writes (HumanEval).
         run_task_code: whether task files of `include` may run Python that lies beside them.
         max_new_tokens: the most tokens to generate; None: as the task says.
+        share: whether the beginnings that prompts share are computed once; scores differ by
+            rounding, as they do with another batch size.
     """
 
     tasks: tuple[Any, ...]
@@ -57,7 +60,8 @@ class LmEval:
     run_code: bool = False
     max_new_tokens: int | None = None
     run_task_code: bool = False
-    beside: ClassVar = ("run_task_code",)
+    share: bool = True
+    beside: ClassVar = ("run_task_code", "share")
     contents: ClassVar = {"include": "tree", "data_dir": "tree"}
     reads: ClassVar = ("lm_eval", "tokens")
 
@@ -92,7 +96,9 @@ class LmEval:
         if self.backend == "vllm":
             live = vllm.launcher(tokenizer, encoder.context, self.batch_size, self.seed)
         else:
-            live = hflm.wrapper(pair.module, tokenizer, encoder.context, self.batch_size)
+            live = hflm.wrapper(
+                pair.module, tokenizer, encoder.context, self.batch_size, self.share
+            )
         runs = [
             requests.prepare(run, tokenizer if chat else None, self.fewshot_as_multiturn, self.seed)
             for run in lm_tasks.load(self)

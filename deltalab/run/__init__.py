@@ -25,7 +25,7 @@ from deltalab.run.point import (
     reference,
     spent,
 )
-from deltalab.store import eviction, locks, records
+from deltalab.store import eviction, locks, records, unfinished
 from deltalab.store.record import SCHEMA, completed, written
 from deltalab.weights import finite
 
@@ -64,7 +64,10 @@ def run(
     if point.artifacts:
         with suppress(OSError):  # a store that cannot be written costs time and no point
             eviction.claim(Path(point.artifacts))
-    with locks.held(records.lock_of(results, point.key)) as lock:
+    with (
+        locks.held(records.lock_of(results, point.key)) as lock,
+        unfinished.point(results, point.key),
+    ):
         done = records.finished(results, point.key, settings["force"], choices.experiment)
         if done is not None:
             return done, True  # another process has just finished it
