@@ -12,6 +12,7 @@ from deltalab import keys, options, run
 from deltalab.apply import turning
 from deltalab.edits.irr import Irr
 from deltalab.edits.safe_delta import SafeDelta
+from deltalab.edits.safe_lora import SafeLora
 from deltalab.models import embedded, families
 from deltalab.rng import Rng
 from deltalab.run import building
@@ -20,7 +21,7 @@ from deltalab.store import latest
 from deltalab.weights.mapping import Checkpoint, ModelPair, difference
 
 SAFE = SafeDelta(0.1, "relative", protect=0.15, block=2048, damp=0.01, compensate=True,
-                 hessian="gram")  # fmt: skip
+                 choose="safety", hessian="gram")  # fmt: skip
 IRR = Irr("unaligned", "sign", 0.0, recalibrate=True, order="as_is", block=128, damp=0.01)
 REMOVE = replace(IRR, recalibrate=False)
 
@@ -158,6 +159,33 @@ def test_making_good_brings_outputs_nearer_on_average() -> None:
         assert bool((hat[REMOVE(delta, **peers) == 0] == 0).all()), "what is removed stays so"
     errors["removed"] = ((REMOVE(delta, **peers) - delta) @ x).square().sum(1).mean()
     assert max(errors["as_is"], errors["removed_first"]) < 0.9 * errors["removed"]
+
+
+@pytest.mark.parametrize("block", [2048, 7])
+def test_controls_keep_as_many_entries_of_every_block(block: int) -> None:
+    delta, gram = drawn(12, 20), gram_of(inputs(20))
+    plain = replace(SAFE, strength=0.3, compensate=False, block=block)
+    safe = plain(delta, gram=gram) != 0
+    largest = replace(plain, choose="magnitude")(delta, gram=gram)
+    at_random = replace(plain, choose="random")(delta, gram=gram, rng=Rng(0, "w"))
+    for start in range(0, 20, block):
+        own = slice(start, start + block)
+        count = int(safe[:, own].sum())
+        assert (largest[:, own] != 0).sum() == (at_random[:, own] != 0).sum() == count
+        least = delta[:, own].abs().flatten().sort().values[-count]
+        assert torch.equal(largest[:, own] != 0, delta[:, own].abs() >= least)
+    assert not torch.equal(at_random != 0, safe)
+
+
+def test_safe_lora_projects_what_is_far_from_alignment() -> None:
+    delta, peer = drawn(6, 9), drawn(6, 9, seed=1)
+    hat = peer @ peer.T @ delta / peer.norm()
+    cosine = float((hat * delta).sum() / hat.norm() / delta.norm())
+    given = {"peers": lambda _: peer}
+    assert torch.allclose(SafeLora("u", cosine + 1e-9)(delta, **given), hat)
+    assert torch.equal(SafeLora("u", cosine - 1e-9)(delta, **given), delta)
+    assert torch.equal(SafeLora("u", 1.0)(delta, peers=lambda _: torch.zeros(6, 9)), delta)
+    assert torch.equal(SafeLora("u", 1.0)(delta[0], **given), delta[0])
 
 
 def test_irr_keeps_what_agrees_with_the_safety_vector() -> None:

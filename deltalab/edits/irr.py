@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltalab.edits import Edit, one_of, whole, within
+from deltalab.edits.safe_delta import highest
 from deltalab.rng import Rng
 from deltalab.weights.columnwise import columnwise
 
@@ -98,9 +99,9 @@ class Irr(Edit):
             count = int(found.sum())
             most = count - int(self.keep * count + 1e-9)
             if drawn is not None:
-                removed[:, own] = highest(drawn[:, own], every, most)
+                removed[:, own] = highest(drawn[:, own], most)
             else:
-                removed[:, own] = highest(worth[:, own], found, most)
+                removed[:, own] = highest(worth[:, own], most, found)
         if gram is None:
             return torch.where(removed, 0.0, matrix).reshape(delta.shape)
         first = (-removed.sum(0)).argsort(stable=True)
@@ -112,15 +113,3 @@ class Irr(Edit):
             order=first if self.order == "removed_first" else None,
         )
         return hat.reshape(delta.shape)
-
-
-def highest(values: Tensor, among: Tensor, count: int) -> Tensor:
-    """Return which entries have the so many highest values among some; of equal ones the last.
-
-    >>> highest(torch.tensor([[3.0, 9.0, 1.0]]), torch.tensor([[True, False, True]]), 1)
-    tensor([[ True, False, False]])
-    """
-    order = torch.where(among, values, -torch.inf).flatten().argsort(stable=True)
-    found = torch.zeros_like(among).flatten()
-    found[order[len(order) - count :]] = True
-    return found.reshape(among.shape)

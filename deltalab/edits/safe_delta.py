@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deltalab.edits import Edit, one_of, whole, within
+from deltalab.rng import Rng
 from deltalab.weights.columnwise import columnwise, inverse_factor
 
 WIDTH = 4096
@@ -34,6 +35,8 @@ class SafeDelta(Edit):
         block: columns that share a budget, at least 1; 2048 as published.
         damp: share of the gram's mean diagonal that is added to it, at least 0.
         compensate: whether entries that are not kept make up for those that are.
+        choose: "safety"; or, as controls, as many entries of every block "random"ly or by
+            "magnitude", the largest, none of them protected.
         hessian: "gram", or "none" for a gram of c I: the cost is D_ij^2 / 2, entries go by column
             and nothing is made good; an ablation, which needs no data.
 
@@ -41,7 +44,7 @@ class SafeDelta(Edit):
         ValueError: a field is out of range; the gram cannot be inverted.
 
     >>> edit = SafeDelta(0.5, "relative", protect=0.0, block=2048, damp=0.01, compensate=True,
-    ...                  hessian="gram")
+    ...                  choose="safety", hessian="gram")
     >>> edit(torch.tensor([[2.0, 1.0, 3.0]]), gram=torch.diag(torch.tensor([1.0, 0.5, 2.0])))
     tensor([[2., 1., 0.]])
     """
@@ -52,6 +55,7 @@ class SafeDelta(Edit):
     block: int
     damp: float
     compensate: bool
+    choose: str
     hessian: str
     version: ClassVar[int] = 1
 
@@ -61,14 +65,18 @@ class SafeDelta(Edit):
         within("protect", self.protect, "[0, 1]")
         whole("block", self.block, 1)
         within("damp", self.damp, "[0, inf)")
+        one_of("choose", self.choose, ("safety", "random", "magnitude"))
         one_of("hessian", self.hessian, ("gram", "none"))
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The gram, unless none is taken."""
-        return ("gram",) if self.hessian == "gram" else ()
+        """What the fields make use of."""
+        grams = ("gram",) if self.hessian == "gram" else ()
+        return (*grams, "rng") if self.choose == "random" else grams
 
-    def __call__(self, delta: Tensor, *, gram: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, delta: Tensor, *, gram: Tensor | None = None, rng: Rng | None = None
+    ) -> Tensor:
         """Return the delta with the entries that are kept, and what makes up for them."""
         if delta.ndim < 2 or not delta.numel() or (gram is None and self.hessian == "gram"):
             return torch.zeros_like(delta)
@@ -77,6 +85,11 @@ class SafeDelta(Edit):
         halves = torch.full(matrix.shape[1:], 0.5, dtype=torch.float64)
         weights = (halves if factor is None else factor.diagonal().pow(-2)).to(delta.device)
         kept = self._kept(matrix.double().square() * weights, weights)
+        if self.choose != "safety":
+            scores = matrix.abs() if rng is None else rng.uniform(delta).reshape(matrix.shape)
+            for start in range(0, matrix.shape[1], self.block):
+                own = kept[:, start : start + self.block]
+                own.copy_(highest(scores[:, start : start + self.block], int(own.sum())))
         if gram is None or not self.compensate:
             return torch.where(kept, matrix, 0.0).reshape(delta.shape)
         hat = columnwise(
@@ -104,3 +117,21 @@ class SafeDelta(Edit):
             spent[len(costs) - int(self.protect * len(costs)) :] = False
             kept[:, order] = spent.reshape(-1, rows).T
         return kept
+
+
+def highest(values: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+    """Return which entries have the so many highest values; of equal ones the last.
+
+    Args:
+        values: of any shape.
+        count: how many, of those among which there are as many.
+        among: which entries may be chosen, likewise; None: all.
+
+    >>> highest(torch.tensor([[3.0, 9.0, 1.0]]), 1, torch.tensor([[True, False, True]]))
+    tensor([[ True, False, False]])
+    """
+    worth = values if among is None else torch.where(among, values, -torch.inf)
+    order = worth.flatten().argsort(stable=True)
+    found = torch.zeros(len(order), dtype=torch.bool, device=values.device)
+    found[order[len(order) - count :]] = True
+    return found.reshape(values.shape)
