@@ -39,13 +39,13 @@ reproduce: $(VENV)/.user ## every table, figure and study of the paper at SCALE=
 	@$(BIN)/deltalab-report results=$(RESULTS) into=$(RESULTS) >/dev/null
 
 test: $(VENV)/.dev ## install the dev tools, run the whole test suite
-	@$(BIN)/pytest -n 2
+	@$(BIN)/pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev ## formatting, lint, types, tests with doctests
 	@$(BIN)/ruff format --check deltalab experiments tests
 	@$(BIN)/ruff check deltalab experiments tests
 	@$(BIN)/mypy
-	@$(BIN)/pytest -n 2
+	@$(BIN)/pytest -n 2 --dist worksteal
 
 slurm: $(VENV)/.dev ## sweeps on a real SLURM of one node (root, Debian)
 	@if experiments/slurm/one_node.sh install; then $(BIN)/pytest -m slurm tests/test_slurm.py -n0 -x; \

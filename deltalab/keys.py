@@ -45,8 +45,12 @@ NEUTRAL: dict[str, Any] = {
     "objective.data.classes": None,
     "evaluator.data.classes": None,
     "merge": None,
-    "calibration": {"model": "post", "data": None, "objective": None, "sequential": False},
-}
+    "calibration": {
+        "model": "post", "data": None, "objective": None, "sequential": False, "fisher": None,
+    },
+    "calibration.fisher": None,
+    "peers": None,
+}  # fmt: skip
 """Settings that came later, each with the value that reproduces what was done without it."""
 BESIDE = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale", "data",

@@ -1,11 +1,13 @@
-"""What settings name by option inside their value: the experts of a family, data to calibrate on.
+"""What settings name by option inside their value: experts, peers, data to calibrate on.
 
     model.experts={a: DIR, b: {post: DIR, data: gsm8k, objective: answers, evaluator: null}}
-    calibration={data: {questions: {path: FILE}}}
+    calibration={data: {questions: {path: FILE}}, fisher: {model: pre, data: OPTION}}
+    peers={unaligned: DIR}
 
 An option is a name, or `{name: settings}`. Each expert becomes the settings of a pair of its own:
 model, data, objective, evaluator and calibration as they would be composed for it alone; what it
-does not name is that of the point. Everything after this works on plain settings.
+does not name is that of the point. Each peer becomes the settings of the point's model, with itself
+for post-trained model. Everything after this works on plain settings.
 """
 
 import copy
@@ -18,8 +20,10 @@ from deltalab.settings import conf_dir, near, option_file, short
 
 GROUPS = ("data", "objective", "evaluator")
 """What an expert may have of its own, beside fields of its model."""
-OWN = ("model", *GROUPS, "calibration")
+OWN = ("model", *GROUPS, "calibration", "peers")
 """The settings of a point that are an expert's own."""
+STATISTICS = ("model", "data", "objective")
+"""What says on whose layers and which data a statistic is taken."""
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -40,8 +44,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         _emptied(own, experts)
     elif "experts" in own.model:
         del own.model["experts"]
-    if given is None and OmegaConf.is_dict(own.get("calibration")):
-        own.calibration = _calibration(own)
+    if given is None:
+        _spelt(own)
+    elif "peers" in own:
+        del own["peers"]
     found: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     return dict(found)
 
@@ -126,8 +132,7 @@ def _alone(cfg: DictConfig, given: Any, where: str) -> DictConfig:
 
 def _expert(own: DictConfig, where: str) -> dict[str, Any]:
     """Return one expert's settings, given the config of its pair."""
-    if OmegaConf.is_dict(own.get("calibration")):
-        own.calibration = _calibration(own)
+    _spelt(own)
     found = {}
     for name in OWN:
         if name in own:
@@ -158,20 +163,49 @@ def _emptied(own: DictConfig, experts: Mapping[str, Any]) -> None:
         del own["calibration"]
 
 
+def _spelt(own: DictConfig) -> None:
+    """Put in place what calibration and peers of a pair name."""
+    if OmegaConf.is_dict(own.get("calibration")):
+        own.calibration = _calibration(own)
+    if own.get("peers") is not None:
+        own.peers = _peers(own)
+
+
 def _calibration(own: DictConfig) -> Any:
-    """Return the settings of a calibration, with the objective that its data make."""
-    node = own.calibration
-    for key in node:
-        if key not in (known := ("model", "data", "objective", "sequential")):
-            raise ValueError(f"calibration.{key}: no such setting{near(str(key), known)}")
+    """Return the settings of a calibration, with the objectives that its data make."""
+    found = _calibrated(own, own.calibration, "calibration", (*STATISTICS, "sequential", "fisher"))
+    if (apart := own.calibration.get("fisher")) is not None:
+        if not OmegaConf.is_dict(apart):
+            raise ValueError(
+                f"calibration.fisher={short(apart)}: must be null, or {{model: pre, data: OPTION}}"
+            )
+        found["fisher"] = _calibrated(own, apart, "calibration.fisher", STATISTICS)
+    return found
+
+
+def _calibrated(own: DictConfig, node: DictConfig, where: str, known: tuple[str, ...]) -> Any:
+    for key in map(str, node):
+        if key not in known:
+            raise ValueError(f"{where}.{key}: no such setting{near(key, known)}")
+    found = _contained(node)
     if node.get("data") is None and node.get("objective") is None:
-        return node
+        return found
     apart = _copy(own)
     for group in ("data", "objective"):
         if (given := node.get(group)) is not None:
-            apart[group] = _option(apart, group, _contained(given), f"calibration.{group}")
+            apart[group] = _option(apart, group, _contained(given), f"{where}.{group}")
     made = _contained(apart.objective, throw_on_missing=True)
-    return {**_contained(node), "data": None, "objective": made}
+    return {**found, "data": None, "objective": made}
+
+
+def _peers(own: DictConfig) -> dict[str, Any]:
+    """Return the settings of every peer's model, of the same base as the point's."""
+    given: Any = _contained(own.peers)
+    if not isinstance(given, Mapping) or not all(isinstance(p, str) for p in given.values()):
+        raise ValueError(f"peers={short(given)}: must be null, or name models, as {{a: PATH}}")
+    model = _contained(own.model, throw_on_missing=True)
+    alone = {key: None if key == "post_revision" else value for key, value in model.items()}
+    return {name: {**alone, "post": place} for name, place in given.items()}
 
 
 def _option(own: DictConfig, group: str, given: Any, where: str) -> Any:

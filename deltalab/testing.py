@@ -67,12 +67,21 @@ def needs(edit: Any, delta: Tensor, name: str = "layer.weight", seed: int = 0) -
     given = {
         "rng": Rng(seed, name),
         "grad": tensor(tuple(delta.shape), seed=99),
+        "fisher": tensor(tuple(delta.shape), seed=97).square(),
+        "peers": lambda peer: tensor(tuple(delta.shape), seed=96),
+        "gram": gram(delta) if matrix else None,
         "acts": inputs,
         "scale": lambda steps, lr: delta.abs().mean() if matrix else None,
         "svd": lambda: tuple(svd(delta.flatten(1))),
         "quantile": lambda keep: ModelThreshold().of(keep, {name: delta})[name],
     }
     return {need: given[need] for need in edit.needs}
+
+
+def gram(delta: Tensor) -> Tensor:
+    """Return a stand-in for the gram of a layer's inputs, fewer than it has columns."""
+    rows = tensor((16, delta[0].numel()), seed=95)
+    return rows.T @ rows / 16
 
 
 def check_says(name: str) -> None:

@@ -53,7 +53,7 @@ def provided(edit, deltas, device: str = "cpu") -> Extras:
         found = testing.needs(edit, deltas[name].cpu(), name)[need]
         return on(device, found) if isinstance(found, Tensor) and found.ndim else found
 
-    others = {n: partial(stand_in, n) for n in ("grad", "acts", "scale")}
+    others = {n: partial(stand_in, n) for n in ("grad", "acts", "scale", "gram", "fisher", "peers")}
     return Extras(edit.needs, 3, others, memo=Memo())
 
 

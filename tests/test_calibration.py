@@ -122,6 +122,17 @@ def test_statistics_are_of_half_a_and_of_the_model_named(pair: ModelPair) -> Non
         assert all(torch.equal(held[n], t) for n, t in pair.post.items())
 
 
+def test_squared_gradients_can_be_of_a_model_and_data_of_their_own(pair: ModelPair) -> None:
+    task, safety = images(), images(6)
+    other = Calibration(pair, safety, Store(None, {}), model="pre")
+    both = Calibration(pair, task, Store(None, {}), apart=other).providers()
+    for name, need, own in (
+        ("head.weight", "fisher", other),
+        ("head.weight", "gram", Calibration(pair, task, Store(None, {}))),
+    ):
+        assert torch.equal(both[need](name, {}), own.providers()[need](name, {}))
+
+
 def test_memory_is_bounded_and_what_was_collected_is_kept(pair, tmp_path, monkeypatch) -> None:
     passes = []
     for what in ("grams", "fisher"):
@@ -155,9 +166,10 @@ def test_memory_is_bounded_and_what_was_collected_is_kept(pair, tmp_path, monkey
     assert passes
 
 
-def test_sequentially_a_block_sees_those_before_it_edited(pair: ModelPair) -> None:
-    loss, seen = images(), {}
-    own = Calibration(pair, loss, Store(None, {}), sequential=True)
+@pytest.mark.parametrize("side", ["post", "pre"])
+def test_sequentially_a_block_sees_those_before_it_edited(pair: ModelPair, side: str) -> None:
+    loss, seen, base = images(), {}, getattr(pair, side)
+    own = Calibration(pair, loss, Store(None, {}), model=side, sequential=True)
 
     def load(name: str) -> torch.Tensor:
         seen[name] = own.gram(name)
@@ -173,14 +185,16 @@ def test_sequentially_a_block_sees_those_before_it_edited(pair: ModelPair) -> No
     for index in range(3):
         module = Blocks().eval()
         edited = {
-            n: t + 1.0 * n.startswith(("stem", *(f"blocks.{i}." for i in range(index))))
-            for n, t in pair.post.items()
+            n: pair.post[n] + 1.0
+            if n.startswith(("stem", *(f"blocks.{i}." for i in range(index))))
+            else t
+            for n, t in base.items()
         }  # fmt: skip
         module.load_state_dict(edited)
         for name in (f"blocks.{index}.0.weight", f"blocks.{index}.2.weight"):
             wanted = collecting.grams(module, half, [name])[name]
             assert torch.allclose(seen[name], wanted, rtol=1e-5), name
-    plain = Calibration(pair, loss, Store(None, {})).gram("blocks.2.0.weight")
+    plain = Calibration(pair, loss, Store(None, {}), model=side).gram("blocks.2.0.weight")
     assert not torch.allclose(seen["blocks.2.0.weight"], plain, rtol=1e-3)
 
 
@@ -221,7 +235,7 @@ def test_any_causal_model_and_any_vit(tmp_path) -> None:
     [
         ({"model": "base"}, "calibration.model=base: must be one of post, pre"),
         ({"sequential": 1}, "calibration.sequential=1: must be true or false"),
-        ({"model": "pre", "sequential": True}, "goes with calibration.model=post"),
+        ({"fisher": {"model": "base"}}, "calibration.fisher.model=base: must be one of post, pre"),
     ],
 )
 def test_mistakes_are_told(given: dict, text: str) -> None:

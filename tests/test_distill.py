@@ -110,7 +110,7 @@ def test_what_is_averaged_or_learned_is_so_once_for_all_tensors(pair, monkeypatc
         monkeypatch.setattr(module, name, counted)
     gradient = {name: tensor(tuple(t.shape), 7) for name, t in pair.post.items()}
     given = provided(pair, Squares((tensor((5, 6), 3),)), lambda: gradient)
-    assert tuple(given) == PROVIDED
+    assert tuple(given) == PROVIDED[:-1], "all but peers, which are models"
     assert given["grad"]("bias", {}) is gradient["bias"]
     assert given["acts"]("weight", {}).shape == (6,)
     assert given["acts"]("bias", {}) is None

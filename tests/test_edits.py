@@ -66,6 +66,9 @@ def needs(
     given = {
         "rng": Rng(seed, name),
         "grad": on(device, tensor(tuple(delta.shape), seed=99)),
+        "fisher": on(device, tensor(tuple(delta.shape), seed=97).square()),
+        "peers": lambda peer: on(device, tensor(tuple(delta.shape), seed=96)),
+        "gram": on(device, testing.gram(delta)) if matrix else None,
         "acts": on(device, inputs) if matrix else None,
         "scale": lambda steps, lr: on(device, delta.abs().mean()) if matrix else None,
         "svd": lambda: tuple(on(device, factor) for factor in svd(delta.flatten(1))),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from deltalab.apply import editing
 from deltalab.rng import Rng
+from deltalab.testing import gram
 from deltalab.weights import finite, mapping
 from deltalab.weights.factor import svd
 from deltalab.weights.threshold import ModelThreshold
@@ -63,6 +64,9 @@ def needs(edit, delta, seed=0):
     given_ = {
         "rng": Rng(seed, "w"),
         "grad": torch.ones(delta.shape).cumsum(0).sub(1.5) if delta.ndim else torch.ones(()),
+        "fisher": torch.ones(delta.shape),
+        "peers": lambda peer: torch.ones(delta.shape),
+        "gram": gram(delta) if wide else None,
         "acts": torch.ones(delta[0].numel()) if wide else None,
         "svd": lambda: svd(delta.flatten(1)),
         "quantile": lambda keep: ModelThreshold().of(keep, {"w": delta})["w"],

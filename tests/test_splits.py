@@ -81,7 +81,8 @@ EDITS["bitdelta_distilled"] = edit_of("bitdelta_distilled", steps=9)
 @pytest.fixture
 def known():
     latest.forget()
-    yield opening.opened(Model(), Objective(), None, "error", None, None, {})
+    peers = {"unaligned": Model()}
+    yield opening.opened(Model(), Objective(), None, "error", None, None, {}, (None, None), peers)
     latest.forget()
 
 

@@ -47,7 +47,7 @@ NEEDS = {
     ),
     "scale": Need("(steps, lr) -> Tensor | None", "a scale learned for this tensor"),
     "share": Need("Share", "what a budget gives this tensor"),
-    "peers": Need("list[Tensor]", "the deltas of further post-trained models"),
+    "peers": Need("str -> Tensor", "the delta of a further post-trained model, by its name"),
     "experts": Need("list[str]", "the names of the experts, for a merge"),
     "base": Need("Tensor", "the pre-trained tensor, for a merge"),
     "total": Need("(deltas -> Tensor) -> Tensor", "a sum over all tensors, for a merge"),
@@ -55,7 +55,7 @@ NEEDS = {
     "entropy": Need("Learn -> list[float]", "weights that lower the entropy, for a merge"),
 }
 """All that an edit may ask for, and a merge, which gets one of every expert where that makes sense
-(`deltalab.apply.merging`). `share` and `peers` have no provider yet."""
+(`deltalab.apply.merging`). `share` has no provider yet."""
 
 OWN = ("rng", "svd", "quantile")
 """What a pair and a seed suffice for."""

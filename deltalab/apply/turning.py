@@ -66,7 +66,7 @@ def _turned(name: str, value: Any) -> Any:
         case "grad" | "fisher":
             return value.mT
         case "peers":
-            return [peer.mT for peer in value]
+            return lambda peer: value(peer).mT
     return value
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deltalab.calibration import collecting, entropy
@@ -16,7 +15,7 @@ from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Loss
 from deltalab.terminal import console
 from deltalab.weights.layouts import layout_of
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, live, loaded, meta
+from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, loaded, meta
 
 PROVIDED = ("acts", "gram", "fisher", "entropy")
 """What `Calibration.providers` provides."""
@@ -29,20 +28,18 @@ def check(settings: Mapping[str, Any]) -> None:
     """Check what says of which model and how statistics are taken.
 
     Raises:
-        ValueError: an unknown model, or one whose inputs no edit changes.
+        ValueError: an unknown model, or neither true nor false.
 
     >>> check({"model": "base"})
     Traceback (most recent call last):
     ValueError: calibration.model=base: must be one of post, pre
     """
-    side, sequential = settings.get("model", "post"), settings.get("sequential", False)
-    if side not in SIDES:
-        raise ValueError(f"calibration.model={side}: must be one of {', '.join(SIDES)}")
-    if not isinstance(sequential, bool):
+    apart = settings.get("fisher") or {}
+    for where, node in (("calibration", settings), ("calibration.fisher", apart)):
+        if (side := node.get("model", "post")) not in SIDES:
+            raise ValueError(f"{where}.model={side}: must be one of {', '.join(SIDES)}")
+    if not isinstance(sequential := settings.get("sequential", False), bool):
         raise ValueError(f"calibration.sequential={sequential}: must be true or false")
-    if sequential and side != "post":
-        raise ValueError("calibration.sequential=true: goes with calibration.model=post, whose"
-                         " layers are edited")  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -58,7 +55,9 @@ class Calibration:
         model: whose layers: `post` or `pre`.
         about: what decides the statistics beside the store's own determinants, ready for JSON.
         sequential: whether a block's inputs are those that the blocks before it give once they are
-            edited (`in_order`); such statistics belong to one point and are not kept.
+            edited (`in_order`), the others being the model's; such statistics belong to one point
+            and are not kept.
+        apart: whose squared gradients are provided in place of this one's own.
         limit: bytes of statistics that a pass holds.
     """
 
@@ -69,8 +68,10 @@ class Calibration:
     about: Mapping[str, Any] = field(default_factory=dict)
     sequential: bool = False
     limit: int = collecting.LIMIT
+    apart: "Calibration | None" = None
     _held: dict[str, tuple[Any, Mapping[str, Tensor]]] = field(default_factory=dict, init=False)
     _grouped: dict[int, list[list[Any]]] = field(default_factory=dict, init=False)
+    _made: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def providers(self) -> dict[str, Callable[[str, Weights], Any]]:
         """Return the providers of `PROVIDED`, for `extras.Extras`."""
@@ -79,7 +80,7 @@ class Calibration:
                 self.pair.module, self._means, name, meta(self.pair.post, name).shape
             ),
             "gram": lambda name, _: self.gram(name),
-            "fisher": lambda name, _: self._fisher[name],
+            "fisher": lambda name, _: (self.apart or self)._fisher[name],
             "entropy": lambda *_: self.unsure,
         }
 
@@ -177,8 +178,9 @@ class Calibration:
     def _seated(self) -> Iterator[None]:
         """Have the module hold the weights that are asked about."""
         pair = self.pair
-        pre = loaded(pair.module, pair.pre, restore=pair.post)
-        with pre if self.model == "pre" else nullcontext(), torch.no_grad():
+        side = pair.pre if self.model == "pre" else pair.post
+        base = loaded(pair.module, side, restore=pair.post) if side is pair.pre else nullcontext()
+        with base, loaded(pair.module, self._made, restore=side):
             yield
 
     def in_order(self, edited: Weights) -> dict[str, Tensor]:
@@ -189,31 +191,13 @@ class Calibration:
         """
         if not self.sequential:
             return dict(edited)
-        module, post, made = self.pair.module, self.pair.post, dict[str, Tensor]()
-        place = {name: index for index, name in enumerate(module.state_dict())}
+        place = {name: index for index, name in enumerate(self.pair.module.state_dict())}
         known = {f: place[n] for f, n in self._layers.items()}
         order = sorted(edited, key=lambda name: known.get(name, place.get(name, len(place))))
         self._held.clear()
         try:
             for name in order:
-                made[name] = edited[name]
-                _fill(self.pair, {name: made[name]}, made)
+                self._made[name] = edited[name]
+            return {name: self._made[name] for name in edited}
         finally:
-            _fill(self.pair, {name: post[name] for name in made}, {})
-        return {name: made[name] for name in edited}
-
-
-def _fill(pair: ModelPair, weights: Weights, before: Weights) -> None:
-    """Write weights under the files' names into the live module.
-
-    Args:
-        pair: the open pair.
-        weights: what to write.
-        before: what was written before, where the module has one tensor of several of the files'.
-    """
-    rest = LazyWeights(pair.post, lambda n: before[n] if n in before else pair.post[n],
-                       lambda n: meta(pair.post, n))  # fmt: skip
-    state = pair.module.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, value in live(pair.module, weights, rest).items():
-            state[name].copy_(value)
+            self._made.clear()

@@ -49,11 +49,25 @@ def check_family(pairs: Mapping[str, ModelPair]) -> None:
         names, text = ", ".join(strangers), next(iter(strangers.values()))
         raise ValueError(f"model.experts: {names} cannot be merged with {first}: {text}")
     for name, pair in pairs.items():
-        if (share := distance(pair)) > STRANGE:
-            log.warning(
-                "model.experts.%s: |delta| is %.2f of |W|; is the expert of another base?", name,
-                share,
-            )  # fmt: skip
+        _warn(f"model.experts.{name}", pair)
+
+
+def peers(pair: ModelPair, others: Mapping[str, ModelPair]) -> dict[str, Weights]:
+    """Return the weights of further models of a pair's base; warn of one that looks like another's.
+
+    Raises:
+        ValueError: one whose tensors differ in name or shape, with the first difference.
+    """
+    for name, other in others.items():
+        if text := _unlike(pair.post, other.post):
+            raise ValueError(f"peers.{name}: of another base: {text}")
+        _warn(f"peers.{name}", other)
+    return {name: other.post for name, other in others.items()}
+
+
+def _warn(setting: str, pair: ModelPair) -> None:
+    if (share := distance(pair)) > STRANGE:
+        log.warning("%s: |delta| is %.2f of |W|; is it of another base?", setting, share)
 
 
 def _unlike(one: Weights, other: Weights) -> str:

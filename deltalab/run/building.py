@@ -79,10 +79,31 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     providing.check(layers)
     layers["objective"] = build(layers.get("objective"), "calibration.objective")
     layers.pop("data", None)
+    if apart := layers.get("fisher"):
+        made = build(apart.get("objective"), "calibration.fisher.objective")
+        layers["fisher"] = {"model": apart.get("model", "post"), "objective": made}
+    peers = {name: _peer(name, node) for name, node in (first.get("peers") or {}).items()}
+    if "peers" in edit.needs and not peers:
+        raise ValueError(
+            f"peers=null: edit {type(edit).__name__} reads a further post-trained model of the"
+            " base; name it, as peers={unaligned: PATH}"
+        )
     with experts.named(names[0]) if names else nullcontext():
         parts = {name: build(first[name], name) for name in ("model", *BUILT)}
-    made = {"edit": edit, "merge": merge, "merged": merged, "calibration": layers, **parts}
-    return chosen, made
+    for name, peer in peers.items():
+        if (base := getattr(peer, "pre", None)) != (own := getattr(parts["model"], "pre", None)):
+            raise ValueError(f"peers.{name}={peer.post}: of base {base}, the model is of {own}")
+    parts |= {"merge": merge, "merged": merged, "calibration": layers, "peers": peers}
+    return chosen, {"edit": edit, **parts}
+
+
+def _peer(name: str, node: Mapping[str, Any]) -> Any:
+    """Build the spec of a peer; a mistake in it is told as one of the peer's."""
+    try:
+        return build(node, f"peers.{name}")
+    except ValueError as error:
+        text = str(error).removeprefix("model.post=")
+        raise ValueError(f"peers.{name}={text}") from None
 
 
 def _selecting(node: Mapping[str, Any], setting: str) -> tuple[Any, Any]:

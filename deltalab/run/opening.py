@@ -19,7 +19,7 @@ from deltalab.store import latest
 from deltalab.store.effects import two_errors
 from deltalab.terminal.console import one_line
 from deltalab.weights import finite
-from deltalab.weights.mapping import ModelPair, loaded
+from deltalab.weights.mapping import ModelPair, Weights, loaded
 
 log = logging.getLogger(__name__)
 OPENED = ("model", "objective", "evaluator")
@@ -54,7 +54,8 @@ class Reference:
     """What every edit of a pair shares: the live module, and both of its ends measured.
 
     Attributes:
-        calibrating: the objective on whose examples layers are looked at.
+        calibrating: the objectives on whose examples layers are looked at, and gradients taken.
+        peers: the weights of further post-trained models of the same base, by name.
         memo: what points make of it and share, by name.
     """
 
@@ -64,7 +65,8 @@ class Reference:
     pre_scores: Scores
     post_scores: Scores
     store: Callable[[str | None], Store]
-    calibrating: Loss
+    calibrating: tuple[Loss, Loss]
+    peers: Mapping[str, Weights] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
     _halves: dict[str, Judge] = field(default_factory=dict)
 
@@ -87,8 +89,9 @@ class Unopened(ValueError):
     """The pair cannot be opened, and so no point of it can be run."""
 
 
-Opening = tuple[Any, Any, Any, str, str, float | None, Mapping[str, Any], Any]
-"""What a pair is opened with: spec of the model and the arguments of `_measured` after the pair."""
+Opening = tuple[Any, Any, Any, str, str, float | None, Mapping[str, Any], Any, Mapping[str, Any]]
+"""What a pair is opened with: spec of the model, the arguments of `_measured` after the pair, and
+the specs of its peers."""
 
 
 @latest.latest("reference", *OPENED)
@@ -100,6 +103,7 @@ def family(openings: Mapping[str, Opening]) -> dict[str, Reference]:
     """
     pairs: dict[str, ModelPair] = {}
     wrong: dict[str, Exception] = {}
+    peers = {name: _peers(*each) for name, each in openings.items()}
     for name, (model, _, _, nonfinite, *_) in openings.items():
         try:
             pairs[name] = _pair(model, nonfinite)
@@ -112,13 +116,33 @@ def family(openings: Mapping[str, Opening]) -> dict[str, Reference]:
         families.check_family(pairs)
     except ValueError as error:
         raise Unopened(one_line(error)) from error
-    return {name: _measured(pairs[name], *each[1:]) for name, each in openings.items()}
+    return {
+        name: _measured(pairs[name], *each[1:8], peers=peers[name])
+        for name, each in openings.items()
+    }
 
 
 @latest.latest("reference", *OPENED)
 def opened(*opening: Any) -> Reference:
     """Open a pair, with its objective and evaluator: an `Opening`, taken apart."""
-    return _measured(_pair(opening[0], opening[3]), *opening[1:])
+    peers = _peers(*opening)  # before the pair, which then is what stays open
+    pair = _pair(opening[0], opening[3])
+    return _measured(pair, *opening[1:8], peers=peers)  # type: ignore[misc]
+
+
+def _peers(*opening: Any) -> dict[str, ModelPair]:
+    """Open the peers of a pair, each as a pair of its own with the same base.
+
+    Raises:
+        Unopened: one that cannot be opened.
+    """
+    found = {}
+    for name, spec in (opening[8] if len(opening) > 8 else {}).items():
+        try:
+            found[name] = _pair(spec, opening[3])
+        except Unopened as error:
+            raise Unopened(f"peers.{name}: {error}") from error
+    return found
 
 
 def _pair(model: Any, nonfinite: str) -> ModelPair:
@@ -136,7 +160,8 @@ def _measured(
     artifacts: str,
     artifacts_gb: float | None,
     shared: Mapping[str, Any],
-    calibrating: Any = None,
+    calibrating: tuple[Any, Any] = (None, None),
+    peers: Mapping[str, ModelPair] | None = None,
 ) -> Reference:
     """Open the objective and evaluator of a pair, and measure both of its ends, once.
 
@@ -148,7 +173,9 @@ def _measured(
         artifacts: where gradients and slopes are kept.
         artifacts_gb: how much of them; None: all.
         shared: what decides them, ready for JSON.
-        calibrating: spec of the loss on whose examples layers are looked at; None: the objective.
+        calibrating: specs of the losses on whose examples layers are looked at and squared
+            gradients taken; None: the objective.
+        peers: further pairs of the same base, by name; their modules are let go.
     """
     most = math.inf if artifacts_gb is None else artifacts_gb * 1e9
 
@@ -156,7 +183,7 @@ def _measured(
         return Store(artifacts, {**shared, **({"half": half} if half else {})}, most)
 
     # Before the objective, which then is what stays open.
-    other = calibrating.open(pair, store(None)) if calibrating is not None else None
+    others = [spec.open(pair, store(None)) if spec is not None else None for spec in calibrating]
     loss = objective.open(pair, store(None))
     score = evaluator.open(pair) if evaluator is not None else lambda module: Scores({}, {})
     post, post_scores = measure(pair.module, loss), score(pair.module)
@@ -172,4 +199,6 @@ def _measured(
         )
     engine = Engine(pair, loss, store(None))
     whole = Judge(loss, engine, pre, post, None, len(post.losses))
-    return Reference(pair, whole, score, pre_scores, post_scores, store, other or loss)
+    layers, squares = others[0] or loss, others[1] or others[0] or loss
+    beside = families.peers(pair, peers or {})
+    return Reference(pair, whole, score, pre_scores, post_scores, store, (layers, squares), beside)

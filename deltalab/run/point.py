@@ -1,9 +1,10 @@
 """One point of a pair, opened: what it is, what it may ask for, and what edited weights come to."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from deltalab.calibration import providing
 from deltalab.calibration.providing import Calibration
 from deltalab.evaluators.scores import Scores
 from deltalab.loss import distill
-from deltalab.loss.objectives import Measured, change, influences, measure
+from deltalab.loss.objectives import Loss, Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.provenance import peak_memory
@@ -23,7 +24,7 @@ from deltalab.store import latest
 from deltalab.store.digests import key_of
 from deltalab.weights.mapping import Weights, difference, loaded
 
-PROVIDED = (*distill.PROVIDED, *providing.PROVIDED)
+PROVIDED = (*distill.PROVIDED, *providing.PROVIDED, "peers")
 """What `providers` provides."""
 
 
@@ -33,6 +34,7 @@ class Point:
 
     Attributes:
         experts: of a family, the point of every expert's pair, by name; empty for a pair.
+        peers: specs of further post-trained models of the same base, by name.
         merge: how they become one; None for a pair.
         merged: the tensors that are merged.
     """
@@ -57,6 +59,7 @@ class Point:
     merge: Any = None
     merged: Any = "all"
     experts: Mapping[str, "Point"] = field(default_factory=dict)
+    peers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def drawn(self) -> dict[str, Any]:
@@ -74,13 +77,15 @@ def reference(point: Point) -> Reference:
 def stamp(points: Sequence[Point]) -> None:
     """Say what the contents of points are that are to be opened together."""
     parts = {name: [point.parts[name] for point in points] for name in OPENED}
-    alone = len(points) == 1
+    parts["model"] += [point.parts["peers"] for point in points if "peers" in point.parts]
+    alone = len(points) == 1 and not points[0].peers
     latest.stamp(**{n: key_of({"of": each[0] if alone else each}) for n, each in parts.items()})
 
 
 def opening(point: Point) -> Opening:
     """Return what a point's pair is opened with."""
     shared = {name: point.parts[name] for name in ("model", "objective", "nonfinite", "reads")}
+    layers = point.calibration
     return (
         point.model,
         point.objective,
@@ -89,7 +94,8 @@ def opening(point: Point) -> Opening:
         point.artifacts,
         point.artifacts_gb,
         shared,
-        point.calibration.get("objective"),
+        tuple(each.get("objective") for each in (layers, layers.get("fisher") or {})),
+        point.peers,
     )
 
 
@@ -108,18 +114,42 @@ def providers(known: Reference, calibrated: Calibration) -> dict[str, Provider]:
     """Return the providers of all that needs an objective."""
     gradient = lambda: known.whole.engine.gradient  # noqa: E731
     fitted = distill.providers(known.pair, known.whole.loss, gradient)
-    return {**fitted, **calibrated.providers()}
+    return {**fitted, **calibrated.providers(), "peers": partial(_of_peer, known)}
+
+
+def _of_peer(known: Reference, name: str, _: Weights) -> Callable[[str], Tensor]:
+    """Return what gives the delta of one tensor of a peer, by the peer's name."""
+
+    def delta(peer: str) -> Tensor:
+        if peer not in known.peers:
+            there = ", ".join(known.peers) or "none; name it, as peers={" + peer + ": PATH}"
+            raise ValueError(f"edit.peer={peer}: no such model among the peers, {there}")
+        return difference(known.pair.pre[name], known.peers[peer][name])
+
+    return delta
 
 
 def calibration(known: Reference, point: Point | None = None) -> Calibration:
     """Return the statistics of a pair's layers, shared by all points that take them alike."""
     settings = dict(point.calibration) if point else {}
-    settings.pop("objective", None)
-    about = {"calibration": point.parts.get("calibration") if point else None}
-    key = repr(("calibration", settings, about))
+    apart = settings.pop("fisher", None)
+    parts = (point.parts.get("calibration") if point else None) or None
+    found = _calibration(known, known.calibrating[0], settings, parts)
+    if apart:
+        parts = {"fisher": (parts or {}).get("fisher")}
+        found.apart = _calibration(known, known.calibrating[1], apart, parts)
+    return found
+
+
+def _calibration(
+    known: Reference, loss: Loss, settings: Mapping[str, Any], parts: Any
+) -> Calibration:
+    kept = {name: settings[name] for name in ("model", "sequential") if name in settings}
+    about = {"calibration": parts}
+    key = repr(("calibration", kept, about))
     if key not in known.memo:
         store = known.store(None)
-        known.memo[key] = Calibration(known.pair, known.calibrating, store, about=about, **settings)
+        known.memo[key] = Calibration(known.pair, loss, store, about=about, **kept)
     found: Calibration = known.memo[key]
     return found
 

@@ -23,6 +23,7 @@ def columnwise(
     damp: float = 0.01,
     order: Tensor | None = None,
     block: int = BLOCK,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Fix every column of a matrix in turn, each made good by those that come after it.
 
@@ -41,6 +42,7 @@ def columnwise(
         damp: share of the gram's mean diagonal that is added to it, at least 0.
         order: the columns' indices in the order in which they are fixed; None: as they stand.
         block: columns between two updates of all that follow; changes no more than rounding.
+        factor: `inverse_factor` of the gram in this order, where it is there already.
 
     Returns:
         (d, k), in weight's dtype, float32 at least.
@@ -61,7 +63,10 @@ def columnwise(
     places = torch.arange(columns) if order is None else order.cpu()
     if not torch.equal(places.sort().values, torch.arange(columns)):
         raise ValueError(f"the order must name each of the {columns} columns once")
-    factor = inverse_factor(gram[places][:, places], damp).to(weight.device, exact)
+    if factor is None:
+        beside = places.to(gram.device)
+        factor = inverse_factor(gram[beside][:, beside], damp)
+    factor = factor.to(weight.device, exact)
     left = weight[:, places.to(weight.device)].to(exact, copy=True)
     for start in range(0, columns, block):
         end = min(start + block, columns)
