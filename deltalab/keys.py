@@ -42,6 +42,7 @@ NEUTRAL: dict[str, Any] = {
     "salt": "",
     "model.experts": None,
     "model.classes": None,
+    "edit.masks": None,
     "objective.data.classes": None,
     "evaluator.data.classes": None,
     "merge": None,

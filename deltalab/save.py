@@ -176,11 +176,10 @@ def _merge(
         {name: post for name, (_, post, _) in sides.items()},
         out,
         merge,
-        edit,
+        {name: family.drawing(edit, salt, name, [*experts]) for name in experts},
         select=chosen,
         merged=merged,
         seed=cfg.seed,
-        salts={name: family.salt(salt, name) for name in experts},
         describe={k: {"name": names[k].__name__.lower(), **v} for k, v in described.items()},
         dequantize=dequantize,
     )

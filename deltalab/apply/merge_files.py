@@ -34,12 +34,11 @@ def merge(
     posts: Mapping[str, Path],
     out: Path,
     merge: Merge,
-    edit: Edit,
+    edits: Mapping[str, tuple[Edit, str]],
     *,
     select: Any,
     merged: Any,
     seed: int,
-    salts: Mapping[str, str],
     describe: dict[str, Any] | None = None,
     dequantize: bool | None = None,
 ) -> dict[str, Any]:
@@ -50,11 +49,10 @@ def merge(
         posts: every expert, by name.
         out: directory to write, which must not exist; it appears when all is written.
         merge: the merge; it can ask for all that experts suffice for.
-        edit: what every expert's delta undergoes first.
+        edits: what every expert's delta undergoes first, and what sets its random numbers apart.
         select: the tensors that the edit touches.
         merged: the tensors that are merged; others are the base's, or each expert's own.
         seed: of random edits.
-        salts: what sets every expert's random numbers apart.
         describe: said about merge and edit in the manifest.
         dequantize: as for `stream.stream`.
 
@@ -72,9 +70,9 @@ def merge(
         name: Expert(
             one,
             _weights({n: side.entries[n] for n in base.entries}, ties, f"model.experts.{name}"),
-            edit,
+            edits[name][0],
             select,
-            Extras(edit.needs, seed, memo=Memo(limit=0), salt=salts[name], turned=turned),
+            Extras(edits[name][0].needs, seed, {}, Memo(limit=0), edits[name][1], turned),
         )
         for name, side in sides.items()
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltalab.apply import editing
 from deltalab.apply.extras import NEEDS, Extras, Provider, handed
-from deltalab.edits import Edit
+from deltalab.edits import Edit, Survival
 from deltalab.edits.keep import Keep
 from deltalab.merges import Learn, Merge, Parts
 from deltalab.weights.aligned import saved_names
@@ -76,6 +76,15 @@ class Expert:
         with torch.no_grad():
             return self.extras.seen(self.edit, own)(before, **needs)
 
+    def survival(self, name: str) -> Survival | None:
+        """Return how likely entries of one tensor stay other than zero; None where that is unknown.
+
+        They all do where the edit does not touch the tensor.
+        """
+        if isinstance(self.edit, Keep) or name not in self._chosen:
+            return Survival(1.0, 1.0)
+        return self.edit.survival()
+
     @cached_property
     def _chosen(self) -> dict[str, str]:
         """The names by which the edit goes, by listed name."""
@@ -138,6 +147,11 @@ class Family:
         hat = made if isinstance(made, Tensor) else made[[*self.experts].index(own[0])]
         found = joined(base, [posts[n] for n in own], [raw[n] for n in own], hat)
         return found.to(pre.device)
+
+    def first(self, count: int) -> "Family":
+        """Return the family of the first so many experts."""
+        some = dict([*self.experts.items()][:count])
+        return Family(some, self.merge.restricted([*some]), self.select, self.device)
 
     def kept(self) -> float:
         """Return the share of separate experts' numbers that is kept of the merged tensors."""
