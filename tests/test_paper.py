@@ -249,14 +249,15 @@ def test_every_artefact_has_an_experiment_that_says_what_it_is():
 
 @pytest.mark.parametrize("name", ARTEFACTS)
 def test_every_artefact_is_committed_with_its_numbers(name):
-    card = json.loads((RESULTS / "paper" / f"{name}.json").read_text())
-    points = reading.lines(RESULTS / "paper" / card["lines"])
+    folder = RESULTS / ARTEFACTS[name].folder
+    card = json.loads((folder / f"{name}.json").read_text())
+    points = reading.lines(folder / card["lines"])
     assert card["points"] == len(points) > 5
     assert {point.experiment for point in points} == {name}
     assert all(point.change is not None and point.terms and point.data for point in points)
     for figure in card["figures"]:
         for kind in ("file", "png"):
-            assert (RESULTS / "paper" / figure[kind]).stat().st_size > 1000
+            assert (folder / figure[kind]).stat().st_size > 1000
     assert card["verdict"] in ("agrees", "undecided", "partly", "disagrees", "finding")
     assert ARTEFACTS[name].claim == card["claim"]
 
@@ -264,13 +265,13 @@ def test_every_artefact_is_committed_with_its_numbers(name):
 @pytest.mark.parametrize("name", [n for n in ARTEFACTS if n != "rules"])
 def test_every_verdict_is_what_the_checks_say_of_the_committed_points(name, tmp_path):
     """Without a model: `python -m experiments.paper NAME from=committed` writes the same cards."""
-    (tmp_path / "paper").mkdir()
-    for kind in ("json", "jsonl"):
-        kept = RESULTS / "paper" / f"{name}.{kind}"
-        (tmp_path / "paper" / kept.name).write_bytes(kept.read_bytes())
+    folder = ARTEFACTS[name].folder
+    (tmp_path / folder).mkdir()
+    for kept in (RESULTS / folder).glob(f"{name}*.json*"):
+        (tmp_path / folder / kept.name).write_bytes(kept.read_bytes())
     path, _ = committed.judge(name, tmp_path)
     assert json.loads(path.read_text()) == json.loads(
-        (RESULTS / "paper" / f"{name}.json").read_text()
+        (RESULTS / folder / f"{name}.json").read_text()
     )
 
 

@@ -24,18 +24,21 @@ from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.nulls import DECLARED, drawn
 from experiments.paper.simulate import GSM, World
 
-RUNS = 1000
-BY_CHANCE = 0.05 + 2 * math.sqrt(0.05 * 0.95 / RUNS)
 FINDS = {f"{find.__module__.rpartition('.')[2]}.{find.__name__}": find for find in DECLARED}
 NULLS = [(name, check) for name, find in FINDS.items() for check in DECLARED[find].nulls]
 
 
-def verdicts(find, draw, count, name, only=None):
-    """Count the verdicts of every check over a thousand data sets."""
+def by_chance(runs):
+    """Return the most of so many data sets on which a check of level 5 % may agree by chance."""
+    return 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def verdicts(find, draw, name, only=None):
+    """Count the verdicts of every check over the declared number of data sets."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    found = Counter()
-    for _ in range(RUNS):
-        world = drawn(draw, rng, count)
+    found, declared = Counter(), DECLARED[find]
+    for _ in range(declared.runs):
+        world = drawn(draw, rng, declared.count)
         for check in find(world.points, world.documents).checks:
             if only in (None, check.name):
                 found[check.name, check.verdict] += 1
@@ -55,18 +58,18 @@ def test_every_check_of_every_artefact_declares_its_null():
 def test_no_check_agrees_by_chance(name, check):
     declared = DECLARED[FINDS[name]]
     _, null = declared.nulls[check]
-    found = verdicts(FINDS[name], null, declared.count, f"{name} {check}", only=check)
-    assert found[check, "agrees"] / RUNS <= BY_CHANCE
-    assert found.total() == RUNS
+    found = verdicts(FINDS[name], null, f"{name} {check}", only=check)
+    assert found[check, "agrees"] / declared.runs <= by_chance(declared.runs)
+    assert found.total() == declared.runs
 
 
 @pytest.mark.parametrize("name", FINDS)
 def test_every_check_sees_the_papers_pattern(name):
     declared = DECLARED[FINDS[name]]
-    found = verdicts(FINDS[name], declared.pattern, declared.count, name)
+    found, runs = verdicts(FINDS[name], declared.pattern, name), declared.runs
     for check in declared.nulls:
-        assert found[check, "agrees"] / RUNS >= 0.9, check
-        assert found[check, "disagrees"] / RUNS <= BY_CHANCE, check
+        assert found[check, "agrees"] / runs >= 0.9, check
+        assert found[check, "disagrees"] / runs <= by_chance(runs), check
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["documents", "scores alone"])

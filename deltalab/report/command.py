@@ -21,7 +21,7 @@ from deltalab.report.summary import agreement, summary
 from deltalab.report.tables import Column, markdown, signed
 from deltalab.store import exporting, files, shown
 from deltalab.store.effects import check_margin
-from deltalab.store.reading import TRACKED, read, read_tracked
+from deltalab.store.reading import TRACKED, cards, read, read_tracked
 from deltalab.store.record import Outcome
 from deltalab.terminal.commands import command
 
@@ -30,7 +30,7 @@ usage: deltalab-report [results=DIR] [into=DIR] [experiment=NAME] [from=wandb] [
                        [compare='EDIT;EDIT'] [export=FILE]
 
 Turn DIR/records/*.json into DIR/NAME.md, DIR/NAME_*.png and DIR/NAME_*.svg, and print the table.
-DIR/index.html shows all of them, and the artefacts of DIR/paper/*.json, on one page.
+DIR/index.html shows all of them, and the artefacts of DIR/paper and DIR/merging, on one page.
 
   results=DIR      where the records are and the report goes (default: results)
   into=DIR         where the report goes instead; without it nothing that git tracks is overwritten:
@@ -121,8 +121,7 @@ def report(
         raise ValueError(f"results={results}: no such directory")
     points = _points(directory, source)
     points = points if share is None else at_margin(points, share)
-    cards = any((directory / "paper").glob("*.json"))
-    if not points and (experiment or compare or export or not cards):
+    if not points and (experiment or compare or export or not cards(directory)):
         _no_records(results, directory, source)
     names = sorted({point.experiment for point in points})
     if experiment and experiment not in names:

@@ -15,6 +15,13 @@ from deltalab.store.records import enrolled, path_of
 Warn = Callable[[str], None]
 TRACKED = "wandb/.points"
 """Where a tracker leaves what it has logged: `PROJECT/EXPERIMENT/KEY`, one record a file."""
+CARDS = ("paper", "merging")
+"""Where the cards of artefacts lie, with their figures and the points that they are made of."""
+
+
+def cards(directory: Path, pattern: str = "*.json") -> list[Path]:
+    """Return the files of a results directory that lie where its cards do, by folder and name."""
+    return [path for folder in CARDS for path in sorted((directory / folder).glob(pattern))]
 
 
 def read(directory: Path, warn: Warn) -> list[Outcome]:

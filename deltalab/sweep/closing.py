@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deltalab.report.outcomes import relative_error
 from deltalab.store import exporting
-from deltalab.store.reading import sort_key
+from deltalab.store.reading import cards, sort_key
 from deltalab.store.record import Outcome, parse
 from deltalab.store.records import Record, path_of
 from deltalab.sweep import sweeps
@@ -104,11 +104,10 @@ def own_figures(
 ) -> Iterator[tuple[Path, str]]:
     """Yield the figures that an experiment has drawn itself, if they are of these very records.
 
-    They are `DIR/paper/NAME.png` and `DIR/paper/NAME_*.png`; one that is older than a record is not
-    of it.
+    They lie where cards do, as `DIR/paper/NAME.png` and `DIR/paper/NAME_*.png`; one that is older
+    than a record is not of it.
     """
     latest = max(path_of(results, record["key"]).stat().st_mtime for record in found)
-    paths = [*(results / "paper").glob(f"{name}.png"), *(results / "paper").glob(f"{name}_*.png")]
-    for path in sorted(paths):
+    for path in [*cards(results, f"{name}.png"), *cards(results, f"{name}_*.png")]:
         if path.stat().st_mtime >= latest:
             yield path, path.stem

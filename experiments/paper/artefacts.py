@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deltalab.store.record import Outcome
+from experiments.merging import study
 from experiments.paper import (
     alpha,
     bits,
@@ -21,12 +22,21 @@ from experiments.paper.found import Found
 
 @dataclass(frozen=True)
 class Artefact:
-    """A table or figure of the paper, or a study of ours, of the experiment of its name."""
+    """A table or figure of the paper, or a study of ours, of the experiment of its name.
+
+    Attributes:
+        folder: of the results, where its card lies.
+        lighter: leaves out of a point what is not committed.
+        documents: the ends of what is committed of single documents, beside the points.
+    """
 
     title: str
     claim: str
     find: Callable[[Sequence[Outcome], Documents | None], Found]
     kind: str = "artefact"
+    folder: str = "paper"
+    lighter: Callable[[Outcome], Outcome] = lambda point: point
+    documents: tuple[str, ...] = ()
 
 
 NEAR_POST = "Scores stay near the post-trained model's for small p and k, and k < 0 works too."
@@ -100,5 +110,15 @@ ARTEFACTS = {
         "How far does one pass at the post-trained model see?",
         predict.predict,
         "study",
+    ),
+    "merging": Artefact(
+        "Merging: all merges on two families of experts",
+        "On experts that merge, methods that look at singular values or grams are as good as task"
+        " arithmetic at its best weight, and one is better; what a merge costs every expert is told"
+        " by the term, and ranked beforehand by one pass.",
+        study.merging,
+        folder="merging",
+        lighter=study.lighter,
+        documents=("objective/change", "/accuracy"),
     ),
 }

@@ -14,7 +14,7 @@ from deltalab.settings import conf_dir
 from deltalab.store import exporting
 from deltalab.store.record import Outcome
 from experiments.paper.artefacts import ARTEFACTS
-from experiments.paper.evidence import Stored
+from experiments.paper.evidence import Stored, keep
 from experiments.paper.found import Found, deciding, told
 
 FIGURES = 6
@@ -28,14 +28,15 @@ ROLES = {
 
 
 def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tuple[Path, Found]:
-    """Make one artefact from its points and write it below `results/paper/`."""
+    """Make one artefact from its points and write it below `results/`, into its folder."""
     import matplotlib
 
-    folder = results / "paper"
-    folder.mkdir(parents=True, exist_ok=True)
     artefact = ARTEFACTS[name]
+    folder = results / artefact.folder
+    folder.mkdir(parents=True, exist_ok=True)
     figures = []
-    found = artefact.find(points, Stored(results))
+    documents = Stored(results)
+    found = artefact.find(points, documents)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         shown, drawn = found.show()
         for suffix, figure, caption in drawn:
@@ -44,7 +45,9 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
             svg = path.with_suffix(".svg")
             figure.savefig(svg, metadata={"Date": None, "Creator": None})
             figures.append({"file": svg.name, "png": path.name, "caption": caption})
-    exporting.write(points, folder / f"{name}.jsonl", FIGURES)
+    exporting.write([*map(artefact.lighter, points)], folder / f"{name}.jsonl", FIGURES)
+    if artefact.documents:
+        keep(points, documents, artefact.documents, folder / f"{name}_documents.jsonl")
     tables = [{"title": t.title, "columns": [*t.columns], "rows": [*t.rows]} for t in shown]
     card = {
         "name": name,

@@ -1,7 +1,8 @@
 """Artefacts judged anew from the points that are committed, without running or drawing anything.
 
-`python -m experiments.paper NAME from=committed` reads `DIR/paper/NAME.jsonl` and writes what the
-checks say of it into the card: verdict, sentence, checks and notes. Figures, further tables, date,
+`python -m experiments.paper NAME from=committed` reads the points that lie beside the card, as
+`DIR/paper/NAME.jsonl`, and writes what the checks say of them into it: verdict, sentence, checks
+and notes. Figures, further tables, date,
 commit and hardware stay those of the run that computed the points.
 """
 
@@ -16,6 +17,7 @@ from deltalab.store import reading
 from deltalab.store.record import Outcome
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.card import judged, save
+from experiments.paper.evidence import kept
 from experiments.paper.found import Found
 
 _ENDS = re.compile(r"(\S+), (\S+?)(, %)?: pre [\d.]+, post ([\d.]+)")
@@ -27,11 +29,13 @@ def judge(name: str, results: Path) -> tuple[Path, Found]:
     Raises:
         ValueError: the points lack what the checks need.
     """
-    path = results / "paper" / f"{name}.json"
+    artefact = ARTEFACTS[name]
+    path = results / artefact.folder / f"{name}.json"
     card = json.loads(path.read_text(encoding="utf-8"))
-    found = ARTEFACTS[name].find(points(results / "paper" / f"{name}.jsonl", ends(card)), None)
-    kept = [t for t in card["tables"] if t["title"] != "What was checked"]
-    return save(path, card | judged(name, found, kept)), found
+    documents = kept(path.with_name(f"{name}_documents.jsonl")) or None
+    found = artefact.find(points(path.with_suffix(".jsonl"), ends(card)), documents)
+    tables = [t for t in card["tables"] if t["title"] != "What was checked"]
+    return save(path, card | judged(name, found, tables)), found
 
 
 def ends(card: Mapping[str, Any]) -> dict[str, dict[str, float]]:

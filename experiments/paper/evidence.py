@@ -6,6 +6,7 @@ on what there is, each time with a wider error, and remembers which: on the pair
 records, then on the scores alone, as if every model had been scored on documents of its own.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 from deltalab.data.splits import Half, places
 from deltalab.report import comparison
 from deltalab.statistics.means import Mean, over_draws, two_way
+from deltalab.store import files
 from deltalab.store.record import Outcome
 
 Documents = Mapping[str, Mapping[str, Any]]
@@ -206,3 +208,46 @@ class Stored(Mapping[str, Mapping[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._read)
+
+
+def keep(
+    points: Sequence[Outcome], documents: Documents, ends: tuple[str, ...], path: Path
+) -> None:
+    """Write what single documents scored, one line a point, so that its checks can be repeated.
+
+    Args:
+        points: of an artefact.
+        documents: of every point.
+        ends: the ends of the metrics that are kept; scores of 0 and 1 are written as digits.
+        path: a file of JSON lines.
+    """
+    lines = []
+    for point in points:
+        kept = documents[point.key]
+        found = {n: _short(values) for n, values in kept.items() if n.endswith(ends)}
+        lines.append(json.dumps({"key": point.key, **found}) + "\n")
+    files.write(path, "".join(lines))
+
+
+def kept(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Read what `keep` has written; nothing where it has not."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        own = json.loads(line)
+        found[own.pop("key")] = {name: _long(values) for name, values in own.items()}
+    return found
+
+
+def _short(values: Sequence[float]) -> Any:
+    """Write scores of single documents, null for what has none.
+
+    >>> _short([1.0, 0.0]), _short([0.5, math.nan]), _long("10"), _long([0.5, None])
+    ('10', [0.5, None], [1.0, 0.0], [0.5, nan])
+    """
+    if all(v in (0.0, 1.0) for v in values):
+        return "".join(str(int(v)) for v in values)
+    return [None if math.isnan(v) else v for v in values]
+
+
+def _long(values: Any) -> list[float]:
+    return [math.nan if v is None else float(v) for v in values]

@@ -17,7 +17,7 @@ START, END = "<!-- artefacts: written by `make reproduce` -->\n", "<!-- end -->"
 
 def cards(results: Path) -> list[dict[str, Any]]:
     """Read the cards that there are, in the order of the artefacts."""
-    paths = [results / "paper" / f"{name}.json" for name in ARTEFACTS]
+    paths = [results / each.folder / f"{name}.json" for name, each in ARTEFACTS.items()]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
 
@@ -27,7 +27,9 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     def column(title: str, *values: str, right: bool = False, markup: bool = False) -> Column:
         return Column(title, values, right=right, markup=markup)
 
-    figures = [f"[{c['name']}](paper/{c['figures'][0]['png']})" for c in found]
+    figures = [
+        f"[{c['name']}]({ARTEFACTS[c['name']].folder}/{c['figures'][0]['png']})" for c in found
+    ]
     return markdown([
         column("artefact", *figures, markup=True),
         column("claim", *(c["claim"] for c in found)),

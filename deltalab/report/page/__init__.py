@@ -1,7 +1,8 @@
 """`DIR/index.html`: all that a results directory tells, on one page that needs no network.
 
-A template with escaping makes the page; `DIR/paper/*.json` are its cards, the records (or, where
-there are none, CSV files beside the cards) its points. The same files give the same bytes.
+A template with escaping makes the page; `DIR/paper/*.json` and `DIR/merging/*.json` are its
+cards, the records (or, where there are none, CSV files beside the cards) its points. The same
+files give the same bytes.
 """
 
 from collections import Counter
@@ -32,7 +33,7 @@ def write(
     """Write the page of a results directory.
 
     Args:
-        directory: holds `paper/*.json`.
+        directory: holds `paper/*.json`, `merging/*.json`.
         points: its records, all of them.
         warn: told in one line of what cannot be shown.
         place: holds the reports `*.md` and their figures, gets `index.html`; None: `directory`.

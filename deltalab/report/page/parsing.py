@@ -1,4 +1,4 @@
-"""Read cards from `DIR/paper/*.json`, doubting what they hold.
+"""Read cards from `DIR/paper/*.json` and beside it, doubting what they hold.
 
 A card is data of whoever wrote it, so that nothing in it is trusted: every field may be absent or
 of a wrong kind, and a file that it names must lie beside it.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalab.report.page.cards import VERDICTS, Card, Figure, Grid, Warn, lighter
-from deltalab.store import shown
+from deltalab.store import reading, shown
 from deltalab.store.fields import number, plain
 
 
@@ -18,11 +18,11 @@ def read_cards(directory: Path, warn: Warn) -> list[Card]:
     """Read all cards of a results directory, in the order of the paper.
 
     Args:
-        directory: holds `paper/*.json`; no such folder is no mistake.
+        directory: holds `paper/*.json`, `merging/*.json`; no such folder is no mistake.
         warn: told in one line of every file that cannot be read.
     """
     cards = []
-    for path in sorted((directory / "paper").glob("*.json")):
+    for path in reading.cards(directory):
         try:
             cards.append(parse(json.loads(path.read_text(encoding="utf-8")), path, warn))
         except (OSError, ValueError, RecursionError) as problem:
