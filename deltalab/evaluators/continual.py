@@ -25,6 +25,8 @@ from deltalab.weights.mapping import ModelPair
 
 PROTOTYPES = ("refreshed", "stale")
 BACKBONES = ("merged", "own")
+APART = 1 << 32
+"""What sets the labels of one task apart from those of the next."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def follow(
     backbones: Iterable[AbstractContextManager[nn.Module]],
     how: Continual,
 ) -> Stream:
-    """Go through a stream, task by task.
+    """Go through a stream, task by task; classes of two tasks are two, whatever their numbers.
 
     Args:
         tasks: in order.
@@ -173,9 +175,11 @@ def follow(
                 head = how.made()
             fresh = range(t + 1) if how.prototypes == "refreshed" else [t]
             for j in fresh:
-                head.add(*features(module, tasks[j].train))
+                x, labels = features(module, tasks[j].train)
+                head.add(x, labels + j * APART)
             for j in range(t + 1):
-                right[t, j] = rightness(head, *features(module, tasks[j].test))
+                x, labels = features(module, tasks[j].test)
+                right[t, j] = rightness(head, x, labels + j * APART)
     return Stream(right, len(tasks))
 
 

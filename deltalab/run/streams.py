@@ -62,14 +62,16 @@ def streamed(
     """Go through a stream.
 
     Returns:
-        The metrics, `stream/...`; the accuracy matrix; what every test image scored.
+        The metrics, `stream/...`; how it was classified, and the accuracy matrix; what every test
+        image scored.
     """
     how, first = next(iter(tasks.values())), next(iter(pairs.values()))
     opened = [task.task(pairs[name].transform) for name, task in tasks.items()]
     found: Stream = follow(opened, _backbones(how, first, family), how)
     names = {f"stream/{name}": value for name, value in found.metrics().items()}
     scored = {f"stream/{name}": values for name, values in found.documents().items()}
-    return names, {"accuracy": found.matrix([*tasks])}, scored
+    about = {"head": how.head, "prototypes": how.prototypes, "backbone": how.backbone}
+    return names, {**about, "accuracy": found.matrix([*tasks])}, scored
 
 
 def _backbones(
