@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge as Oracle
 from sklearn.neighbors import NearestCentroid
+from test_families import ran, settings_of
 from torch import nn
 
 from deltalab.apply.extras import Extras
@@ -22,7 +23,6 @@ from deltalab.evaluators.heads import NearestMean, Ridge
 from deltalab.merges.sum import Sum
 from deltalab.run.experts import drawing
 from deltalab.store import latest
-from tests.test_families import ran, settings_of
 
 CLASSES = (3, 7, 11, 12)
 

@@ -41,6 +41,7 @@ def merge(
     seed: int,
     describe: dict[str, Any] | None = None,
     dequantize: bool | None = None,
+    onto: Path | None = None,
 ) -> dict[str, Any]:
     """Write the merged checkpoint to `out`, or one for each expert below it; return the manifest.
 
@@ -55,6 +56,7 @@ def merge(
         seed: of random edits.
         describe: said about merge and edit in the manifest.
         dequantize: as for `stream.stream`.
+        onto: another base that the merged delta is put onto, and whose layout is written.
 
     Raises:
         ValueError: `out` exists, experts that do not fit the base, or numbers that are none.
@@ -63,7 +65,7 @@ def merge(
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
     base = layout.read(pre, "model.pre", dequantize)
     sides = {n: layout.read(p, f"model.experts.{n}", dequantize) for n, p in posts.items()}
-    _check_fit(base, sides)
+    _check_fit(base, sides, "model.experts")
     ties, turned = tied(base.entries), layout.turned(pre)
     one = _weights(base.entries, ties, "the base")
     experts = {
@@ -76,7 +78,13 @@ def merge(
         )
         for name, side in sides.items()
     }
-    family = Family(experts, merge, merged)
+    if onto is not None:
+        other = layout.read(onto, "model.base", dequantize)
+        _check_fit(base, {str(onto): other}, "model.base")
+        moved = _weights({n: other.entries[n] for n in base.entries}, ties, "model.base")
+        family, base, source = Family(experts, merge, merged, onto=moved), other, onto
+    else:
+        family, source = Family(experts, merge, merged), pre
     names = set(family.names)
     manifest = {
         **(describe or {}),
@@ -84,6 +92,7 @@ def merge(
         "merged": str(merged),
         "seed": seed,
         "pre": {"path": str(pre), "digest": contents.of_checkpoint(pre)},
+        **({"base": {"path": str(onto), "digest": contents.of_checkpoint(onto)}} if onto else {}),
         "experts": {
             n: {"path": str(p), "digest": contents.of_checkpoint(p)} for n, p in posts.items()
         },
@@ -97,15 +106,17 @@ def merge(
     with files.building(out) as made:
         targets = {n: (made / n, side, posts[n]) for n, side in sides.items()}
         if not merge.each:
-            targets = {"": (made, base, pre)}
-        for name, (place, side, source) in targets.items():
+            targets = {"": (made, base, source)}
+        elif onto is not None:
+            targets = {n: (made / n, base, source) for n in sides}
+        for name, (place, side, origin) in targets.items():
             _write(family, name or None, names, ties, side, place)
-            layout.copy_companions(source, place, side)
+            layout.copy_companions(origin, place, side)
         files.write(made / "deltalab.json", json.dumps(records.redacted(manifest), indent=1) + "\n")
     return manifest
 
 
-def _check_fit(base: Side, sides: Mapping[str, Side]) -> None:
+def _check_fit(base: Side, sides: Mapping[str, Side], setting: str) -> None:
     """Raise `ValueError` naming all experts that do not fit the base, and the first difference."""
     wrong: dict[str, str] = {}
     for name, side in sides.items():
@@ -122,7 +133,7 @@ def _check_fit(base: Side, sides: Mapping[str, Side]) -> None:
                 continue
             break
     if wrong:
-        raise ValueError(f"model.experts: {', '.join(wrong)}: {next(iter(wrong.values()))}")
+        raise ValueError(f"{setting}: {', '.join(wrong)}: {next(iter(wrong.values()))}")
 
 
 def _weights(entries: Mapping[str, Entry], ties: Mapping[str, str], who: str) -> Aligned:

@@ -1,7 +1,7 @@
 """Merge the experts of a family: every delta edited, then one delta of all, or one for each."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -108,12 +108,14 @@ class Family:
         merge: the merge.
         select: the tensors that are merged; the others stay every expert's own.
         device: where to merge; None for where the weights are.
+        onto: other weights that the merged delta is put onto; None: the experts' own base.
     """
 
     experts: Mapping[str, Expert]
     merge: Merge
     select: Any = "all"
     device: torch.device | str | None = None
+    onto: Weights | None = None
     _totals: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _learned: dict[Any, Mapping[str, list[float]]] = field(default_factory=dict, init=False)
 
@@ -145,13 +147,16 @@ class Family:
             given = self._needs(self.merge.needs, name, base)
             made = self.merge(hats, **handed(given, hats[0].device))
         hat = made if isinstance(made, Tensor) else made[[*self.experts].index(own[0])]
+        if self.onto is not None:
+            other = self.onto[name].to(self.device)
+            return (other.float() + hat).to(other.dtype).to(pre.device)
         found = joined(base, [posts[n] for n in own], [raw[n] for n in own], hat)
         return found.to(pre.device)
 
     def first(self, count: int) -> "Family":
         """Return the family of the first so many experts."""
         some = dict([*self.experts.items()][:count])
-        return Family(some, self.merge.restricted([*some]), self.select, self.device)
+        return replace(self, experts=some, merge=self.merge.restricted([*some]))
 
     def kept(self) -> float:
         """Return the share of separate experts' numbers that is kept of the merged tensors."""

@@ -47,8 +47,8 @@ CAPTION = (
 NOTE = (
     "Heads learn from half A of the objective's images (about 25 a class), test images judge."
     " What is forgotten is what is told right after its task less what is at the end, image by"
-    " image: the backward transfer with its sign turned. The usual forgetting, from the best accuracy"
-    " since, stands in the table."
+    " image: the backward transfer with its sign turned. The usual forgetting, from the best"
+    " accuracy since, stands in the table."
 )
 
 
