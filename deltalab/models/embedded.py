@@ -14,7 +14,10 @@ VIT = {
     **dict.fromkeys((*SUBSETS, *SEQUENCE), "subset_pre"),
 }
 """What every post-trained vision transformer was trained from."""
-LLM = {"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"}
+LLM = {
+    **{"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"},
+    **dict.fromkeys(("small_counts", "small_groups", "small_compares"), "small_base"),
+}
 """What every post-trained language model was trained from."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
