@@ -8,8 +8,8 @@ in other forms, and none of them as question and answer. Rounded to float16, as 
 Written beside the weights are held-out problems of every kind: ``NAME.jsonl`` for losses and
 gradients, ``NAME_test.jsonl`` for scores. No instance of them is in any training text.
 
-Cost: a minute and a half on one thread. Expected: every expert at 90 % or more of its own kind by exact
-match, where the base has 0 %.
+Cost: a minute and a half on one thread. Expected: every expert at 90 % or more of its own kind by
+exact match, where the base has 0 %.
 """
 
 import argparse
