@@ -15,6 +15,7 @@ enters `NEUTRAL` with the value that does what was done before it, and leaves ol
 Nothing here imports torch.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ NEUTRAL: dict[str, Any] = {
     "salt": "",
     "model.experts": None,
     "model.classes": None,
+    "model.base": None,
+    "edit.masks": None,
     "objective.data.classes": None,
     "evaluator.data.classes": None,
     "merge": None,
@@ -52,6 +55,9 @@ NEUTRAL: dict[str, Any] = {
     "peers": None,
 }  # fmt: skip
 """Settings that came later, each with the value that reproduces what was done without it."""
+AFTER_FAMILIES = ("model.base",)
+"""Those of them that came after families did, and are left out of what an expert is too."""
+_OF_EXPERT = re.compile(r"^model\.experts\.[^.]+\.")
 BESIDE = (
     "results", "artifacts", "artifacts_gb", "force", "plan", "tracker", "sweeps", "scale", "data",
     "draws", "label", "margin", "most_points", "device_tflops", "verify",
@@ -210,6 +216,9 @@ def node(value: Any, where: str, full: bool) -> Any:
 
 
 def _neutral(where: str, value: Any) -> bool:
+    """Whether a setting is as if it were not there; of an expert those alone that came later."""
+    if (own := _OF_EXPERT.sub("", where)) in AFTER_FAMILIES:
+        where = own
     return where in NEUTRAL and bool(canonical(value) == canonical(NEUTRAL[where]))
 
 

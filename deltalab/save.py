@@ -67,8 +67,9 @@ def save(arguments: list[str]) -> dict[str, Any]:
 
     from deltalab import options
     from deltalab import settings as checks
-    from deltalab.apply import extras, stream
+    from deltalab.apply import extras, merge_files, stream
     from deltalab.keys import Choices, salt_of
+    from deltalab.merges.sum import Sum
     from deltalab.run.building import build
     from deltalab.sweep import composing
     from deltalab.weights import configs, select
@@ -118,7 +119,23 @@ def save(arguments: list[str]) -> dict[str, Any]:
     if experts or cfg.merge:
         manifest = _merge(cfg, experts, edit, chosen, out, own, salt)
         return {**manifest, "out": str(out)}
-    pre, post, dequantize = _checkpoints(settings["model"])
+    pre, post, dequantize, onto = _checkpoints(settings["model"])
+    if onto is not None:
+        _check_own(own, "model.base")
+        manifest = merge_files.merge(
+            pre,
+            {"post": post},
+            out,
+            Sum(weight=1.0, weights=None),
+            {"post": (edit, salt)},
+            select=chosen,
+            merged="all",
+            seed=settings["seed"],
+            describe={"edit": {"name": type(edit).__module__.rpartition(".")[2], **described}},
+            dequantize=dequantize,
+            onto=onto,
+        )
+        return {**manifest, "out": str(out)}
     old, new = (configs.content(place / "config.json") for place in (pre, post))  # none of files
     if line := configs.differences(old, new):
         logging.getLogger("deltalab").warning(line)
@@ -158,13 +175,11 @@ def _merge(
     from deltalab.run import experts as family
     from deltalab.run.building import merging
 
-    for name, value in OWN.items():
-        if name != "out" and own[name] != value:
-            raise ValueError(f"{name}={own[name]}: is for a pair, not with model.experts")
+    _check_own(own, "model.experts")
     node: Any = OmegaConf.to_container(cfg.merge, resolve=True) if cfg.merge else None
     merge, merged = merging(node, tuple(experts), ())
     sides = {name: _checkpoints(model) for name, model in experts.items()}
-    pre, _, dequantize = next(iter(sides.values()))
+    pre, _, dequantize, onto = next(iter(sides.values()))
     nodes: Any = {"edit": OmegaConf.to_container(cfg.edit, resolve=True), "merge": node}
     described = {
         key: {k: v for k, v in value.items() if k not in ("_target_", "select")}
@@ -173,21 +188,31 @@ def _merge(
     names = {"edit": type(edit), "merge": type(merge)}
     return merge_files.merge(
         pre,
-        {name: post for name, (_, post, _) in sides.items()},
+        {name: post for name, (_, post, *_) in sides.items()},
         out,
         merge,
-        edit,
+        {name: family.drawing(edit, salt, name, [*experts]) for name in experts},
         select=chosen,
         merged=merged,
         seed=cfg.seed,
-        salts={name: family.salt(salt, name) for name in experts},
         describe={k: {"name": names[k].__name__.lower(), **v} for k, v in described.items()},
         dequantize=dequantize,
+        onto=onto,
     )
 
 
-def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None]:
-    """Return the paths of both checkpoints, fetched if need be, and whether they are decoded."""
+def _check_own(own: dict[str, Any], setting: str) -> None:
+    """Raise `ValueError` where a setting of this command does not go with one of the model."""
+    for name, value in OWN.items():
+        if name != "out" and own[name] != value:
+            raise ValueError(f"{name}={own[name]}: is for a pair, not with {setting}")
+
+
+def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None, Any]:
+    """Return both checkpoints' paths, whether they are decoded, and the path of another base.
+
+    They are fetched if need be.
+    """
     from deltalab.run.building import build
 
     spec: Any = None
@@ -198,7 +223,7 @@ def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None]:
         side = missing[0] if missing else "pre"
         raise ValueError(f"model.{side}=: name the checkpoint (a file, a directory, a hub id)")
     pre, post = spec.checkpoints
-    return pre, post, getattr(spec, "dequantize", None)
+    return pre, post, getattr(spec, "dequantize", None), getattr(spec, "other_base", None)
 
 
 class _Callable(ModuleType):

@@ -67,7 +67,7 @@ def kept(each: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in flat.items() if n != "loss/objective" and not n.endswith("/rule")}
 
 
-_FAMILY = ("merge", "merging", "experts", "kept", "learned")
+_FAMILY = ("merge", "merging", "experts", "kept", "learned", "overlap", "stream")
 """Fields of a family alone; see test_families."""
 
 

@@ -46,14 +46,14 @@ def merge(
     posts: Mapping[str, Path],
     out: Path,
     merge: Merge,
-    edit: Edit,
+    edits: Mapping[str, tuple[Edit, str]],
     *,
     select: Any,
     merged: Any,
     seed: int,
-    salts: Mapping[str, str],
     describe: dict[str, Any] | None = None,
     dequantize: bool | None = None,
+    onto: Path | None = None,
 ) -> dict[str, Any]:
     """Write the merged checkpoint to `out`, or one for each expert below it; return the manifest.
 
@@ -62,13 +62,13 @@ def merge(
         posts: every expert, by name.
         out: directory to write, which must not exist; it appears when all is written.
         merge: the merge; it can ask for all that experts suffice for.
-        edit: what every expert's delta undergoes first.
+        edits: what every expert's delta undergoes first, and what sets its random numbers apart.
         select: the tensors that the edit touches.
         merged: the tensors that are merged; others are the base's, or each expert's own.
         seed: of random edits.
-        salts: what sets every expert's random numbers apart.
         describe: said about merge and edit in the manifest.
         dequantize: as for `stream.stream`.
+        onto: another base that the merged delta is put onto, and whose layout is written.
 
     Raises:
         ValueError: `out` exists, experts that do not fit the base, or numbers that are none.
@@ -77,20 +77,27 @@ def merge(
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
     base = layout.read(pre, "model.pre", dequantize)
     sides = {n: layout.read(p, f"model.experts.{n}", dequantize) for n, p in posts.items()}
-    _check_fit(base, sides)
+    _check_fit(base, sides, "model.experts")
     ties, turned = tied(base.entries), layout.turned(pre)
     one = _weights(base.entries, ties, "the base")
     experts = {
         name: Expert(
             one,
             _weights({n: side.entries[n] for n in base.entries}, ties, f"model.experts.{name}"),
-            edit,
+            edits[name][0],
             select,
-            Extras(edit.needs, seed, memo=Memo(limit=0), salt=salts[name], turned=turned),
+            Extras(edits[name][0].needs, seed, {}, Memo(limit=0), edits[name][1], turned),
         )
         for name, side in sides.items()
     }
-    family = Family(experts, merge, merged)
+    onto_side = None
+    if onto is not None:
+        onto_side = layout.read(onto, "model.base", dequantize)
+        _check_fit(base, {str(onto): onto_side}, "model.base")
+        entries = {n: onto_side.entries[n] for n in base.entries}
+        family = Family(experts, merge, merged, onto=_weights(entries, ties, "model.base"))
+    else:
+        family = Family(experts, merge, merged)
     hashing = Hashing((pre, *posts.values()))
     manifest: dict[str, Any] = {
         **(describe or {}),
@@ -98,6 +105,7 @@ def merge(
         "merged": str(merged),
         "seed": seed,
         "pre": {"path": str(pre)},
+        **({"base": {"path": str(onto), "digest": contents.of_checkpoint(onto)}} if onto else {}),
         "experts": {n: {"path": str(p)} for n, p in posts.items()},
         "edited": {
             "tensors": len(family.names),
@@ -107,8 +115,10 @@ def merge(
     for left, size in files.leftovers(out):
         console.fail(f"{left}: left by a run that was killed, {size / 1e9:.3g} GB; remove it")
     with files.building(out) as made:
-        targets = [_Target(made / n, sides[n], posts[n]) for n in family.models if n]
-        targets = targets or [_Target(made, base, pre)]
+        laid, source = onto_side or base, onto or pre
+        targets = [
+            _Target(made / n, onto_side or sides[n], onto or posts[n]) for n in family.models if n
+        ] or [_Target(made, laid, source)]
         with ExitStack() as stack:
             _write(family, base, sides, ties, [t.opened(stack) for t in targets], hashing)
         known = hashing.finish()
@@ -140,7 +150,7 @@ def _digests(
             raise ValueError(f"model.experts: {other} and {name} are the same model")
 
 
-def _check_fit(base: Side, sides: Mapping[str, Side]) -> None:
+def _check_fit(base: Side, sides: Mapping[str, Side], setting: str) -> None:
     """Raise `ValueError` naming all experts that do not fit the base, and the first difference."""
     wrong: dict[str, str] = {}
     for name, side in sides.items():
@@ -157,7 +167,7 @@ def _check_fit(base: Side, sides: Mapping[str, Side]) -> None:
                 continue
             break
     if wrong:
-        raise ValueError(f"model.experts: {', '.join(wrong)}: {next(iter(wrong.values()))}")
+        raise ValueError(f"{setting}: {', '.join(wrong)}: {next(iter(wrong.values()))}")
 
 
 def _weights(entries: Mapping[str, Entry], ties: Mapping[str, str], who: str) -> Aligned:
@@ -261,7 +271,8 @@ def _write(
             for lead, also in saved.items():
                 entries = [side.entries[lead] for side in read_from]
                 count = prod(entries[0].shape)
-                if lead not in names or any(e.dtype is None for e in entries):
+                into = [target.side.entries[lead] for target in targets]
+                if lead not in names or any(e.dtype is None for e in (*entries, *into)):
                     for target, name in product(targets, also):
                         target.keep(name)
                 elif family.sliced:

@@ -1,7 +1,7 @@
 """Merge the experts of a family: every delta edited, then one delta of all, or one for each."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltalab.apply import editing
 from deltalab.apply.extras import NEEDS, Extras, Provider, handed
-from deltalab.edits import Edit
+from deltalab.edits import Edit, Survival
 from deltalab.edits.keep import Keep
 from deltalab.merges import Learn, Merge, Parts
 from deltalab.weights.aligned import saved_names
@@ -93,6 +93,15 @@ class Expert:
         by_entry = self.edit.unit == "entry" and set(self.edit.needs) <= {"rng"}
         return isinstance(self.edit, Keep) or by_entry
 
+    def survival(self, name: str) -> Survival | None:
+        """Return how likely entries of one tensor stay other than zero; None where that is unknown.
+
+        They all do where the edit does not touch the tensor.
+        """
+        if isinstance(self.edit, Keep) or name not in self._chosen:
+            return Survival(1.0, 1.0)
+        return self.edit.survival()
+
     @cached_property
     def _chosen(self) -> dict[str, str]:
         """The names by which the edit goes, by listed name."""
@@ -116,12 +125,14 @@ class Family:
         merge: the merge.
         select: the tensors that are merged; the others stay every expert's own.
         device: where to merge; None for where the weights are.
+        onto: other weights that the merged delta is put onto; None: the experts' own base.
     """
 
     experts: Mapping[str, Expert]
     merge: Merge
     select: Any = "all"
     device: torch.device | str | None = None
+    onto: Weights | None = None
     _totals: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _learned: dict[Any, Mapping[str, list[float]]] = field(default_factory=dict, init=False)
     _cuts: dict[tuple[str, str, float, str], Cut] = field(default_factory=dict, init=False)
@@ -168,7 +179,8 @@ class Family:
     @property
     def sliced(self) -> bool:
         """Whether parts of tensors can be merged by themselves."""
-        return self.merge.unit == "entry" and all(e.sliced for e in self.experts.values())
+        whole = self.onto is not None or self.merge.unit != "entry"
+        return not whole and all(e.sliced for e in self.experts.values())
 
     def part(self, name: str, start: int, base: Tensor, posts: Sequence[Tensor]) -> list[Tensor]:
         """Return what `of` does for a part of a tensor, where the family is `sliced`.
@@ -197,6 +209,10 @@ class Family:
         with torch.no_grad():
             given = self._needs(self.merge.needs, name, base, start)
             made = self.merge(hats, **handed(given, hats[0].device))
+        if self.onto is not None:
+            other = self.onto[name].to(self.device)
+            moved = [made] if isinstance(made, Tensor) else made
+            return [(other.float() + hat).to(other.dtype) for hat in moved]
         if isinstance(made, Tensor):
             return [joined(base, posts, raw, made)]
         return [joined(base, [p], [d], h) for p, d, h in zip(posts, raw, made, strict=True)]
@@ -214,6 +230,11 @@ class Family:
                 one = set(own.values())
                 found[name] = one.pop() if len(one) == 1 else own
         return found
+
+    def first(self, count: int) -> "Family":
+        """Return the family of the first so many experts."""
+        some = dict([*self.experts.items()][:count])
+        return replace(self, experts=some, merge=self.merge.restricted([*some]))
 
     def kept(self) -> float:
         """Return the share of separate experts' numbers that is kept of the merged tensors."""

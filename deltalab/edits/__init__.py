@@ -14,6 +14,18 @@ from torch import Tensor
 Unit = Literal["entry", "row", "tensor"]
 
 
+class Survival(NamedTuple):
+    """How likely entries of a delta stay other than zero, every entry drawn by itself.
+
+    Attributes:
+        one: that an entry stays.
+        two: that it stays in both of two experts' deltas: one^2 where they are drawn independently.
+    """
+
+    one: float
+    two: float
+
+
 @dataclass(frozen=True)
 class Line:
     """A family of edits, W(s) = W(0) + s * direction, and one edit's place in it.
@@ -120,6 +132,28 @@ class Edit(Protocol):
         """Return the moments from which the closed form predicts the change (`prediction`).
 
         None where the entries of the shift are no independent multiples of the delta's.
+        """
+        return None
+
+    def survival(self) -> Survival | None:
+        """Return how likely an entry stays other than zero; None where entries are not drawn so.
+
+        Two experts' draws are independent of each other unless it says otherwise.
+        """
+        return None
+
+    def among(self, place: int, count: int) -> "Edit | None":
+        """Return the edit as it is for one of several experts that draw the same random numbers.
+
+        Args:
+            place: the expert's, from 0.
+            count: of experts.
+
+        Returns:
+            None where every expert is to have random numbers of its own, and the edit is the same.
+
+        Raises:
+            ValueError: it cannot be of so many experts.
         """
         return None
 

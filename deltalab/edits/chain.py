@@ -71,6 +71,13 @@ class Chain(Edit):
         """Whether its first step does."""
         return self.edits[0].whole_model
 
+    def among(self, place: int, count: int) -> Edit | None:
+        """Raise `ValueError` where a step divides random numbers among experts: steps have own."""
+        for step, edit in zip(self.steps, self.edits, strict=True):
+            if edit.among(place, count) is not None:
+                raise ValueError(f"edit.steps={step}: disjoint masks cannot be a step of a chain")
+        return None
+
     def __call__(self, delta: Tensor, *args: Any, **given: Any) -> Tensor:
         """Return the delta after all steps."""
         hat = delta

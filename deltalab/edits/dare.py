@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.edits import Edit, Line, Moments, Unit, within
+from deltalab.edits import Edit, Line, Moments, Survival, Unit, within
 from deltalab.rng import Rng
 
 
@@ -55,3 +55,7 @@ class Dare(Edit):
     def moments(self) -> Moments:
         """Unbiased, with variance (1 - k)^2 p / (1 - p)."""
         return Moments(0.0, (1 - self.k) ** 2 * self.p / (1 - self.p))
+
+    def survival(self) -> Survival | None:
+        """At k = 0 an entry stays with probability 1 - p; else none is set to zero."""
+        return None if self.k else Survival(1 - self.p, (1 - self.p) ** 2)

@@ -4,6 +4,7 @@
 with its fields as keys, where alone the defaults stand. The contract tests find it by the latter.
 """
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,14 @@ class Merge(Protocol):
 
     def check(self, experts: Sequence[str]) -> None:
         """Raise `ValueError` where the merge cannot be of these experts."""
+
+    def restricted(self, experts: Sequence[str]) -> "Merge":
+        """Return the merge as it is for some of the experts: with the weights of these alone."""
+        weights: Mapping[str, Any] | None = getattr(self, "weights", None)
+        if weights is None:
+            return self
+        kept = {name: weight for name, weight in weights.items() if name in experts}
+        return dataclasses.replace(self, weights=kept)  # type: ignore[type-var]
 
 
 def weights_of(

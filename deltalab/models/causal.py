@@ -14,6 +14,7 @@ from deltalab.weights.aligned import fill, matched, paired
 from deltalab.weights.headers import plain
 from deltalab.weights.layouts import set_layout
 from deltalab.weights.mapping import Checkpoint, ModelPair, mixed_dtypes
+from deltalab.weights.rebased import rebased
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def filled(
     mismatch: str,
     encoder: Encoder,
     untied: bool = True,
+    base: Checkpoint | None = None,
 ) -> ModelPair:
     """Fill a module with the post-trained weights and return the pair around it.
 
@@ -37,6 +39,7 @@ def filled(
         mismatch: as for `aligned.paired`.
         encoder: the pair's tokenizer.
         untied: whether a head that the pre-trained checkpoint lacks is its embedding.
+        base: the checkpoint that the delta is put onto, if any.
 
     Raises:
         ValueError: the checkpoints fit neither the module nor each other.
@@ -46,10 +49,20 @@ def filled(
     new = matched(module, post, "model.post", conversion.found)
     old = matched(module, pre, "model.pre", conversion.found, untied)
     dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-    weights = paired(old, new, mismatch, dtypes, dict(module.named_buffers()))
+    buffers = dict(module.named_buffers())
+    weights = paired(old, new, mismatch, dtypes, buffers)
     set_layout(module, new.layout(module))
     fill(module, new)
-    return ModelPair(pre=weights[0], post=weights[1], module=module, transform=encoder)
+    pair = ModelPair(pre=weights[0], post=weights[1], module=module, transform=encoder)
+    if base is None:
+        return pair
+    other = matched(module, base, "model.base", conversion.found, untied)
+    try:
+        onto, _ = paired(other, new, mismatch, dtypes, buffers)
+    except ValueError as error:
+        told = str(error).replace("the pre-trained model", "the base")
+        raise ValueError(f"model.base: {told}") from None
+    return rebased(pair, onto)
 
 
 def configuration(

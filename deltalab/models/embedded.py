@@ -6,12 +6,18 @@ from pathlib import Path
 ZOO = Path(str(files("deltalab"))) / "zoo"
 SUBSETS = tuple(f"subset_{index}" for index in range(5))
 """The experts of one base that were trained on two classes each."""
+SEQUENCE = tuple(f"sequence_{index}" for index in range(1, 5))
+"""What sequential fine-tuning makes of the same tasks: each was trained from the one before it, the
+first from `subset_0`; their base is that of the experts, where the run began."""
 VIT = {
     **{"mnist": "pre", "mnist_early": "pre", "fashion": "pre", "digits": "digits_pre"},
-    **dict.fromkeys(SUBSETS, "subset_pre"),
+    **dict.fromkeys((*SUBSETS, *SEQUENCE), "subset_pre"),
 }
 """What every post-trained vision transformer was trained from."""
-LLM = {"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"}
+LLM = {
+    **{"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"},
+    **dict.fromkeys(("small_counts", "small_groups", "small_compares"), "small_base"),
+}
 """What every post-trained language model was trained from."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -27,7 +33,7 @@ def vit(post: str) -> list[Path]:
 
 def vit_config(post: str) -> str:
     """Return the name of the file that describes a vision transformer's architecture."""
-    return "subset.json" if post in SUBSETS else "vit.json"
+    return "subset.json" if post in (*SUBSETS, *SEQUENCE) else "vit.json"
 
 
 def llm(post: str) -> list[Path]:

@@ -46,6 +46,8 @@ class HfPair:
         trust_remote_code: whether Python code that comes with the models may be run.
         dequantize: whether weights in 8-bit floats or packed integers are decoded, as
             `weights.dequantised` says; else quantised models are refused.
+        base: a directory or a hub id, another model of the same architecture and vocabulary that
+            the delta is put onto, as a chat vector; None: it stays where it is.
 
     Raises:
         ValueError: a setting is none of those.
@@ -64,9 +66,11 @@ class HfPair:
     mismatch: str = "error"
     trust_remote_code: bool = False
     dequantize: bool = False
+    base: str | None = None
     contents: ClassVar = {
         "pre": "model",
         "post": "model",
+        "base": "model",
         "tokenizer": "tokenizer",
         "dtype": "dtype",
     }
@@ -80,6 +84,10 @@ class HfPair:
                 raise ValueError(f"model.{name}={given}: must be one of {words}")
         if self.context is not None and self.context < 2:
             raise ValueError(f"model.context={self.context}: must be at least 2 tokens")
+        if self.base is not None and self.mismatch != "error":
+            raise ValueError(
+                f"model.base={self.base}: goes with model.mismatch=error, as every tensor must move"
+            )
 
     @property
     def checkpoints(self) -> tuple[Path, Path]:
@@ -89,6 +97,13 @@ class HfPair:
             hub.directory(self.pre, "model.pre", self.pre_revision, code),
             hub.directory(self.post, "model.post", self.post_revision, code),
         )
+
+    @property
+    def other_base(self) -> Path | None:
+        """The local path of the base that the delta is put onto, if there is one."""
+        if self.base is None:
+            return None
+        return hub.directory(self.base, "model.base", None, self.trust_remote_code)
 
     def open(self) -> ModelPair:
         """Return the pair; consecutive calls with an equal spec share it."""
@@ -133,7 +148,13 @@ def _open(spec: HfPair) -> ModelPair:
     )
     encoder = _encoder(spec, pre, post, config)
     module = architecture(config, spec._own(post), device, spec.attn, code)
-    pair = filled(module, *sides, spec.mismatch, encoder)
+    base = None
+    if (place := spec.other_base) is not None:
+        base = opened(place, "model.base", spec.dequantize)
+        if vocabulary.has_tokenizer(place):
+            other = vocabulary.opened(place, "model.base", code)
+            vocabulary.check_same(other, encoder.tokenizer)
+    pair = filled(module, *sides, spec.mismatch, encoder, base=base)
     generation(module, post)
     if line := vocabulary.beyond(encoder.tokenizer, module.get_input_embeddings().weight.shape[0]):
         log.warning(line)

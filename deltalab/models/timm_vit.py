@@ -17,9 +17,11 @@ from deltalab.store.latest import latest
 from deltalab.weights.mapping import (
     Checkpoint,
     ModelPair,
+    cast,
     check_same_layout,
     mixed_dtypes,
 )
+from deltalab.weights.rebased import rebased
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class TimmPair:
         args: further arguments of `timm.create_model`, for instance `{img_size: 32}`.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
         dtype: the dtype in which the model is evaluated.
+        base: as `pre`, another model that the delta is put onto; None: it stays where it is.
     """
 
     name: str
@@ -43,7 +46,8 @@ class TimmPair:
     args: tuple[tuple[str, Any], ...] | None = None
     device: str = "auto"
     dtype: str = "float32"
-    contents: ClassVar = {"pre": "model", "post": "model"}
+    base: str | None = None
+    contents: ClassVar = {"pre": "model", "post": "model", "base": "model"}
     reads: ClassVar = ("checkpoint",)
 
     def __post_init__(self) -> None:
@@ -54,6 +58,11 @@ class TimmPair:
     def checkpoints(self) -> tuple[Path, Path]:
         """The local paths of both checkpoints, fetched from the hub if need be."""
         return locate(self.pre, "model.pre"), locate(self.post, "model.post")
+
+    @property
+    def other_base(self) -> Path | None:
+        """The local path of the base that the delta is put onto, if there is one."""
+        return None if self.base is None else locate(self.base, "model.base")
 
     def open(self) -> ModelPair:
         """Return the pair; consecutive calls with an equal spec share it."""
@@ -75,7 +84,11 @@ def _open(spec: TimmPair) -> ModelPair:
         log.warning(line)
     module = _architecture(spec, post)
     transform = transform_of(module, dict(spec.args or ()))
-    return live_pair(module, pre, post, spec.device, spec.dtype, transform)
+    pair = live_pair(module, pre, post, spec.device, spec.dtype, transform)
+    if (place := spec.other_base) is None:
+        return pair
+    base = opened(place, "model.base")
+    return rebased(pair, cast(base, getattr(torch, spec.dtype)))
 
 
 def _sides(spec: TimmPair) -> tuple[Checkpoint, Checkpoint]:

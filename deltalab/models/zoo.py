@@ -26,7 +26,8 @@ class EmbeddedVit:
 
     Args:
         post: `mnist`, `mnist_early`, `fashion` or `digits` (whose generalist is one that never saw
-            the held-out digits), or `subset_0` to `subset_4` (see `results/zoo/subsets.json`).
+            the held-out digits), or `subset_0` to `subset_4` and `sequence_1` to `sequence_4`
+            (see `results/zoo/subsets.json`).
         task: the packaged image task that the post-trained model is for.
         device: as for `TimmPair`.
         classes: the outputs that count, as if the others were not there: those of the task that an

@@ -28,7 +28,8 @@ class EmbeddedLlm:
 
     Args:
         post: `sft` (base -> fine-tuned on word problems), `far` (the same with a large delta),
-            `dpo` (sft -> preferences) or `small_sft` (base -> fine-tuned, narrower, another seed).
+            `dpo` (sft -> preferences), `small_sft` (base -> fine-tuned, narrower, another seed), or
+            `small_counts`, `small_groups`, `small_compares` (that base -> one kind of problem).
         device: as for `TimmPair`.
 
     Raises:

@@ -15,7 +15,7 @@ from deltalab.apply.merging import check_merge
 from deltalab.calibration import providing
 from deltalab.keys import Choices, determinants, salt_of
 from deltalab.models.hub import Absent
-from deltalab.run import experts
+from deltalab.run import experts, streams
 from deltalab.run.opening import Unopened
 from deltalab.run.point import (
     PROVIDED,
@@ -33,13 +33,15 @@ def prepare(settings: Mapping[str, Any], choices: Choices) -> Point:
     """Build and validate the parts of a point; cheap, opens no model."""
     chosen, parts = validated(settings, choices)
     margin = check_margin(settings["margin"])
-    salt, own = salt_of(settings, choices), {}
-    for name in options.experts_of(settings):
+    salt, names, own = salt_of(settings, choices), options.experts_of(settings), {}
+    for name in names:
         with experts.named(name):
             pair = prepare(options.member(settings, name), choices)
-        own[name] = replace(pair, salt=experts.salt(salt, name))
+        edit, salted = experts.drawing(pair.edit, salt, name, names)
+        own[name] = replace(pair, edit=edit, salt=salted)
     found = _determined(settings, choices, parts["model"])
     experts.check(own)
+    streams.check(own, parts["merge"])
     return Point(
         **parts,
         select=chosen,

@@ -5,15 +5,18 @@ held for each of them in the record's field `experts`. The path of an expert goe
 weights to the merged ones, under its own objective.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from deltalab.apply import merging
 from deltalab.apply.audit import summed
+from deltalab.apply.overlap import overlap
 from deltalab.data import splits
+from deltalab.edits import Edit
 from deltalab.edits.keep import Keep
 from deltalab.models import families
+from deltalab.run import streams
 from deltalab.run.opening import Reference, family
 from deltalab.run.point import (
     Clock,
@@ -53,6 +56,19 @@ def salt(common: str, name: str) -> str:
     ('expert math', 'family expert math')
     """
     return f"{common} expert {name}".strip()
+
+
+def drawing(edit: Edit, common: str, name: str, names: Sequence[str]) -> tuple[Edit, str]:
+    """Return the edit as it is for one expert, and what its random numbers are salted with.
+
+    Experts have random numbers of their own, but for an edit that divides common ones among them.
+
+    >>> from deltalab.edits.drop_only import DropOnly
+    >>> drawing(DropOnly(p=0.5, masks="disjoint"), "", "b", ["a", "b"])
+    (Part(p=0.5, masks='disjoint', place=1, count=2), '')
+    """
+    own = edit.among([*names].index(name), len(names))
+    return (edit, salt(common, name)) if own is None else (own, common)
 
 
 def header(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,12 +140,20 @@ def evaluate(point: Point) -> tuple[dict[str, Any], dict[str, list[float]]]:
         documents |= {f"{name}/{metric}": values for metric, values in scored.items()}
     entries = sum(tensor.numel() for tensor in merged.values())
     found = averages([*each.values()])
+    stream: dict[str, Any] = {}
+    if tasks := streams.of(point.experts):
+        with clock("stream"):
+            metrics, stream, right = streams.streamed(tasks, pairs, whole)
+        found["metrics"] |= metrics
+        documents |= {name: values.tolist() for name, values in right.items()}
     return written(
         **found,
         tensors=len(merged),
         parameters=entries,
         kept=whole.kept(),
         learned=whole.learned,
+        overlap=overlap(whole),
+        stream=stream,
         of_parameters=sum(t.numel() for t in next(iter(pairs.values())).module.parameters()),
         experts={name: _record(own) for name, own in each.items()},
         **spent(clock),
@@ -149,9 +173,9 @@ def opened(point: Point) -> dict[str, Reference]:
 def _expert(point: Point, name: str, known: Reference) -> merging.Expert:
     own = point.experts[name]
     calibrated, pair = calibration(known, own), known.pair
-    extras = provide(known, point.edit, point.seed, own.salt, calibrated)
+    extras = provide(known, own.edit, point.seed, own.salt, calibrated)
     given = providers(known, calibrated)
-    return merging.Expert(pair.pre, pair.post, point.edit, point.select, extras, given)
+    return merging.Expert(pair.pre, pair.post, own.edit, point.select, extras, given)
 
 
 def _moved(pre: Weights, post: Weights, merged: Weights) -> dict[str, Any]:

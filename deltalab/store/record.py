@@ -101,6 +101,8 @@ class Outcome:
     metrics: Mapping[str, float] = held("metrics", NUMBERS, alias="", shows=NOT_IN_PAGE)
     reference: Mapping[str, Mapping[str, float]] = held("reference", ENDS, shows=FILES)
     experts: Mapping[str, Any] = held("experts", SETTINGS, "expert", shows=FILES)
+    overlap: Mapping[str, Any] = held("overlap", SETTINGS, "overlap of the deltas", shows=FILES)
+    stream: Mapping[str, Any] = held("stream", SETTINGS, "stream of tasks", shows=FILES)
     tensors: int | None = held("touched.tensors", WHOLE, "tensors touched", shows=FILES)
     parameters: int | None = held("touched.parameters", WHOLE, "parameters touched", shows=FILES)
     of_parameters: int | None = held("touched.of_parameters", WHOLE, "parameters", shows=FILES)

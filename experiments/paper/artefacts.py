@@ -1,7 +1,7 @@
 """All artefacts by name: which claim, and what makes it out of finished points."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deltalab.store.record import Outcome
 from experiments.merging import study
@@ -18,6 +18,7 @@ from experiments.paper import (
 )
 from experiments.paper.evidence import Documents
 from experiments.paper.found import Found
+from experiments.sotu.study import sotu
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Artefact:
         folder: of the results, where its card lies.
         lighter: leaves out of a point what is not committed.
         documents: the ends of what is committed of single documents, beside the points.
+        original: whose part embedded models take, beside those of the scale's roles.
+        paper_scale: whether the experiment has models of that scale.
     """
 
     title: str
@@ -37,6 +40,13 @@ class Artefact:
     folder: str = "paper"
     lighter: Callable[[Outcome], Outcome] = lambda point: point
     documents: tuple[str, ...] = ()
+    original: str = "CLIP ViT-B/32"
+    paper_scale: bool = True
+
+
+def without_experts(point: Outcome) -> Outcome:
+    """Return a point without what it holds of its experts one by one."""
+    return replace(point, experts={})
 
 
 NEAR_POST = "Scores stay near the post-trained model's for small p and k, and k < 0 works too."
@@ -120,5 +130,17 @@ ARTEFACTS = {
         folder="merging",
         lighter=study.lighter,
         documents=("objective/change", "/accuracy"),
+    ),
+    "sotu": Artefact(
+        "SoTU: a stream of tasks on randomly masked deltas",
+        "Masked deltas of a stream's experts, 1 - p = 1/T of each, add up to a backbone that scores"
+        " above the unmasked sum, the frozen base and sequential fine-tuning, and forgets less than"
+        " half of what the latter does; cosines and collisions are those of their closed forms.",
+        sotu,
+        folder="sotu",
+        lighter=without_experts,
+        documents=("stream/accuracy", "stream/learned"),
+        original="ViT-B/16 on ImageNet-R and others",
+        paper_scale=False,
     ),
 }

@@ -13,7 +13,7 @@ from deltalab.report.figures.style import STYLE
 from deltalab.settings import conf_dir
 from deltalab.store import exporting
 from deltalab.store.record import Outcome
-from experiments.paper.artefacts import ARTEFACTS
+from experiments.paper.artefacts import ARTEFACTS, Artefact
 from experiments.paper.evidence import Stored, keep
 from experiments.paper.found import Found, deciding, told
 
@@ -56,9 +56,9 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
         "claim": artefact.claim,
         **judged(name, found, tables),
         "command": f"make {name}" + ("" if scale == "demo" else f" SCALE={scale}"),
-        "paper_command": f"make {name} SCALE=paper",
+        "paper_command": f"make {name} SCALE=paper" if artefact.paper_scale else None,
         "paper_hours": _paper_hours(name),
-        "stand_ins": _stand_ins(scale, list(dict.fromkeys(p.model for p in points))),
+        "stand_ins": _stand_ins(scale, list(dict.fromkeys(p.model for p in points)), artefact),
         "points": len(points),
         "seeds": sorted({p.seed for p in points if p.seed is not None}),
         **_origin(points, results),
@@ -132,15 +132,15 @@ def hardware(device: str) -> str:
     return f"{os.cpu_count()} cores, {names[0]}"
 
 
-def _stand_ins(scale: str, names: Sequence[str]) -> str:
+def _stand_ins(scale: str, names: Sequence[str], artefact: Artefact) -> str:
     """Say which models stand for which of the paper's."""
     from omegaconf import OmegaConf
 
-    if scale == "paper":
+    if scale == "paper" and artefact.paper_scale:
         return "the paper's own models"
     roles = OmegaConf.load(conf_dir() / "scale" / f"{scale}.yaml")
     told = [f"{title} -> {roles[role]}" for role, title in ROLES.items() if roles[role] in names]
     rest = [n for n in names if n not in {roles[role] for role in ROLES}]
     if rest:
-        told.append(f"CLIP ViT-B/32 -> {', '.join(rest)}")
+        told.append(f"{artefact.original} -> {', '.join(rest)}")
     return "; ".join(told)

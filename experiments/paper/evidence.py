@@ -203,6 +203,10 @@ class Stored(Mapping[str, Mapping[str, Any]]):
                 self._read[key] = {}
         return self._read[key]
 
+    def __bool__(self) -> bool:
+        """Say that there may be some: none read yet is not none at all."""
+        return True
+
     def __iter__(self) -> Any:
         return iter(self._read)
 

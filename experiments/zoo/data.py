@@ -206,10 +206,13 @@ def cut_digits(digits: Images) -> Task:
 def load_tasks(mnist_test_dir: Path, fashion_dir: Path = FASHION_DIR) -> dict[str, Task]:
     """Return the tasks ``mnist``, ``fashion`` and ``digits``."""
     mnist = make_task(mnist_digits(), mnist_test(mnist_test_dir), VALIDATION_SIZE["mnist"])
-    clothes = make_task(
-        fashion("train", fashion_dir), fashion("t10k", fashion_dir), VALIDATION_SIZE["fashion"]
-    )
-    return {"mnist": mnist, "fashion": clothes, "digits": cut_digits(small_digits())}
+    return {"mnist": mnist, "fashion": clothes(fashion_dir), "digits": cut_digits(small_digits())}
+
+
+def clothes(directory: Path = FASHION_DIR) -> Task:
+    """Return the task ``fashion`` alone."""
+    both = fashion("train", directory), fashion("t10k", directory)
+    return make_task(*both, VALIDATION_SIZE["fashion"])
 
 
 def write_task(task: Task, path: Path) -> None:

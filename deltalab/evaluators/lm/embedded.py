@@ -16,6 +16,21 @@ def problems(**_: Any) -> Any:
     return _data("test.jsonl")
 
 
+def counts(**_: Any) -> Any:
+    """Return the held-out word problems of running counts."""
+    return _data("counts_test.jsonl")
+
+
+def groups(**_: Any) -> Any:
+    """Return the held-out word problems of groups of equal size."""
+    return _data("groups_test.jsonl")
+
+
+def compares(**_: Any) -> Any:
+    """Return the held-out word problems of comparisons and prices."""
+    return _data("compares_test.jsonl")
+
+
 def choices(**_: Any) -> Any:
     """Return questions with several choices: `question`, `choices`, `gold` (an index)."""
     return _data("choice.jsonl")
