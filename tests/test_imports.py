@@ -24,6 +24,7 @@ ORDER = (
         "data",
     ),
     *(
+        "codes",
         "edits",
         "merges",
         "budgets",
