@@ -25,7 +25,9 @@ KINDS = {
     "signs": "signs",
     "grid": "grid",
     "lowrank": "lowrank",
-    "sum": "sum",
+    "sum": "nested",
+    "transposed": "nested",
+    "patched": "nested",
 }
 """All kinds, each with the module of this room that has its class; nothing else is ever loaded."""
 _DTYPES = {
