@@ -53,7 +53,7 @@ ORDER = (
 )
 """Packages and single modules of deltalab, and those that are to come; nothing else has a place."""
 WITHOUT_TORCH = ("store", "report")
-MOST_FLOORS, MOST_LINES = 9, 2600  # lines of a package
+MOST_FLOORS, MOST_LINES = 10, 2600  # lines of a package
 ROOT = Path(deltalab.__file__).parents[1]
 
 
