@@ -3,7 +3,7 @@
     deltalab-apply model=timm_vit model.name=... model.pre=DIR model.post=DIR edit=dare out=OUT
 
 takes the settings of `deltalab` that choose a model and an edit (model, edit, select, seed, draws,
-label), so that the tensors are those that a point edits, and
+label, values), so that the tensors are those that a point edits, and
 
     out=DIR                               directory to write; it must not exist
     mismatch=error|truncate|keep_post     what to do where the two checkpoints differ
@@ -16,6 +16,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+SETTINGS = ("edit", "model", "select", "seed", "draws", "label", "nonfinite", "values")
+"""Those of `deltalab` that decide what is written."""
 OWN = {"out": None, "mismatch": "error", "kernel": "auto"}
 
 
@@ -67,7 +69,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
 
     from deltalab import options
     from deltalab import settings as checks
-    from deltalab.apply import extras, stream
+    from deltalab.apply import coded, extras, stream
     from deltalab.keys import Choices, salt_of
     from deltalab.run.building import build
     from deltalab.sweep import composing
@@ -91,7 +93,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
         cfg = compose("config", overrides, return_hydra_config=True)
     experts = options.models(cfg)
     settings: Any = {}
-    for name in ("edit", "model", "select", "seed", "draws", "label", "nonfinite"):
+    for name in SETTINGS:
         held = cfg[name]
         plain = OmegaConf.to_container(held, resolve=True) if OmegaConf.is_config(held) else held
         settings[name] = checks.tidy(plain)  # as a point has it
@@ -112,7 +114,10 @@ def save(arguments: list[str]) -> dict[str, Any]:
             f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
             " only error"
         )
-    edit = build(settings["edit"], "edit")
+    built = build(settings["edit"], "edit")
+    edit = coded.held(built, settings["values"])
+    if edit is not built:
+        described["values"] = settings["values"]
     extras.check_needs(edit)
     out = Path(own["out"]).expanduser()
     if experts or cfg.merge:
@@ -133,7 +138,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
         kernel=own["kernel"],
         dequantize=dequantize,
         salt=salt,
-        describe={"name": type(edit).__module__.rpartition(".")[2], **described},
+        describe={"name": type(built).__module__.rpartition(".")[2], **described},
     )
     return {**manifest, "out": str(out)}
 
@@ -170,7 +175,7 @@ def _merge(
         key: {k: v for k, v in value.items() if k not in ("_target_", "select")}
         for key, value in nodes.items()
     }
-    names = {"edit": type(edit), "merge": type(merge)}
+    names = {"edit": type(getattr(edit, "edit", edit)), "merge": type(merge)}
     return merge_files.merge(
         pre,
         {name: post for name, (_, post, _) in sides.items()},
