@@ -47,6 +47,7 @@ ORDER = (
         "sweep",
         "cli",
         "save",
+        "delta",
         "cache",
     ),
     *("plugins", "__main__", "testing", "__init__", "experiments"),
