@@ -76,7 +76,9 @@ def encoded(edit: Edit, pre: Tensor, post: Tensor, turned: bool = False):
         given |= {"acts": needs(edit, delta.mT)["acts"]}
     code = mine.encode(delta, post=post, **given)
     stored = edited_tensor(pre, post, mine, "eager", **given)
-    return None if code is None else Patched.exact(code, pre, stored), stored, mine, given, delta
+    exact = None if code is None else Patched.exact(code, pre, stored)
+    assert exact is code or not code.is_exact(pre, post, delta), "says to be exact, and is not"
+    return exact, stored, mine, given, delta
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -17,7 +17,6 @@ from deltalab import delta
 from deltalab.apply import packs
 from deltalab.codes import files
 from deltalab.save import save as write
-from deltalab.weights import shards
 
 SHAPES = {
     "model.embed_tokens.weight": (60, 16),
@@ -107,7 +106,7 @@ def packed(tmp_path_factory) -> tuple[Path, Path, Path]:
 
 @pytest.mark.parametrize("edit", EDITS, ids=" ".join)
 def test_what_unpacks_is_what_apply_writes(edit: list[str], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "SLICE", 100)  # parts, also of small tensors
+    monkeypatch.setattr(packs, "_PART", 100)  # parts, also of small tensors
     base, tuned = pair(tmp_path, parts=2)
     file = tmp_path / "delta.safetensors"
     (line,) = delta.run(["pack", *given(base, tuned, *edit), f"out={file}"])

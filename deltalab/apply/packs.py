@@ -42,6 +42,8 @@ from deltalab.weights import contents, finite, headers
 from deltalab.weights.mapping import difference
 from deltalab.weights.shards import DTYPES, Entry, item, pieces, put, read
 
+_PART = 1 << 20
+"""Entries of a part, where an edit needs no more at once."""
 _BLOCK = 1 << 24
 """Bytes of a part that is no delta."""
 _MOST = 1 << 28
@@ -157,7 +159,7 @@ def _codes(
         return
     waiting: deque[tuple[int, Future[Code]]] = deque()
     hashes: list[Future[None]] = []
-    for piece in pieces(rows, width):
+    for piece in pieces(rows, width, _PART):
         waiting.append((piece[0], pool.submit(task, piece, width)))
         hashes.append(pool.submit(_hash, hashing, plan.pre[name], piece))
         if len(waiting) > 2 * torch.get_num_threads():
@@ -192,11 +194,22 @@ def _code(
     code = edit.encode(delta, post=post, **needs)
     if code is None:
         raise ValueError(f"edit: {no_code(edit)}")
+    if _is_tame(pre, code) and code.is_exact(pre, post, delta):
+        return code
     stored = editing.edited_tensor(pre, post, edit, **needs)
     if not finite.all_finite(stored):
         stream.blame(plan, name)
         finite.check_edited({name: stored})
     return Patched.exact(code, pre, stored)
+
+
+def _is_tame(pre: Tensor, code: Code) -> bool:
+    """Whether no entry can overflow as it is stored: weights and scales far below what is held."""
+    scales = [float(v) for name, v in code.settings.items() if name == "scale"]
+    scales += [float(code.arrays["scale"].abs().max())] if "scale" in code.arrays else []
+    most = max(scales, default=1.0)
+    wide = pre.dtype != torch.float16 and pre.numel() > 0
+    return wide and most < 1e9 and float(pre.float().abs().max()) < 1e25
 
 
 def _rest(writer: Writer, name: str, entry: Entry, base: Entry | None, done: int) -> None:

@@ -128,6 +128,18 @@ class Code:
             )
         return pre
 
+    def is_exact(self, pre: Tensor, post: Tensor, delta: Tensor) -> bool:
+        """Whether `onto` is sure to give the bits that the edit stores (`apply.editing.stored`).
+
+        Cheaper to tell than to store both ways. False where that is not sure.
+
+        Args:
+            pre: the base's tensor.
+            post: the tuned one.
+            delta: their difference.
+        """
+        return False
+
     def narrowed(self, dtype: torch.dtype = torch.float16) -> "Code":
         """Return the code with every floating-point array in a narrower type.
 
@@ -215,6 +227,11 @@ class Code:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"code {self.kind}: setting {name}={value!r}, must be {kind.__name__}")
         return value
+
+
+def signed_zeros(pre: Tensor, post: Tensor) -> bool:
+    """Whether some entry is zero in both, where an edit may store either's sign."""
+    return bool(((pre == 0) & (post == 0)).any())
 
 
 def _is_kind(found: type, kind: str) -> bool:

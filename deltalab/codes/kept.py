@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, Setting
+from deltalab.codes import Code, Setting, signed_zeros
 from deltalab.codes.raw import flat
 from deltalab.rng import Rng
 from deltalab.weights.mapping import difference
@@ -60,6 +60,10 @@ class Holding(Code):
         kept = torch.where(hat == 0, own.to(dtype), moved)
         put(torch.where(hat == delta, held.to(dtype), kept), places, out)
         return out.reshape(self.shape).to(pre.device)
+
+    def is_exact(self, pre: Tensor, post: Tensor, delta: Tensor) -> bool:
+        """It is with W_post's own entries, but for zeros of another sign."""
+        return self._holds_weights and not signed_zeros(pre, post)
 
     @property
     def _holds_weights(self) -> bool:

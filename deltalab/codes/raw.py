@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code
+from deltalab.codes import Code, signed_zeros
 from deltalab.weights.mapping import difference
 
 
@@ -38,6 +38,10 @@ class Raw(Code):
             return values.float()
         return difference(self._fits(pre).cpu(), values)
 
+    def is_exact(self, pre: Tensor, post: Tensor, delta: Tensor) -> bool:
+        """It is where W_post itself is held."""
+        return self.settings.get("holds") == "weights"
+
     def onto(self, pre: Tensor, dtype: torch.dtype) -> Tensor:
         """Return W_post itself where the code has it."""
         if self.settings.get("holds") != "weights":
@@ -59,6 +63,10 @@ class Zero(Code):
     def decode(self, pre: Tensor | None = None) -> Tensor:
         """Return zeros."""
         return torch.zeros(self.shape)
+
+    def is_exact(self, pre: Tensor, post: Tensor, delta: Tensor) -> bool:
+        """It is but for zeros of another sign."""
+        return not signed_zeros(pre, post)
 
 
 def flat(tensor: Tensor) -> Tensor:
