@@ -4,11 +4,14 @@
     deltalab-delta unpack FILE.safetensors onto=BASE out=DIR
     deltalab-delta inspect FILE.safetensors|DIR
     deltalab-delta verify FILE.safetensors [onto=BASE]
+    deltalab-delta lora FILE.safetensors onto=BASE out=DIR [extras=keep|drop]
+    deltalab-delta patch model=... edit=ties out=FILE.safetensors
 
 `pack` takes the settings of `deltalab-apply`, and `record=FILE`, a point's record, whose measured
 change the file then tells. What `unpack` writes is what `deltalab-apply` would have written, byte
 for byte. Without `onto=`, the base is looked for beside the file: several deltas of one base, in
-one directory with it, share it.
+one directory with it, share it. `lora` writes an adapter of PEFT of what is of low rank (twin), and
+`extras=drop` leaves out what is not; `patch` writes the changed entries alone, which overwrite.
 """
 
 import json
@@ -220,11 +223,60 @@ def verify(arguments: list[str]) -> list[str]:
     return [f"{file}: whole, {told['parameters']} parameters onto {told['base']['digest']}"]
 
 
+def lora(arguments: list[str]) -> list[str]:
+    """Write what is of low rank as a LoRA adapter.
+
+    Raises:
+        ValueError: a mistake in the settings.
+    """
+    from deltalab.apply import adapters, packs
+
+    file, own = _one_file(arguments, {"onto": None, "out": None, "extras": "keep"})
+    out = _path(own, "out")
+    base = _path(own, "onto") if own["onto"] else packs.base_beside(file)
+    told = adapters.export(file, base, out, own["extras"])
+    ranks = sorted(told["ranks"].values())
+    line = f"{out}: {len(ranks)} modules of rank {ranks[0]} to {ranks[-1]}"
+    if told["lost"]:
+        return [f"{line}; {100 * told['lost']:.2g} % of the delta's energy is left out"]
+    return [f"{line}, {len(told['extras'])} tensors in full"]
+
+
+def patch(arguments: list[str]) -> list[str]:
+    """Write the entries that an edited checkpoint changes of its base.
+
+    Raises:
+        ValueError: a mistake in the settings.
+    """
+    from deltalab.apply import patches
+    from deltalab.save import job
+
+    own, overrides = _taken(arguments, {"out": None})
+    found = job(overrides)
+    if found.experts or found.cfg.merge:
+        raise ValueError("merge=: a merged family is patched as a pair: write it, then compare it")
+    told = patches.write(
+        found.pre,
+        found.post,
+        _path(own, "out"),
+        found.edit,
+        select=found.select,
+        seed=found.seed,
+        salt=found.salt,
+    )
+    share = 100 * told["changed"] / max(1, told["parameters"])
+    return [
+        f"{own['out']}: {told['changed']:,} entries changed, {share:.3g} %, {told['bytes']:,} bytes"
+    ]
+
+
 COMMANDS: dict[str, Callable[[list[str]], list[str]]] = {
     "pack": pack,
     "unpack": unpack,
     "inspect": inspect,
     "verify": verify,
+    "lora": lora,
+    "patch": patch,
 }
 
 if __name__ == "__main__":

@@ -216,17 +216,22 @@ def _rest(writer: Writer, name: str, entry: Entry, base: Entry | None, done: int
     """Add the bytes of a tensor that are not edited, from `done` on."""
     if done == entry.size:
         return
-    blocks = [(at, min(at + _BLOCK, entry.size)) for at in range(done, entry.size, _BLOCK)]
+    parts = blocks(entry, done)
     alike = base is not None and (base.dtype, base.shape) == (entry.dtype, entry.shape)
-    if base is not None and alike and all(_bytes(base, *b) == _bytes(entry, *b) for b in blocks):
+    if base is not None and alike and all(bytes_of(base, *b) == bytes_of(entry, *b) for b in parts):
         writer.plain(name, "same", done, entry.size - done, None)
         return
-    for begin, end in blocks:
-        data = torch.frombuffer(bytearray(_bytes(entry, begin, end)), dtype=torch.uint8)
+    for begin, end in parts:
+        data = torch.frombuffer(bytearray(bytes_of(entry, begin, end)), dtype=torch.uint8)
         writer.plain(name, "bytes", begin, end - begin, data)
 
 
-def _bytes(entry: Entry, begin: int, end: int) -> bytes:
+def blocks(entry: Entry, start: int = 0) -> list[tuple[int, int]]:
+    """Cut a tensor's bytes from `start` on into blocks."""
+    return [(at, min(at + _BLOCK, entry.size)) for at in range(start, entry.size, _BLOCK)]
+
+
+def bytes_of(entry: Entry, begin: int, end: int) -> bytes:
     """Return bytes of a tensor as it is stored."""
     if entry.load is not None:
         part = entry.load(begin // item(entry), end // item(entry))
@@ -413,7 +418,7 @@ def _put_bytes(
         return
     for begin in range(*span, _BLOCK):
         end = min(begin + _BLOCK, span[1])
-        data = torch.frombuffer(bytearray(_bytes(base, begin, end)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(bytes_of(base, begin, end)), dtype=torch.uint8)
         put(target, data, place + begin - span[0])
 
 

@@ -14,7 +14,6 @@ bytes. Arrays of wide types come first, so that all are aligned.
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -124,30 +123,8 @@ class Writer:
             for name, dtype, shape, size in lines:
                 offsets = [position, position := position + size]
                 header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        text = _text(header).encode()
-        text += b" " * (-len(text) % 8)
-        made = files.temporary(self._path)
-        try:
-            with open(made, "xb") as out:
-                out.write(len(text).to_bytes(8, "little") + text)
-                out.flush()
-                for data in self._data.values():
-                    data.flush()
-                    _copy(data, out)
-                os.fsync(out.fileno())
-            os.link(made, self._path)  # never over a file that has come meanwhile
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
-        finally:
-            made.unlink(missing_ok=True)
-        files.sync(self._path.parent)
+        files.join(self._path, _text(header).encode(), list(self._data.values()))
         return self._path.stat().st_size
-
-
-def _copy(source: IO[bytes], target: IO[bytes]) -> None:
-    size, at = os.fstat(source.fileno()).st_size, 0
-    while at < size:
-        at += os.sendfile(target.fileno(), source.fileno(), at, size - at)
 
 
 def _text(value: Any) -> str:
