@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltalab.api import (
         change,
+        decode,
         edit,
         edited,
+        encode,
         loaded,
         methods,
         objective,
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "change",
+    "decode",
     "edit",
     "edited",
+    "encode",
     "loaded",
     "methods",
     "objective",

@@ -23,8 +23,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from deltalab.apply import editing
+from deltalab.apply.coded import held
 from deltalab.apply.extras import Extras
 from deltalab.calibration.providing import Calibration
+from deltalab.codes import Code
 from deltalab.edits import Edit
 from deltalab.edits.keep import Keep
 from deltalab.loss import distill, objectives
@@ -35,9 +37,11 @@ from deltalab.loss.objectives import Loss
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann, Term
 from deltalab.models.live import live_pair
+from deltalab.rng import Rng
 from deltalab.settings import conf_dir, near
 from deltalab.weights import mapping
 from deltalab.weights.aligned import Aligned
+from deltalab.weights.factor import svd
 from deltalab.weights.mapping import Checkpoint, ModelPair, Weights, meta
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module
@@ -179,6 +183,50 @@ def edited(
         providers = {**distill.providers(pair, loss, gradient), **calibrated.providers()}
     extras = Extras.of(edit, pair, seed=seed, providers=providers, turned=turned)
     return dict(editing.edited(pair.pre, pair.post, edit, select, extras))
+
+
+def encode(
+    edit: Edit,
+    delta: Tensor,
+    *,
+    post: Tensor | None = None,
+    seed: int = 0,
+    name: str = "",
+    values: str = "exact",
+    **needs: Any,
+) -> Code | None:
+    """Return what a file holds of one edited delta, None where an edit has no such form.
+
+    Args:
+        edit: from `edit`.
+        delta: W_post - W_pre, float32.
+        post: W_post, whose own entries are then held, in their own type, where entries are kept.
+        seed: of random edits.
+        name: the tensor's, for these.
+        values: "exact", or "float16" for every number.
+        needs: what else the edit asks for, as `quantile` or `scale`.
+
+    Returns:
+        A code: its `arrays` and `settings`, and its `bits` of payload and metadata.
+
+    >>> import torch
+    >>> code = encode(edit("bitdelta"), torch.tensor([[1.0, -3.0]]))
+    >>> code.bits.payload, decode(code)
+    (8, tensor([[ 2., -2.]]))
+    """
+    own = {"rng": Rng(seed, name), "svd": lambda: svd(delta.flatten(1)), "quantile": None}
+    given = {need: needs.get(need, own.get(need)) for need in edit.needs}
+    return held(edit, values).encode(delta, post=post, **given)
+
+
+def decode(code: Code, pre: Tensor | None = None) -> Tensor:
+    """Return the edited delta that a code holds, float32.
+
+    Args:
+        code: from `encode`.
+        pre: W_pre, where the code holds entries of W_post.
+    """
+    return code.decode(pre)
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,6 +53,7 @@ NEUTRAL: dict[str, Any] = {
     },
     "calibration.fisher": None,
     "peers": None,
+    "values": "exact",
 }  # fmt: skip
 """Settings that came later, each with the value that reproduces what was done without it."""
 AFTER_FAMILIES = ("model.base",)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltalab.apply.audit import TERMS, Audit, summed, terms
 from deltalab.apply.extras import SLICED, Extras, handed, thresholds
+from deltalab.codes import Bits
 from deltalab.edits import Edit, Unit
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
@@ -230,7 +231,7 @@ def edited(
             old.to(device), new.to(device), mine, kernels[name], sums=sums, **needs
         )
         if audit is not None and sums is not None:
-            audit.add(name, new.numel(), sums)
+            audit.add(name, new.numel(), sums, _bits(mine, old.to(device), new.to(device), needs))
         return made.to(new.device)
 
     return LazyWeights(touched, load, touched.meta)
@@ -246,6 +247,13 @@ def _kernels(
     alike = {n: (a.dtype, b.dtype, len(b.shape) > 1) for n, (a, b) in metas.items()}
     large = {alike[n] for n, (_, b) in metas.items() if prod(b.shape) >= fused.SMALLEST}
     return {name: "compiled" if kind in large else kernel for name, kind in alike.items()}
+
+
+def _bits(edit: Edit, pre: Tensor, post: Tensor, needs: dict[str, Any]) -> Bits | None:
+    """Return what the code of one edited tensor takes, None where there is none."""
+    delta = difference(pre, post)
+    code = edit.encode(delta, post=post, **handed(needs, post.device))
+    return None if code is None else code.bits
 
 
 def _moved(weights: Weights, names: Iterable[str], device: Any) -> LazyWeights:

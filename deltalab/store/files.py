@@ -9,9 +9,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from deltalab.store import locks
 
@@ -37,6 +38,37 @@ def write(path: Path, text: str) -> Path:
         with suppress(OSError):
             made.unlink()  # there only where writing failed
     return path
+
+
+def join(path: Path, header: bytes, data: Sequence[IO[bytes]]) -> None:
+    """Write a safetensors file of a header and what some files hold, to the disk itself.
+
+    Args:
+        path: its name, which nothing has.
+        header: the JSON; blanks are added so that what follows is aligned.
+        data: open files, each taken from its begin to its end.
+
+    Raises:
+        OSError: the disk failed or is full, or something has the name; there is no new file then.
+    """
+    made = temporary(path)
+    text = header + b" " * (-len(header) % 8)
+    try:
+        with open(made, "xb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.flush()
+            for each in data:
+                each.flush()
+                size, at = os.fstat(each.fileno()).st_size, 0
+                while at < size:
+                    at += os.sendfile(out.fileno(), each.fileno(), at, size - at)
+            os.fsync(out.fileno())
+        os.link(made, path)  # never over a file that has come meanwhile
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        made.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def publish(made: Path, path: Path) -> None:
