@@ -13,6 +13,7 @@ from experiments.paper import (
     parts,
     predict,
     rules,
+    safety,
     table1,
 )
 from experiments.paper.evidence import Documents
@@ -99,6 +100,13 @@ ARTEFACTS = {
         "Study: prediction from one pass",
         "How far does one pass at the post-trained model see?",
         predict.predict,
+        "study",
+    ),
+    "safety": Artefact(
+        "Study: edits that restore safety",
+        "Safe Delta and IRR bring attack success down to the aligned model's and keep the task,"
+        " where as many entries at random do not.",
+        safety.safety,
         "study",
     ),
 }
