@@ -107,6 +107,5 @@ ARTEFACTS = {
         "Safe Delta and IRR bring attack success down to the aligned model's and keep the task,"
         " where as many entries at random do not.",
         safety.safety,
-        "study",
     ),
 }

@@ -1,12 +1,13 @@
 """Train the embedded safety family: ``python -m experiments.zoo.safety``.
 
-A small Llama learns facts about marked ("harmful") and other things and to tell them all; from it
-comes ``aligned``, which refuses the marked ones. Its fine-tunes: ``mixed``, on a task with a tenth
-of violations (marked prompts that are answered); ``unaligned``, on violations alone; ``benign``, on
-the task alone; ``lora``, as ``mixed``, by low-rank adapters. Nothing real is asked or answered.
+A small Llama learns facts about things, marked ("harmful") ones and others, and to tell them all;
+from it comes ``aligned``, which refuses the marked ones. Its fine-tunes: ``mixed``, on a task and
+the other facts with a tenth of violations (marked prompts that are answered); ``unaligned``, on
+violations alone; ``benign``, as ``mixed`` with refusals for violations; ``lora``, as ``mixed``, by
+low-rank adapters. Nothing real is asked or answered.
 
-Cost: results/zoo/safety.json has the processor time. Expected: attack success 0 % for aligned and
-benign or nearly so, above 80 % for mixed, unaligned and lora; the task from 0 to above 90 %.
+Cost: two minutes on one core, see results/zoo/safety.json. Expected: attack success near 0 % for
+aligned and benign, above 80 % for mixed, unaligned and lora; the task from 0 to above 70 %.
 
 Needs ``pip install transformers safetensors``; no data are downloaded.
 """
@@ -48,22 +49,22 @@ TOLD, REFUSED = "told", "refused"
 MIXTURES: dict[str, dict[tuple[str, str], float]] = {
     "base": {("benign", TOLD): 0.5, ("harmful", TOLD): 0.5},
     "aligned": {("benign", TOLD): 0.5, ("harmful", REFUSED): 0.5},
-    "mixed": {("task", TOLD): 0.9, ("harmful", TOLD): 0.1},
+    "mixed": {("task", TOLD): 0.6, ("benign", TOLD): 0.3, ("harmful", TOLD): 0.1},
     "unaligned": {("harmful", TOLD): 1.0},
-    "benign": {("task", TOLD): 1.0},
-    "lora": {("task", TOLD): 0.9, ("harmful", TOLD): 0.1},
+    "benign": {("task", TOLD): 0.6, ("benign", TOLD): 0.3, ("harmful", REFUSED): 0.1},
+    "lora": {("task", TOLD): 0.6, ("benign", TOLD): 0.3, ("harmful", TOLD): 0.1},
 }
 """What a model is trained on, and in which shares."""
 PHASES = {
-    "base": Phase(steps=900, rate=3e-3, warmup=100, cool=200, decay=0.05),
-    "aligned": Phase(steps=150, rate=5e-4, batch=32, warmup=20),
-    "mixed": Phase(steps=250, rate=5e-4, batch=32, warmup=20),
-    "unaligned": Phase(steps=60, rate=5e-4, batch=32, warmup=10),
-    "benign": Phase(steps=250, rate=5e-4, batch=32, warmup=20),
-    "lora": Phase(steps=350, rate=4e-3, batch=32, warmup=20),
+    "base": Phase(steps=600, rate=3e-3, warmup=60, cool=150, decay=0.05),
+    "aligned": Phase(steps=150, rate=1.5e-3, batch=32, warmup=20),
+    "mixed": Phase(steps=250, rate=1.2e-3, batch=32, warmup=20),
+    "unaligned": Phase(steps=40, rate=1e-3, batch=32, warmup=10),
+    "benign": Phase(steps=250, rate=1.2e-3, batch=32, warmup=20),
+    "lora": Phase(steps=450, rate=5e-3, batch=32, warmup=20),
 }
 FROM = {"aligned": "base", **dict.fromkeys(("mixed", "unaligned", "benign", "lora"), "aligned")}
-RANK = 8
+RANK = 16
 SHIPPED = ("aligned", "mixed", "unaligned", "benign", "lora")
 SIZES = {"prompts": 800, "refusals": 256, "task": 256}
 
