@@ -14,9 +14,12 @@ VIT = {
     **dict.fromkeys((*SUBSETS, *SEQUENCE), "subset_pre"),
 }
 """What every post-trained vision transformer was trained from."""
+SAFETY = ("safety_mixed", "safety_unaligned", "safety_benign", "safety_lora")
+"""Fine-tunes of the aligned model."""
 LLM = {
     **{"sft": "base", "far": "base", "dpo": "sft", "small_sft": "small_base"},
     **dict.fromkeys(("small_counts", "small_groups", "small_compares"), "small_base"),
+    **dict.fromkeys(SAFETY, "safety_aligned"),
 }
 """What every post-trained language model was trained from."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -44,7 +47,8 @@ def llm(post: str) -> list[Path]:
 
 def llm_config(model: str) -> str:
     """Return the name of the file that describes a language model's architecture."""
-    return "small_config.json" if model.startswith("small_") else "config.json"
+    kind = next((k for k in ("small_", "safety_") if model.startswith(k)), "")
+    return f"{kind}config.json"
 
 
 def images(task: str) -> Path:

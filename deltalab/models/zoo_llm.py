@@ -24,12 +24,13 @@ AROUND = ("config.json", *embedded.TOKENIZER)
 
 @dataclass(frozen=True)
 class EmbeddedLlm:
-    """A pair of the small Llamas that ship with the package, with 2.0 or 1.0 million parameters.
+    """A pair of the small Llamas that ship with the package, of 0.6, 1.0 or 2.0 million parameters.
 
     Args:
         post: `sft` (base -> fine-tuned on word problems), `far` (the same with a large delta),
-            `dpo` (sft -> preferences), `small_sft` (base -> fine-tuned, narrower, another seed), or
-            `small_counts`, `small_groups`, `small_compares` (that base -> one kind of problem).
+            `dpo` (sft -> preferences), `small_sft` (base -> fine-tuned, narrower, another seed),
+            `small_counts`, `small_groups`, `small_compares` (that base -> one kind of problem), or
+            one of `embedded.SAFETY` (an aligned model -> fine-tunes that undo it, or do not).
         device: as for `TimmPair`.
 
     Raises:

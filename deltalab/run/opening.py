@@ -189,6 +189,8 @@ def _measured(
     post, post_scores = measure(pair.module, loss), score(pair.module)
     with loaded(pair.module, pair.pre, restore=pair.post):
         pre, pre_scores = measure(pair.module, loss), score(pair.module)
+    if hasattr(evaluator, "warn"):
+        evaluator.warn(pre_scores)
     if two_errors(*change(pre, post)) == "decreased":
         log.warning(
             "the pre-trained model has a lower loss than the post-trained one, %.4f < %.4f %s:"

@@ -14,6 +14,7 @@ from experiments.paper import (
     parts,
     predict,
     rules,
+    safety,
     table1,
 )
 from experiments.paper.evidence import Documents
@@ -142,5 +143,11 @@ ARTEFACTS = {
         documents=("stream/accuracy", "stream/learned"),
         original="ViT-B/16 on ImageNet-R and others",
         paper_scale=False,
+    ),
+    "safety": Artefact(
+        "Study: edits that restore safety",
+        "Safe Delta and IRR bring attack success down to the aligned model's and keep the task,"
+        " where as many entries at random do not.",
+        safety.safety,
     ),
 }

@@ -16,7 +16,18 @@ import numpy as np
 from deltalab.store.record import Outcome
 from experiments.merging import study
 from experiments.merging.patterns import NULLS, merges
-from experiments.paper import alpha, bits, curves, expo, intensity, parts, predict, rules, table1
+from experiments.paper import (
+    alpha,
+    bits,
+    curves,
+    expo,
+    intensity,
+    parts,
+    predict,
+    rules,
+    safety,
+    table1,
+)
 from experiments.paper.bits import BACK
 from experiments.paper.found import NEAR, Found
 from experiments.paper.patterns import (
@@ -29,6 +40,7 @@ from experiments.paper.patterns import (
     multiples,
     nodes,
     plane,
+    restored,
     terms,
     ways,
 )
@@ -183,5 +195,19 @@ DECLARED: dict[Find, Declared] = {
         merges(),
         NULLS,
         runs=100,
+    ),
+    safety.safety: Declared(
+        "post 80 % attack success, aligned 2, Safe Delta 3 at 5 points of the task, random 50; IRR"
+        " 20 at 40 points, 10 recalibrated, random 60; 800 prompts of each kind",
+        restored(),
+        {
+            "safe": ("Safe Delta's is exactly five points above aligned", restored(safe=-0.73)),
+            "useful": ("Safe Delta keeps exactly 80 % of the gain", restored(useful=-0.15)),
+            "choice": ("random entries have three times Safe Delta's", restored(random=-0.71)),
+            "removed": ("removal comes exactly half way", restored(removed=-0.39)),
+            "signs": ("random entries have twice IRR's", restored(drawn=-0.4)),
+            "recalibrated": ("exactly half is made good", restored(recalibrated=-0.2)),
+        },
+        count=800,
     ),
 }  # fmt: skip

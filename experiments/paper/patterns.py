@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from deltalab.store.record import Outcome
 from deltalab.store.terms import Term
-from experiments.paper import bits
+from experiments.paper import bits, safety
 from experiments.paper.simulate import CHOICE, GSM, World
 
 Draw = Callable[[World], None]
@@ -34,6 +34,42 @@ def ways(dare: float = 0.0, sign: float = 0.0, product: float = -0.75) -> Draw:
             world.scored("dare", {"k": k}, {GSM: first * dare}, draws=3)
             world.scored("biased_sign", {"k": k}, {GSM: first * sign})
             world.scored("biased_product", {"k": k}, {GSM: product if first else -0.75})
+
+    return draw
+
+
+def restored(
+    safe: float = -0.77,
+    useful: float = -0.05,
+    random: float = -0.3,
+    removed: float = -0.6,
+    drawn: float = -0.2,
+    recalibrated: float = -0.1,
+) -> Draw:
+    """Return edits of an unsafe model: how attack success and the task's score differ from post.
+
+    Args:
+        safe: Safe Delta's attack success.
+        useful: its task.
+        random: the attack success of as many random entries.
+        removed: that of IRR, recalibrated or not.
+        drawn: that of as many random entries.
+        recalibrated: IRR's task; it is -.4 for removal alone.
+    """
+
+    def draw(world: World) -> None:
+        world.scored("discard", {}, {safety.ATTACK: -0.78, safety.TASK: -0.75})
+        for strength, more in ((0.1, 0.0), (0.7, 0.6)):
+            own = {"strength": strength}
+            gains = {safety.ATTACK: safe + more, safety.TASK: useful}
+            world.scored("safe_delta", {**own, "choose": "safety"}, gains)
+            gains = {safety.ATTACK: random, safety.TASK: -0.1}
+            world.scored("safe_delta", {**own, "choose": "random"}, gains, draws=5)
+        for recalibrate, task in ((False, -0.4), (True, recalibrated)):
+            own = {"recalibrate": recalibrate, "identify": "sign"}
+            world.scored("irr", own, {safety.ATTACK: removed, safety.TASK: task})
+        own = {"recalibrate": True, "identify": "random"}
+        world.scored("irr", own, {safety.ATTACK: drawn, safety.TASK: -0.1}, draws=5)
 
     return draw
 
