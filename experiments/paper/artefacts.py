@@ -19,6 +19,7 @@ from experiments.paper import (
 from experiments.paper.evidence import Documents
 from experiments.paper.found import Found
 from experiments.sotu.study import sotu
+from experiments.visionfuse.study import visionfuse
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,16 @@ ARTEFACTS = {
         lighter=without_experts,
         documents=("stream/accuracy", "stream/learned"),
         original="ViT-B/16 on ImageNet-R and others",
+        paper_scale=False,
+    ),
+    "visionfuse": Artefact(
+        "VisionFuse: two encoders before one merged language model",
+        "The tokens of two vision encoders before one language model, whose fine-tunes for each are"
+        " merged, answer questions that need both better than either model by itself.",
+        visionfuse,
+        folder="visionfuse",
+        documents=("/accuracy", "/accuracy@post"),
+        original="MGM-8B and SliME-8B of LLaMA-3-8B",
         paper_scale=False,
     ),
 }
