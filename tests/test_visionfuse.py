@@ -103,7 +103,7 @@ def test_merging_is_task_arithmetic_and_equal_models_stay_what_they_are(pairs) -
 
 
 def test_what_is_read_alone_is_the_language_models_own(pairs) -> None:
-    """Without a token of an encoder the answer is the language model's; positions are contiguous."""
+    """Without tokens of an encoder the answer is the language model's; positions go on by one."""
     pair = pairs["digits"]
     seer, look = pair.module, pair.transform
     assert isinstance(seer, Seer)
@@ -136,8 +136,9 @@ def test_what_does_not_fit_is_told(place, pairs) -> None:
 
 
 def test_a_point_tells_of_every_expert_and_of_how_their_deltas_lie(place, tmp_path) -> None:
-    record = ran(tmp_path, "model=visionfuse", f"model.dir={place}", "merge=sum", "riemann=paper",
-                 "merge.weights={digits: 1, clothes: 0}", "data.limit=16", "objective.limit=8")  # fmt: skip
+    few = "data.limit=16", "objective.limit=8", "riemann=paper"
+    hot = "merge.weights={digits: 1, clothes: 0}"
+    record = ran(tmp_path, "model=visionfuse", f"model.dir={place}", "merge=sum", hot, *few)
     one, other = (record["experts"][name] for name in NAMES)
     assert one["loss"]["change"] == 0
     assert one["metrics"]["scenes/accuracy"] == one["reference"]["post"]["scenes/accuracy"]

@@ -82,9 +82,9 @@ class FusedLm:
 def _open(spec: FusedLm) -> ModelPair:
     place = spec.place
     look = Look(place)
-    sides = [Checkpoint(place / f"{name}.safetensors") for name in (spec.pre, spec.post)]
+    pre, post = (Checkpoint(place / f"{name}.safetensors") for name in (spec.pre, spec.post))
     seer = Seer(_language_model(place), look)
-    return live_pair(seer, *sides, spec.device, "float32", look)
+    return live_pair(seer, pre, post, spec.device, "float32", look)
 
 
 def _language_model(place: Path) -> nn.Module:
