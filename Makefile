@@ -8,7 +8,7 @@ RESULTS ?= $(if $(filter demo,$(SCALE)),results,results/$(SCALE)-scale)
 REPORT   = $(BIN)/deltalab-report results=$(RESULTS) $(if $(INTO),into=$(INTO))
 SWEEP   ?= hydra/launcher=$(if $(filter demo,$(SCALE)),workers,gpus)
 PAPER   := table1 fig1 fig2 fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12 fig13
-STUDIES := intensity rules predict merging sotu safety
+STUDIES := intensity rules predict merging sotu visionfuse safety
 export HF_HUB_OFFLINE ?= 1
 # Some containers forbid Python to keep bytecode: importing torch then takes twice as long each time.
 unexport PYTHONDONTWRITEBYTECODE
@@ -31,6 +31,10 @@ demo-llm: $(VENV)/.user ## the same on small language models, scored by lm-eval
 $(PAPER) $(STUDIES): $(VENV)/.user
 	@$(BIN)/deltalab -m experiment=$@ scale=$(SCALE) results=$(RESULTS) $(SWEEP)
 	@$(BIN)/python -m experiments.paper $@ scale=$(SCALE) results=$(RESULTS)
+
+visionfuse: results/artifacts/visionfuse/4
+results/artifacts/visionfuse/4: $(VENV)/.user
+	@$(BIN)/python -m experiments.visionfuse
 
 # One after the other, those first whose points others share.
 reproduce: $(VENV)/.user ## every table, figure and study of the paper at SCALE=demo (or paper), the page

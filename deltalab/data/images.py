@@ -107,14 +107,11 @@ class Packaged:
             ValueError: no image is of these classes, or a model that images of this size are not
                 for.
         """
-        resource = files("deltalab") / "zoo" / f"{self.task}.npz"
-        with as_file(resource) as path, np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays[f"x_{self.split}"], arrays[f"y_{self.split}"]
-        kept = np.isin(labels, labels if self.classes is None else self.classes)
+        images, labels = packaged(self.task, self.split)
+        kept = torch.isin(labels, torch.tensor(self.classes or labels.tolist()))
         if not kept.any():
             raise ValueError(f"data.classes={self.classes}: {self.task} has no image of them")
-        x = torch.from_numpy(images[kept][: self.limit]).unsqueeze(1)
-        y = torch.from_numpy(labels[kept][: self.limit]).long()
+        x, y = images[kept][: self.limit], labels[kept][: self.limit]
         try:
             ready = transform(x) if transform is not None else x.float() / 255
         except (TypeError, ValueError, RuntimeError) as error:
@@ -123,6 +120,14 @@ class Packaged:
                 f" transform refuses them ({error})"
             ) from None
         return Batches(len(y), lambda i: (ready[i], int(y[i])), batch_size)
+
+
+def packaged(task: str, split: str) -> tuple[Tensor, Tensor]:
+    """Return a split of a packaged task: bytes (n, 1, 28, 28) and labels (n,)."""
+    resource = files("deltalab") / "zoo" / f"{task}.npz"
+    with as_file(resource) as path, np.load(path, allow_pickle=False) as arrays:
+        images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
 
 
 @dataclass(frozen=True)

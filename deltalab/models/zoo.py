@@ -1,6 +1,7 @@
 """The embedded pairs: small vision transformers whose weights and images ship in the package."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,15 +102,23 @@ def among(module: nn.Module, classes: tuple[int, ...]) -> None:
     module.register_forward_hook(masked)
 
 
+def alone(name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return one of the vision transformers by itself, in float32, and what prepares its images."""
+    recipe = _recipe(name)
+    module = _architecture(recipe).eval()
+    module.load_state_dict({n: t.float() for n, t in Checkpoint(_weights(name)).items()})
+    return module, _normalising(recipe)
+
+
+def _normalising(recipe: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    mean, std = float(recipe["mean"]), float(recipe["std"])
+    return lambda images: (images.float() / 255 - mean) / std
+
+
 @latest("model")
 def _open(spec: EmbeddedVit) -> ModelPair:
     recipe = _recipe(spec.post)
-    mean, std = float(recipe["mean"]), float(recipe["std"])
-
-    def normalise(images: Tensor) -> Tensor:
-        return (images.float() / 255 - mean) / std
-
-    module = _architecture(recipe)
+    normalise, module = _normalising(recipe), _architecture(recipe)
     if spec.classes is not None:
         among(module, spec.classes)
     return live_pair(

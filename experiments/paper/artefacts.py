@@ -20,6 +20,7 @@ from experiments.paper import (
 from experiments.paper.evidence import Documents
 from experiments.paper.found import Found
 from experiments.sotu.study import sotu
+from experiments.visionfuse.study import visionfuse
 
 
 @dataclass(frozen=True)
@@ -149,5 +150,15 @@ ARTEFACTS = {
         "Safe Delta and IRR bring attack success down to the aligned model's and keep the task,"
         " where as many entries at random do not.",
         safety.safety,
+    ),
+    "visionfuse": Artefact(
+        "VisionFuse: two encoders before one merged language model",
+        "The tokens of two vision encoders before one language model, whose fine-tunes for each are"
+        " merged, answer questions that need both better than either model by itself.",
+        visionfuse,
+        folder="visionfuse",
+        documents=("/accuracy", "/accuracy@post"),
+        original="MGM-8B and SliME-8B of LLaMA-3-8B",
+        paper_scale=False,
     ),
 }

@@ -45,8 +45,8 @@ CAPTION = (
     " five seeds."
 )
 NOTE = (
-    "Experts were trained for 40 steps on two classes each, from a base that knows digits alone; the"
-    " paper's base is a ViT of ImageNet-21k."
+    "Experts were trained for 40 steps on two classes each, from a base that knows digits alone;"
+    " the paper's base is a ViT of ImageNet-21k."
     " Heads learn from half A of the objective's images (about 25 a class), test images judge."
     " What is forgotten is what is told right after its task less what is at the end, image by"
     " image: the backward transfer with its sign turned. The usual forgetting, from the best"

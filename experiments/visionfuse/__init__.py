@@ -1,0 +1,1 @@
+"""`experiment=visionfuse`: two encoders before one language model whose fine-tunes are merged."""
