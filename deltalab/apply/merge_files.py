@@ -36,7 +36,7 @@ from deltalab.weights.aligned import Aligned
 from deltalab.weights.mapping import Meta
 from deltalab.weights.shards import Buffers, Entry, copy, keep, pieces, put, read
 
-PART = 1 << 17
+PART = 1 << 16
 """Entries of every model that are merged at once where that can be: they stay in the cache."""
 _buffers = Buffers()
 

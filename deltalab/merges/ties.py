@@ -52,10 +52,12 @@ class Ties(Merge):
         """Return the merged delta."""
         trimmed = [self._trimmed(delta, index, quantile) for index, delta in enumerate(deltas)]
         found, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-        for each, agrees in zip(trimmed, agreeing(trimmed), strict=True):
-            found += torch.where(agrees, each, 0.0)
-            count += agrees
-        return self.weight * (found / count.clamp_(min=1))
+        sign = torch.copysign(found.new_ones(()), _elected(trimmed))
+        for each in trimmed:  # times the sign, those that agree are above zero: no comparisons
+            agreed = (each * sign).clamp_(min=0)
+            found += agreed
+            count += agreed.sign_()
+        return self.weight * (found.mul_(sign) / count.clamp_(min=1))
 
     def _trimmed(self, delta: Tensor, index: int, quantile: Sequence[Limit]) -> Tensor:
         if self.keep == 1:
@@ -66,9 +68,14 @@ class Ties(Merge):
 
 def agreeing(deltas: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield for every expert where its entries are not zero and have the sign of the sum of all."""
-    elected = torch.zeros_like(deltas[0])
-    for each in deltas:
-        elected += each
-    positive = elected >= 0
+    positive = _elected(deltas) >= 0
     for each in deltas:
         yield torch.where(positive, each > 0, each < 0)
+
+
+def _elected(deltas: Sequence[Tensor]) -> Tensor:
+    """Return the sum, whose signs are elected; where it is zero it is +0."""
+    found = torch.zeros_like(deltas[0])
+    for each in deltas:
+        found += each
+    return found

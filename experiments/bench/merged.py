@@ -38,8 +38,9 @@ MERGES = {
 
 WITHIN = """
 import resource, sys, time
-from deltalab.save import save
+import hydra, omegaconf, deltalab.run.building, deltalab.run.experts, deltalab.sweep.composing
 import deltalab.apply.merge_files, deltalab.models.hf_llm, deltalab.merges.ties, deltalab.edits.dare
+from deltalab.save import save
 start, cpu = time.perf_counter(), time.process_time()
 save(sys.argv[1:])
 print(time.perf_counter() - start, time.process_time() - cpu,
