@@ -26,6 +26,7 @@ KINDS = {
     "grid": "grid",
     "lowrank": "lowrank",
     "sum": "sum",
+    "factors": "factors",
 }
 """All kinds, each with the module of this room that has its class; nothing else is ever loaded."""
 _DTYPES = {
