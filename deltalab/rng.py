@@ -155,11 +155,6 @@ class Rng(Draws):
     start: int = 0
     salt: str = ""
 
-    @property
-    def source(self) -> "Rng":
-        """The numbers of the tensor as its file has it."""
-        return self
-
     def fork(self, label: str) -> "Rng":
         """Return independent numbers for the same elements, such as for one step of a chain."""
         return replace(self, name=f"{self.name}/{label}")

@@ -51,11 +51,6 @@ class _Draws(Draws):
         """Return 32 random bits per element of the transpose."""
         return self.rng.bits(like.mT, stream).mT.contiguous()
 
-    @property
-    def source(self) -> Rng:
-        """The numbers of the matrix as its file has it."""
-        return self.rng
-
     def fork(self, label: str) -> "_Draws":
         """Return independent numbers for the same elements."""
         return _Draws(self.rng.fork(label))

@@ -27,6 +27,7 @@ KINDS = {
     "lowrank": "lowrank",
     "sum": "sum",
     "factors": "factors",
+    "patches": "patches",
 }
 """All kinds, each with the module of this room that has its class; nothing else is ever loaded."""
 _DTYPES = {

@@ -31,7 +31,7 @@ class Factors(Code):
     kind: ClassVar[str] = "factors"
 
     @classmethod
-    def of(
+    def of_columns(
         cls,
         shape: tuple[int, ...],
         sides: tuple[Tensor, Tensor],
@@ -61,7 +61,7 @@ class Factors(Code):
         sides = sides[0].cpu(), sides[1].cpu()
         found = masks(sides, arrays.get("drop"), settings or {})
         for name, side, step, mask in zip("uv", sides, steps, found, strict=True):
-            for bits in arrays["width"].unique().tolist():
+            for bits in sorted(set(arrays["width"].tolist())):
                 chosen = arrays["width"] == bits
                 columns = side[:, chosen]
                 if bits not in FLOATS:
@@ -84,7 +84,7 @@ class Factors(Code):
         made = []
         for name, side, mask in zip("uv", empty, masks(empty, drop, self.settings), strict=True):
             turned, places = side.T.contiguous(), mask.T
-            for bits in width.unique().tolist():
+            for bits in sorted(set(width.tolist())):
                 if bits not in WIDTHS:
                     raise ValueError(f"code {self.kind}: a width of {bits}")
                 chosen = width == bits

@@ -39,8 +39,14 @@ def untouched(delta: Tensor, needs: Mapping[str, Any]) -> Raw:
     return Raw.holding(delta.clone(), needs.get("post"))
 
 
-def seeded(rng: Rng, exact: bool) -> dict[str, Setting]:
-    """Return the settings from which `Factors` finds its masks again."""
-    source = rng.source
+def seeded(rng: Any, exact: bool) -> dict[str, Setting]:
+    """Return the settings from which `Factors` finds its masks again.
+
+    Args:
+        rng: an edit's random numbers; those of a matrix that is seen turned have its `Rng` as
+            `rng`.
+        exact: whether the number of entries that a mask drops is exact.
+    """
+    source: Rng = rng if isinstance(rng, Rng) else rng.rng
     how = "exact" if exact else "bernoulli"
     return {"masks": how, "seed": source.seed, "name": source.name, "salt": source.salt}

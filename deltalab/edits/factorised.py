@@ -91,7 +91,7 @@ def quantised(
     if target is not None:
         u = left_factor(target, y, gram)
     u, u_step = _side(u, bits, how, inner, keep_u, rows=False)
-    return Factors.of(shape, (u, v), (u_step, v_step), s * again, bits, drop, settings)
+    return Factors.of_columns(shape, (u, v), (u_step, v_step), s * again, bits, drop, settings)
 
 
 def left_factor(delta: Tensor, y: Tensor, gram: Tensor | None) -> Tensor:
@@ -105,7 +105,8 @@ def left_factor(delta: Tensor, y: Tensor, gram: Tensor | None) -> Tensor:
     d, right = delta.double(), y.double()
     weighted = right if gram is None else right @ gram.double()
     inverse = torch.linalg.pinv(weighted @ right.T, hermitian=True)
-    return (d @ weighted.T @ inverse).float()
+    left: Tensor = (d @ weighted.T @ inverse).float()
+    return left
 
 
 def _side(
