@@ -124,6 +124,15 @@ def test_needs_come_from_any_device(name: str, kernel: str, device: str) -> None
         assert compare(back(out), expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_code_comes_from_any_device_to_the_cpu(name: str) -> None:
+    edit, delta = built(name), tensor((24, 40))
+    with lent():
+        given = needs(edit, delta, device="second")
+        code = edit.encode(on("second", delta), **given)
+    assert code is None or torch.equal(code.decode(), call(edit, delta))
+
+
 def test_the_second_device_refuses_what_a_gpu_does() -> None:
     here, there = tensor((3, 4)), on("second", tensor((3, 4)))
     assert there.device == SECOND != here.device

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from deltalab.codes.nested import Transposed
 from deltalab.edits import Edit, Unit
 from deltalab.rng import Draws, Rng
 
@@ -40,6 +41,12 @@ class Turned(Edit):
         given = {name: _turned(name, value) for name, value in needs.items()}
         return self.edit(delta.mT.contiguous(), **given).mT.contiguous()
 
+    def encode(self, delta: Tensor, *args: Any, **needs: Any) -> Transposed | None:
+        """Return the code of the transpose."""
+        given = {name: _turned(name, value) for name, value in needs.items()}
+        code = self.edit.encode(delta.mT.contiguous(), **given)
+        return None if code is None else Transposed.of_code(code)
+
 
 @dataclass(frozen=True)
 class _Draws(Draws):
@@ -65,6 +72,8 @@ def _turned(name: str, value: Any) -> Any:
             return lambda: tuple(part.mT if part.ndim > 1 else part for part in reversed(value()))
         case "grad" | "fisher":
             return value.mT
+        case "post":
+            return None if value is None else value.mT
         case "peers":
             return [peer.mT for peer in value]
     return value

@@ -25,9 +25,12 @@ KINDS = {
     "signs": "signs",
     "grid": "grid",
     "lowrank": "lowrank",
-    "sum": "sum",
+    "sum": "nested",
+    "transposed": "nested",
+    "patched": "nested",
     "factors": "factors",
     "patches": "patches",
+    "levelled": "levelled",
 }
 """All kinds, each with the module of this room that has its class; nothing else is ever loaded."""
 _DTYPES = {

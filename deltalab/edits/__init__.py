@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 
 from torch import Tensor
 
+from deltalab.codes import Code
+
 Unit = Literal["entry", "row", "tensor"]
 
 
@@ -123,10 +125,19 @@ class Edit(Protocol):
         """
         return None
 
-    def encode(self, delta: Tensor, *args: Any, **needs: Any) -> Any:
+    def encode(self, delta: Tensor, *args: Any, **needs: Any) -> Code | None:
         """Return the packed form of the edited delta, exactly what a file will hold.
 
-        With it, the call is to be `encode(...).decode()`. None where there is no such form.
+        What the call returns has the bits of `encode(...).decode()`, or gives the same bits once it
+        is stored. None where there is no such form: an edit that leaves as many different numbers
+        as there are entries.
+
+        Args:
+            delta: as for the call.
+            args: none.
+            needs: as for the call, and `post`: W_post, whose own entries a code may hold instead of
+                those of the delta, for in their own type they are smaller and exact; None where
+                there are none that belong to the delta.
         """
         return None
 

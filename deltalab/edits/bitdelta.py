@@ -6,6 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.codes import Code
+from deltalab.codes.raw import Raw
+from deltalab.codes.signs import Signs
 from deltalab.edits import Edit, Unit, one_of, within
 from deltalab.rng import Rng
 
@@ -72,6 +75,15 @@ class BitDelta(Edit):
         elif self.magnitudes == "uniform":
             scale = scale * (1 + self.cv * 12**0.5 * (rng.uniform(delta) - 0.5))
         return torch.where(delta < 0, -scale, scale)
+
+    def encode(self, delta: Tensor, *, rng: Rng, post: Tensor | None = None) -> Code | None:
+        """Return signs and scales; magnitudes that are drawn, an ablation, have no code."""
+        if self.magnitudes != "mean":
+            return None
+        if delta.ndim < 2 or delta.numel() == 0:
+            return Raw.holding(delta, post)
+        scale = self.multiple * mean_magnitude(delta, self.axis)
+        return Signs.of_delta(delta, scale, self.axis)
 
 
 def mean_magnitude(delta: Tensor, axis: str) -> Tensor:

@@ -7,6 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.codes import Code
+from deltalab.codes.raw import Raw
+from deltalab.codes.signs import Signs
 from deltalab.edits import Edit, whole, within
 
 
@@ -47,3 +50,15 @@ class BitDeltaDistilled(Edit):
         if delta.ndim < 2 or (alpha := scale(self.steps, self.lr)) is None:
             return delta.clone()
         return torch.where(delta < 0, -alpha, alpha)
+
+    def encode(
+        self,
+        delta: Tensor,
+        *,
+        scale: Callable[[int, float], Tensor | None],
+        post: Tensor | None = None,
+    ) -> Code:
+        """Return signs and the learned scale."""
+        if delta.ndim < 2 or (alpha := scale(self.steps, self.lr)) is None:
+            return Raw.holding(delta, post)
+        return Signs.of_delta(delta, alpha, "tensor")

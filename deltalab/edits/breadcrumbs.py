@@ -6,6 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.codes import Code
+from deltalab.codes.indexed import Indexed
+from deltalab.codes.raw import Raw
 from deltalab.edits import Edit, Unit, within
 from deltalab.weights.threshold import kept_count
 
@@ -44,10 +47,19 @@ class Breadcrumbs(Edit):
         """Return the delta with all but the middle entries of every row set to zero."""
         if delta.ndim == 0 or delta.numel() == 0:
             return delta.clone()
+        return torch.where(self._middle(delta), delta, 0.0)
+
+    def _middle(self, delta: Tensor) -> Tensor:
+        """Return the mask of the entries that are kept."""
         rows = delta.flatten(1) if delta.ndim > 1 else delta.reshape(1, -1)
         first = kept_count(self.gamma, rows.shape[1])
         last = first + kept_count(self.beta, rows.shape[1])
         order = rows.abs().argsort(dim=1, descending=True, stable=True)
-        middle = order[:, first:last]
-        hat = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-        return hat.scatter_(1, middle, rows.gather(1, middle)).reshape(delta.shape)
+        kept = torch.zeros(rows.shape, dtype=torch.bool, device=delta.device)
+        return kept.scatter_(1, order[:, first:last], True).reshape(delta.shape)
+
+    def encode(self, delta: Tensor, *, post: Tensor | None = None) -> Code:
+        """Return the entries that are kept, and where they are."""
+        if delta.ndim == 0 or delta.numel() == 0:
+            return Raw.holding(delta, post)
+        return Indexed.at(delta, post, self._middle(delta))

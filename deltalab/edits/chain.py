@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from deltalab.codes import Code
 from deltalab.edits import Edit, Unit
 from deltalab.rng import Rng
 from deltalab.settings import conf_dir
@@ -73,6 +74,17 @@ class Chain(Edit):
 
     def __call__(self, delta: Tensor, *args: Any, **given: Any) -> Tensor:
         """Return the delta after all steps."""
+        hat, last = self._before_last(delta, given)
+        return self.edits[-1](hat, **last)
+
+    def encode(self, delta: Tensor, *args: Any, **given: Any) -> Code | None:
+        """Return the code of the last step; a chain whose last step has none has none."""
+        post = given.pop("post", None) if len(self.edits) == 1 else None
+        hat, last = self._before_last(delta, given)
+        return self.edits[-1].encode(hat, post=post, **last)
+
+    def _before_last(self, delta: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the delta before the last step, and what that step needs."""
         hat = delta
         for index, edit in enumerate(self.edits):
             now = {need: given[need] for need in edit.needs}
@@ -80,8 +92,9 @@ class Chain(Edit):
                 now["rng"] = _forked(now["rng"], index)
             if index and "svd" in now:
                 now["svd"] = _factors_of(hat)
-            hat = edit(hat, **now)
-        return hat
+            if index + 1 < len(self.edits):
+                hat = edit(hat, **now)
+        return hat, now
 
 
 def _forked(rng: Rng, index: int) -> Rng:

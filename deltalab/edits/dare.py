@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.codes.kept import Kept
 from deltalab.edits import Edit, Line, Moments, Unit, within
 from deltalab.rng import Rng
 
@@ -43,6 +44,10 @@ class Dare(Edit):
         """Return the delta times k where the mask is set, times (1 - kp)/(1 - p) elsewhere."""
         kept = (1 - self.k * self.p) / (1 - self.p)
         return torch.where(rng.below(delta, self.p), self.k * delta, kept * delta)
+
+    def encode(self, delta: Tensor, *, rng: Rng, post: Tensor | None = None) -> Kept | None:
+        """Return the entries that are kept; for k other than 0, where all are, there is no code."""
+        return Kept.drawn(delta, post, rng, self.p, 1 / (1 - self.p)) if self.k == 0 else None
 
     def line(self) -> Line | None:
         """At fixed p and mask the shift is (1 - k) (p - M) / (1 - p) D: all k lie on one line."""

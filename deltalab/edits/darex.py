@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.codes.kept import Kept
 from deltalab.edits import Edit, Unit, within
 from deltalab.rng import Rng
 
@@ -60,12 +61,23 @@ class Darex(Edit):
 
     def __call__(self, delta: Tensor, *, rng: Rng, acts: Tensor | None = None) -> Tensor:
         """Return the delta with the masked entries set to zero and the others divided by q."""
-        scale: float | Tensor
-        if isinstance(self.q, str):
-            scale = 1 / (1 - self.p) if acts is None else best_scale(delta, acts, self.p)
-        else:
-            scale = 1 / self.q
-        return torch.where(rng.below(delta, self.p), 0.0, scale * delta)
+        return torch.where(rng.below(delta, self.p), 0.0, self._scale(delta, acts) * delta)
+
+    def _scale(self, delta: Tensor, acts: Tensor | None) -> float | Tensor:
+        if not isinstance(self.q, str):
+            return 1 / self.q
+        return 1 / (1 - self.p) if acts is None else best_scale(delta, acts, self.p)
+
+    def encode(
+        self,
+        delta: Tensor,
+        *,
+        rng: Rng,
+        acts: Tensor | None = None,
+        post: Tensor | None = None,
+    ) -> Kept:
+        """Return the entries that are kept."""
+        return Kept.drawn(delta, post, rng, self.p, float(self._scale(delta, acts)))
 
 
 def best_scale(delta: Tensor, acts: Tensor, p: float) -> Tensor:

@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.codes import Code
+from deltalab.codes.indexed import sparse
 from deltalab.edits import Edit, Unit, within
 from deltalab.rng import Rng
 
@@ -51,6 +53,10 @@ class Della(Edit):
         rows = delta.flatten(1) if delta.ndim > 1 else delta.reshape(1, -1)
         drop = self.p + self.window * (0.5 - relative_ranks(rows)).reshape(delta.shape)
         return torch.where(rng.below(delta, drop), 0.0, delta / (1 - drop))
+
+    def encode(self, delta: Tensor, *, rng: Rng, post: Tensor | None = None) -> Code:
+        """Return the rescaled entries, each by a factor of its own, and where they are."""
+        return sparse(self(delta, rng=rng))
 
 
 def relative_ranks(rows: Tensor) -> Tensor:

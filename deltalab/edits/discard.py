@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.codes.raw import Zero
 from deltalab.edits import Edit, Unit
 
 
@@ -23,3 +24,7 @@ class Discard(Edit):
     def __call__(self, delta: Tensor) -> Tensor:
         """Return zeros."""
         return torch.zeros_like(delta)
+
+    def encode(self, delta: Tensor, *, post: Tensor | None = None) -> Zero:
+        """Return nothing but the shape."""
+        return Zero(tuple(delta.shape), {}, {})

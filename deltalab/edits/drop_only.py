@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from deltalab.codes.kept import Kept
 from deltalab.edits import Edit, Moments, Unit, within
 from deltalab.rng import Rng
 
@@ -37,6 +38,10 @@ class DropOnly(Edit):
     def __call__(self, delta: Tensor, *, rng: Rng) -> Tensor:
         """Return the delta with the masked entries set to zero."""
         return delta.masked_fill(rng.below(delta, self.p), 0.0)
+
+    def encode(self, delta: Tensor, *, rng: Rng, post: Tensor | None = None) -> Kept:
+        """Return the entries that are kept."""
+        return Kept.drawn(delta, post, rng, self.p)
 
     def moments(self) -> Moments:
         """The shift is -M D: those of a Bernoulli number with its sign turned."""

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from deltalab.codes.raw import Raw
 from deltalab.edits import Edit, Unit
 
 
@@ -23,3 +24,7 @@ class Keep(Edit):
     def __call__(self, delta: Tensor) -> Tensor:
         """Return a copy of the delta."""
         return delta.clone()
+
+    def encode(self, delta: Tensor, *, post: Tensor | None = None) -> Raw:
+        """Return all entries."""
+        return Raw.holding(delta, post)

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltalab.codes import Code
+from deltalab.codes.grid import Grid
+from deltalab.codes.raw import Raw
 from deltalab.edits import Edit, one_of, whole
 from deltalab.weights.threshold import ascending
 
@@ -53,10 +56,21 @@ class Multibit(Edit):
         """Return the signs times the block means."""
         if delta.ndim < 2 or delta.numel() == 0:
             return delta.clone()
+        return self._quantised(delta)[0]
+
+    def encode(self, delta: Tensor, *, post: Tensor | None = None) -> Code:
+        """Return the block means, every entry's block in at most `bits` bits, and the signs."""
+        if delta.ndim < 2 or delta.numel() == 0:
+            return Raw.holding(delta, post)
+        return Grid.of_delta(*self._quantised(delta))
+
+    def _quantised(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the edited delta and the means of all blocks."""
         magnitude = delta.abs()
         values = ascending(magnitude)
-        level = _looked_up(magnitude, *_levels(values, self._ends(values)))
-        return level.copysign_(delta + 0.0)  # the sum makes +0 of -0
+        limits, means = _levels(values, self._ends(values))
+        level = _looked_up(magnitude, limits, means)
+        return level.copysign_(delta + 0.0), torch.from_numpy(means)  # the sum makes +0 of -0
 
     def _ends(self, values: Array) -> Array:
         """Return where the blocks end in the ascending magnitudes; those of empty ones too."""

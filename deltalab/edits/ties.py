@@ -7,6 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltalab.codes import Code
+from deltalab.codes.indexed import Indexed
+from deltalab.codes.raw import Raw
 from deltalab.edits import Edit, one_of, within
 from deltalab.weights.threshold import Threshold, kept_count, tensor_threshold
 
@@ -55,9 +58,22 @@ class Ties(Edit):
         """Return the delta with all but the largest entries set to zero."""
         if self.keep == 1:
             return delta.clone()
+        return torch.where(self._limit(delta, quantile).survivors(delta), delta, 0.0)
+
+    def _limit(self, delta: Tensor, quantile: Callable[[float], Threshold] | None) -> Threshold:
         if self.scope == "tensor":
-            limit = tensor_threshold(delta, kept_count(self.keep, delta.numel()))
-        else:
-            assert quantile is not None, "scope=model needs the model-wide threshold"
-            limit = quantile(self.keep)
-        return torch.where(limit.survivors(delta), delta, 0.0)
+            return tensor_threshold(delta, kept_count(self.keep, delta.numel()))
+        assert quantile is not None, "scope=model needs the model-wide threshold"
+        return quantile(self.keep)
+
+    def encode(
+        self,
+        delta: Tensor,
+        *,
+        quantile: Callable[[float], Threshold] | None,
+        post: Tensor | None = None,
+    ) -> Code:
+        """Return the entries that are kept, and where they are."""
+        if self.keep == 1:
+            return Raw.holding(delta, post)
+        return Indexed.at(delta, post, self._limit(delta, quantile).survivors(delta))

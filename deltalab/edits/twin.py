@@ -6,6 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from deltalab.codes import Code
+from deltalab.codes.lowrank import LowRank
+from deltalab.codes.raw import Raw, Zero
 from deltalab.edits import Edit, whole, within
 
 
@@ -51,13 +54,31 @@ class Twin(Edit):
         self, delta: Tensor, *, svd: Callable[[], tuple[Tensor, Tensor, Tensor]]
     ) -> Tensor:
         """Return the truncated delta."""
-        if delta.ndim < 2 or delta.numel() == 0:
+        if self._whole(delta):
             return delta.clone()
         rank = self.kept(delta)
-        if rank == min(delta.shape[0], delta[0].numel()):
-            return delta.clone()
         u, s, vh = svd()
         return ((u[:, :rank] * s[:rank]) @ vh[:rank]).reshape(delta.shape)
+
+    def encode(
+        self,
+        delta: Tensor,
+        *,
+        svd: Callable[[], tuple[Tensor, Tensor, Tensor]],
+        post: Tensor | None = None,
+    ) -> Code:
+        """Return the factors U_r S_r and V_r'."""
+        if self._whole(delta):
+            return Raw.holding(delta, post)
+        if (rank := self.kept(delta)) == 0:
+            return Zero(tuple(delta.shape), {}, {})
+        u, s, vh = svd()
+        return LowRank.of_factors(tuple(delta.shape), u[:, :rank] * s[:rank], vh[:rank])
+
+    def _whole(self, delta: Tensor) -> bool:
+        """Whether a tensor stays as it is."""
+        few = delta.ndim < 2 or delta.numel() == 0
+        return few or self.kept(delta) == min(delta.shape[0], delta[0].numel())
 
     def kept(self, delta: Tensor) -> int:
         """Return how many singular values of a matrix are kept, of min(d, k)."""

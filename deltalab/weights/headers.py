@@ -54,16 +54,7 @@ def read(file: Path) -> dict[str, Entry]:
             dtypes, shapes, and offsets that cover the data once, without gap or overlap.
     """
     size = file.stat().st_size
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 10 or handle.read(1) != b"{":
-            raise _invalid(file, _guess(file, size))
-        if length > min(size - 8, LONGEST):
-            raise _invalid(
-                file, f"its header claims {length} bytes of {size - 8}; an incomplete download?"
-            )
-        handle.seek(8)
-        header = _object(file, handle.read(length))
+    length, header = _header(file)
     _check_metadata(file, header.pop("__metadata__", {}))
     start = 8 + length
     found = {name: _entry(file, name, item, start) for name, item in header.items()}
@@ -80,6 +71,36 @@ def read(file: Path) -> dict[str, Entry]:
             file, f"{size - start} bytes of data where the header says {position - start}; {why}"
         )
     return ordered
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """Return the texts that a safetensors file holds beside its tensors, by name.
+
+    Args:
+        file: a regular file.
+
+    Raises:
+        ValueError: no header, or one that maps no texts to texts.
+    """
+    _, header = _header(file)
+    found: dict[str, str] = header.pop("__metadata__", {})
+    _check_metadata(file, found)
+    return found
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Return the length of a file's header in bytes, and what it says."""
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 10 or handle.read(1) != b"{":
+            raise _invalid(file, _guess(file, size))
+        if length > min(size - 8, LONGEST):
+            raise _invalid(
+                file, f"its header claims {length} bytes of {size - 8}; an incomplete download?"
+            )
+        handle.seek(8)
+        return length, _object(file, handle.read(length))
 
 
 def _entry(file: Path, name: str, item: Any, start: int) -> Entry:

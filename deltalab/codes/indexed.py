@@ -1,0 +1,113 @@
+"""Entries kept at places that only the delta tells: the places are held beside the values."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltalab.codes import Code, Setting, packing
+from deltalab.codes.kept import Holding, held
+from deltalab.codes.raw import Zero, flat
+
+_WIDTHS = range(1, 9)
+
+
+@dataclass(frozen=True, eq=False)
+class Indexed(Holding):
+    """Entries at places that are held: as gaps of few bits, or as one bit an entry if that is less.
+
+    With gaps of w bits, M = 2^w - 1: from one kept entry to the next, g dropped ones lie between;
+    the word M says that M dropped ones follow, any other how many do before the next kept entry. So
+    g takes floor(g / M) + 1 words. Of the widths from 1 to 8 the one of fewest bits is taken.
+
+    Arrays beside those of `Holding`: `gaps`, packed (`packing`), or `mask`, one bit an entry.
+    Settings: `width`, 0 for a mask, and `words`.
+
+    >>> delta = torch.zeros(1000)
+    >>> delta[[5, 999]] = torch.tensor([1.0, 2.0])
+    >>> code = Indexed.at(delta, None, delta != 0)
+    >>> code.settings["width"], code.arrays["gaps"].numel(), torch.equal(code.decode(), delta)
+    (8, 5, True)
+    """
+
+    kind: ClassVar[str] = "indexed"
+
+    @classmethod
+    def at(
+        cls, delta: Tensor, post: Tensor | None, places: Tensor, scale: float = 1.0
+    ) -> "Indexed | Zero":
+        """Return the code of `scale` D at some places; where there are none, that of zeros.
+
+        Args:
+            delta: D.
+            post: W_post, to hold its own entries; None to hold those of D.
+            places: boolean, of D's shape.
+            scale: of these entries.
+        """
+        shape = tuple(delta.shape)
+        mask = flat(places)
+        values, holds = held(delta, post, mask)
+        if not len(values):
+            return Zero(shape, {}, {})
+        gaps = _gaps(mask)
+        sizes = {w: (len(gaps) + int((gaps // ((1 << w) - 1)).sum())) * w for w in _WIDTHS}
+        width = min(_WIDTHS, key=lambda w: sizes[w])
+        settings: dict[str, Setting] = {"scale": scale, "holds": holds}
+        if sizes[width] >= len(mask):
+            arrays = {"values": values, "mask": packing.pack(mask, 1)}
+            return cls(shape, arrays, {**settings, "width": 0, "words": 0})
+        words = _words(gaps, (1 << width) - 1)
+        arrays = {"values": values, "gaps": packing.pack(torch.from_numpy(words), width)}
+        return cls(shape, arrays, {**settings, "width": width, "words": len(words)})
+
+    def places(self) -> Tensor:
+        """Read the places."""
+        width = self._setting("width", int)
+        if width == 0:
+            return packing.unpack(self._array("mask"), 1, self.count).bool()
+        most = (1 << width) - 1
+        words = packing.unpack(self._array("gaps"), width, self._setting("words", int)).numpy()
+        ends = np.flatnonzero(words != most)
+        found = np.cumsum(words, dtype=np.int64)[ends] + np.arange(len(ends))
+        if len(found) and not 0 <= found[-1] < self.count:
+            raise ValueError(f"code {self.kind}: entry {found[-1]} of {self.count}")
+        mask = torch.zeros(self.count, dtype=torch.bool)
+        mask[torch.from_numpy(found)] = True
+        return mask
+
+    def _saved(self) -> float:
+        places = next(a.numel() for name, a in self.arrays.items() if name in ("gaps", "mask"))
+        return 8 * places - self.count * entropy(self.arrays["values"].numel() / self.count)
+
+
+def _gaps(mask: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """Return how many entries are dropped before every kept one, since the one before it."""
+    places = np.flatnonzero(mask.numpy())
+    return np.diff(places, prepend=-1) - 1
+
+
+def _words(
+    gaps: "np.ndarray[tuple[int], np.dtype[np.int64]]", most: int
+) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+    """Return the words of gaps: `most` says that so many are dropped and no kept one follows."""
+    more, rest = np.divmod(gaps, most)
+    words = np.full(len(gaps) + int(more.sum()), most, dtype=np.uint8)
+    words[np.cumsum(more + 1) - 1] = rest
+    return words
+
+
+def entropy(q: float) -> float:
+    """Return H2(q) = -q log2 q - (1 - q) log2 (1 - q), in bits.
+
+    >>> entropy(0.5), entropy(0.0), round(entropy(0.03) / 0.03, 2)
+    (1.0, 0.0, 6.48)
+    """
+    return sum(x * math.log2(1 / x) for x in (q, 1 - q) if x > 0)
+
+
+def sparse(hat: Tensor) -> Code:
+    """Return the code of the entries of an edited delta that are not zero, in float32."""
+    return Indexed.at(hat, None, hat != 0)

@@ -1,0 +1,131 @@
+"""Entries kept at random places, which the seed tells again: no place is held."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deltalab.codes import Code, Setting
+from deltalab.codes.raw import flat
+from deltalab.rng import Rng
+from deltalab.weights.mapping import difference
+
+_SLICE = 1 << 15
+"""Entries drawn at once, so that all stays in the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Holding(Code):
+    """Some entries of a delta, scaled: D_hat = scale D at these places, else 0.
+
+    The entries are those of the delta in float32, or W_post's own in their own type, with which and
+    W_pre the delta is exact: `holds` is "delta" or "weights". Where the places are is a subclass's.
+
+    Arrays: `values`. Settings: `holds`, `scale`.
+    """
+
+    payload: ClassVar[tuple[str, ...]] = ("values",)
+
+    def places(self) -> Tensor:
+        """Return a flat boolean mask of the entries that are held.
+
+        Raises:
+            ValueError: what the code holds does not fit together.
+        """
+        raise NotImplementedError
+
+    def decode(self, pre: Tensor | None = None) -> Tensor:
+        """Return the scaled entries at their places."""
+        places = self.places()
+        held = self._held(places)
+        if self._holds_weights:
+            held = difference(self._fits(pre).cpu().reshape(-1)[places], held)
+        hat = torch.zeros(self.count)
+        hat[places] = self._setting("scale", float) * held.float()
+        return hat.reshape(self.shape)
+
+    def onto(self, pre: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weights as stored, with W_post's bits where nothing was scaled."""
+        if not self._holds_weights:
+            return super().onto(pre, dtype)
+        places, old = self.places(), self._fits(pre).cpu().reshape(-1)
+        held, own = self._held(places), old[places]
+        delta = difference(own, held)
+        hat = self._setting("scale", float) * delta
+        moved = (own.float() + hat).to(dtype)
+        out = old.to(dtype, copy=True)
+        kept = torch.where(hat == 0, own.to(dtype), moved)
+        out[places] = torch.where(hat == delta, held.to(dtype), kept)
+        return out.reshape(self.shape).to(pre.device)
+
+    @property
+    def _holds_weights(self) -> bool:
+        return self.settings.get("holds") == "weights"
+
+    def _held(self, places: Tensor) -> Tensor:
+        return self._array("values", int(places.sum()))
+
+
+def held(delta: Tensor, post: Tensor | None, places: Tensor) -> tuple[Tensor, str]:
+    """Return the entries that a code is to hold, flat, and what they are."""
+    source = delta if post is None else post
+    values = flat(source)[flat(places)]
+    return values, "delta" if post is None else "weights"
+
+
+@dataclass(frozen=True, eq=False)
+class Kept(Holding):
+    """Entries at random places: those where `Rng(seed, name, start, salt).below(p)` is false.
+
+    Settings beside those of `Holding`: `p`, `seed`, `name`, `start`, `salt`, and `turned`, 1 where
+    the numbers are drawn for the transpose.
+
+    >>> from deltalab.edits.dare import Dare
+    >>> code = Dare(p=0.75, k=0.0).encode(torch.ones(4096), rng=Rng(0, "w"))
+    >>> code.arrays["values"].numel(), code.decode().unique().tolist()
+    (1084, [0.0, 4.0])
+    """
+
+    kind: ClassVar[str] = "kept"
+
+    @classmethod
+    def drawn(
+        cls, delta: Tensor, post: Tensor | None, rng: Any, p: float, scale: float = 1.0
+    ) -> "Kept":
+        """Return the code of (1 - M) scale D with M ~ Bernoulli(p).
+
+        Args:
+            delta: D.
+            post: W_post, to hold its own entries; None to hold those of D.
+            rng: an edit's random numbers; those of a matrix that is seen turned have its `Rng` as
+                `rng`.
+            p: probability of an entry to be dropped.
+            scale: of the others.
+        """
+        turned = not isinstance(rng, Rng)
+        drawn = rng.rng if turned else rng
+        settings: dict[str, Setting] = {
+            "p": p, "seed": drawn.seed, "name": drawn.name, "start": drawn.start,
+            "salt": drawn.salt, "turned": int(turned), "scale": scale,
+        }  # fmt: skip
+        draft = cls(tuple(delta.shape), {}, settings)
+        values, holds = held(delta, post, draft.places())
+        return cls(draft.shape, {"values": values}, {**settings, "holds": holds})
+
+    def places(self) -> Tensor:
+        """Draw the places again."""
+        rng = Rng(
+            self._setting("seed", int),
+            self._setting("name", str),
+            self._setting("start", int),
+            self._setting("salt", str),
+        )
+        p = self._setting("p", float)
+        out = torch.empty(self.count, dtype=torch.bool)
+        for start in range(0, self.count, _SLICE):
+            part = out[start : start + _SLICE]
+            torch.logical_not(rng.at(start).below(part, p), out=part)
+        if self.settings.get("turned"):
+            return out.reshape(self.shape[::-1]).mT.reshape(-1)
+        return out
