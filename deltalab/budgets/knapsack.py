@@ -71,7 +71,8 @@ class Knapsack(Budget):
             candidates.insert(0, knapsack(-(-costs // grain), losses, total // grain))
         except ValueError:  # rounded up, not even the cheapest fit
             candidates.insert(0, costs.argmin(1))
-        found, every = [], np.arange(len(tensors))
+        found: list[tuple[float, int, Any]] = []
+        every = np.arange(len(tensors))
         for chosen in candidates:
             if costs[every, chosen].sum() <= total:
                 found.append((float(losses[every, chosen].sum()), len(found), chosen))

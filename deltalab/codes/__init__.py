@@ -28,6 +28,7 @@ KINDS = {
     "sum": "nested",
     "transposed": "nested",
     "patched": "nested",
+    "weighted": "weighted",
     "factors": "factors",
     "patches": "patches",
     "levelled": "levelled",

@@ -15,6 +15,8 @@ from deltalab.rng import Draws, Rng
 
 FLOATS = {16: torch.float16, 32: torch.float32}
 """Widths at which entries are floating-point numbers; at 1 to 8 they are integers."""
+GRAIN = 1 << 24
+"""Parts of 1 in which shares that are left out are told, those of random numbers."""
 WIDTHS = (*range(1, 9), *FLOATS)
 
 
@@ -22,10 +24,11 @@ WIDTHS = (*range(1, 9), *FLOATS)
 class Factors(Code):
     """D_hat = sum_i c_i u_i v_i', with u_i and v_i of b_i bits an entry.
 
-    Arrays: `width` (r,), b_i; `scale` (r,), c_i; `u.b` and `v.b`, the entries of all components of
-    b bits, one component after another. With `drop` (r,), p_i, entries are left out at random:
-    exactly floor(n p_i) of n, or each with probability p_i, as the setting `masks` says: "exact" or
-    "bernoulli". Which they are follows from `seed`, `name` and `salt` and is not stored.
+    Arrays: `width` (r,), b_i; `scale` (r,), c_i in units of the largest, which is the setting
+    `unit`; `u.b` and `v.b`, the entries of all components of b bits, one component after another.
+    With `drop` (r,), p_i in 2^-24, entries are left out at random: exactly floor(n p_i) of n, or
+    each with probability p_i, as the setting `masks` says: "exact" or "bernoulli". Which they are
+    follows from `seed`, `name` and `salt` and is not stored.
     """
 
     kind: ClassVar[str] = "factors"
@@ -52,14 +55,13 @@ class Factors(Code):
             drop: (r,), the shares that are left out; None: nothing is.
             settings: of the code; with `drop` those of the masks.
         """
-        arrays = {
-            "width": width.to(torch.uint8).cpu(),
-            "scale": (scale * steps[0] * steps[1]).float().cpu(),
-        }
+        factor = (scale * steps[0] * steps[1]).float().cpu()
+        unit = float(factor.abs().amax()) if len(factor) else 0.0
+        arrays = {"width": width.to(torch.uint8).cpu(), "scale": factor / (unit or 1.0)}
         if drop is not None:
-            arrays["drop"] = drop.float().cpu()
+            arrays["drop"] = (drop.double() * GRAIN).round().int().cpu()
         sides = sides[0].cpu(), sides[1].cpu()
-        found = masks(sides, arrays.get("drop"), settings or {})
+        found = masks(sides, None if drop is None else drop.cpu(), settings or {})
         for name, side, step, mask in zip("uv", sides, steps, found, strict=True):
             for bits in sorted(set(arrays["width"].tolist())):
                 chosen = arrays["width"] == bits
@@ -70,7 +72,7 @@ class Factors(Code):
                 arrays[f"{name}.{bits}"] = (
                     held.to(FLOATS[bits]) if bits in FLOATS else pack(held, bits)
                 )
-        return cls(tuple(shape), arrays, dict(settings or {}))
+        return cls(tuple(shape), arrays, {**(settings or {}), "unit": unit})
 
     def is_payload(self, name: str) -> bool:
         """The entries of U and V."""
@@ -79,7 +81,9 @@ class Factors(Code):
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return U (d, r) and V (k, r) in units of their steps, zero where entries are left out."""
         width = self._array("width")
-        drop = None if "drop" not in self.arrays else self._array("drop", len(width))
+        drop = None
+        if "drop" in self.arrays:
+            drop = self._array("drop", len(width)).double() / GRAIN
         empty = tuple(torch.zeros(n, len(width)) for n in (self.shape[0], prod(self.shape[1:])))
         made = []
         for name, side, mask in zip("uv", empty, masks(empty, drop, self.settings), strict=True):
@@ -99,7 +103,9 @@ class Factors(Code):
     def decode(self, pre: Tensor | None = None) -> Tensor:
         """Return the sum of all components."""
         u, v = self.sides()
-        return ((u * self._array("scale", u.shape[1])) @ v.T).reshape(self.shape)
+        unit: float = self._setting("unit", float)
+        scale = unit * self._array("scale", u.shape[1]).float()
+        return ((u * scale) @ v.T).reshape(self.shape)
 
 
 def masks(
@@ -114,6 +120,7 @@ def masks(
     """
     if drop is None:
         return [torch.ones_like(side, dtype=torch.bool) for side in sides]
+    drop = ((drop.double() * GRAIN).round() / GRAIN).float()
     rng = Rng(int(settings["seed"]), str(settings["name"]), salt=str(settings["salt"]))
     exact = settings["masks"] == "exact"
     return [kept(rng, side, drop, exact, stream) for stream, side in enumerate(sides)]

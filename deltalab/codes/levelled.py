@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from deltalab.codes import Setting
 from deltalab.codes.indexed import Indexed, entropy
 from deltalab.codes.packing import pack, unpack
 from deltalab.codes.raw import Zero
@@ -39,13 +40,20 @@ class Levelled(Indexed):
             return base
         values = base.arrays["values"]
         arrays = {**base.arrays, "values": pack(values.int(), bits)}
-        own = {"holds": "levels", "bits": bits, "kept": len(values), "low": low, "step": step}
+        own: dict[str, Setting] = {
+            "holds": "levels",
+            "bits": bits,
+            "kept": len(values),
+            "low": low,
+            "step": step,
+        }
         return cls(base.shape, arrays, {**base.settings, **own})
 
     def _held(self, places: Tensor) -> Tensor:
         bits, count = self._setting("bits", int), int(places.sum())
         found = unpack(self._array("values"), bits, count).float()
-        return self._setting("low", float) + self._setting("step", float) * found
+        low, step = float(self._setting("low", float)), float(self._setting("step", float))
+        return low + step * found
 
     def _saved(self) -> float:
         places = next(a.numel() for name, a in self.arrays.items() if name in ("gaps", "mask"))

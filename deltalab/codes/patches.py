@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Code
-from deltalab.codes.packing import pack, unpack
+from deltalab.codes.packing import unpack
 from deltalab.codes.rounding import levels, rounded, steps
 
 RANGES, TRANSFORMS, FILLS = ("minmax", "absmax"), ("dct", "identity"), ("mean", "zero")
@@ -54,7 +54,8 @@ class Patches(Code):
             coefficients = valued(integers.reshape(count, -1), width, span)
             found[chosen] = inverse(coefficients.reshape(count, side, side), transform)
         whole = joined(found, down, across)[:rows, :columns]
-        return (self._setting("scale", float) * whole).reshape(self.shape)
+        scale: float = self._setting("scale", float)
+        return (scale * whole).reshape(self.shape)
 
 
 def index_bits(count: int) -> int:
@@ -88,8 +89,8 @@ def dct_matrix(side: int) -> Tensor:
     True
     """
     place = torch.arange(side, dtype=torch.float64)
-    found = torch.cos(math.pi / side * (place + 0.5) * place[:, None]) * (2 / side) ** 0.5
-    found[0] /= 2**0.5
+    found = torch.cos(math.pi / side * (place + 0.5) * place[:, None]) * math.sqrt(2 / side)
+    found[0] /= math.sqrt(2)
     return found
 
 
@@ -125,7 +126,7 @@ def integers_of(flat: Tensor, width: int, span: Tensor) -> Tensor:
     """Return the integers of coefficients (n, p^2), given their ranges as stored."""
     if span.ndim == 1:
         return rounded(flat.T, torch.tensor(width, device=flat.device), span).T
-    low, most = span[:, :1], 2**width - 1
+    low, most = span[:, :1], (1 << width) - 1
     step = (span[:, 1:] - low) / most
     near = ((flat - low) / torch.where(step > 0, step, 1.0)).round()
     return near.clamp(0, most).to(torch.int32)
@@ -135,5 +136,5 @@ def valued(integers: Tensor, width: int, span: Tensor) -> Tensor:
     """Return the coefficients that integers (n, p^2) stand for."""
     if span.ndim == 1:
         return levels(integers, torch.tensor(width, device=integers.device)) * span[:, None]
-    low, most = span[:, :1], 2**width - 1
+    low, most = span[:, :1], (1 << width) - 1
     return low + integers.float() * ((span[:, 1:] - low) / most)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltalab.codes import Code, Setting
+from deltalab.codes import Setting
 from deltalab.codes.raw import Raw
 from deltalab.edits import Edit
 from deltalab.rng import Rng
@@ -17,7 +17,8 @@ class Coded(Edit):
 
     def __call__(self, delta: Tensor, *args: Any, **needs: Any) -> Tensor:
         """Return the edited delta."""
-        code: Code = self.encode(delta, **needs)
+        code = self.encode(delta, **needs)
+        assert code is not None
         return code.decode().to(delta.device)
 
     @property

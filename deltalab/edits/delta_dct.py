@@ -61,6 +61,11 @@ class DeltaDct(Coded):
     transform: str
     version: ClassVar[int] = 1
     axes: ClassVar[bool] = False
+    spends: ClassVar[str] = "shares"
+    choices: ClassVar[tuple[Any, ...]] = tuple(
+        {bits: 1.0} if share == 1 else {bits: share, 0: 1 - share}
+        for bits, share in ((0, 1), (2, 0.25), (2, 0.5), (1, 1), (2, 1), (3, 1), (4, 1))
+    )
 
     def __post_init__(self) -> None:
         whole("side", self.side, 1)
@@ -91,7 +96,9 @@ class DeltaDct(Coded):
         parts = {w: coefficients[chosen == at] for at, w in enumerate(widths)}
         ranges = {w: spans(part, w, self.range) for w, part in parts.items() if w}
         filled = means[chosen == widths.index(0)] if 0 in widths else means[:0]
-        unit = max([float(x.abs().max()) for x in (*ranges.values(), filled) if len(x)], default=0.0)
+        unit = max(
+            [float(x.abs().max()) for x in (*ranges.values(), filled) if len(x)], default=0.0
+        )
         for width, span in ranges.items():
             arrays[f"range.{width}"] = held = (span / (unit or 1.0)).half()
             integers = integers_of(parts[width], width, unit * held.float())

@@ -50,6 +50,7 @@ class Dqrelo(Coded):
     version: ClassVar[int] = 1
     axes: ClassVar[bool] = False
     spends: ClassVar[str] = "total"
+    choices: ClassVar[tuple[float, ...]] = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 
     def __post_init__(self) -> None:
         within("total", self.total, "[1, inf)")

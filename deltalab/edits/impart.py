@@ -48,9 +48,9 @@ class Impart(Coded):
     >>> edit = Impart(1.0, beta=0.0, exponent=1.0, masks="exact", rescale=True, importance=True,
     ...               values="float32")
     >>> delta = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
-    >>> edit(delta, svd=lambda: svd(delta), rng=Rng(0, "w"))
-    tensor([[3.0000, 4.0000],
-            [6.0000, 8.0000]])
+    >>> edit(delta, svd=lambda: svd(delta), rng=Rng(0, "w")).round(decimals=3)
+    tensor([[3., 4.],
+            [6., 8.]])
     """
 
     total: float
@@ -63,6 +63,7 @@ class Impart(Coded):
     version: ClassVar[int] = 1
     axes: ClassVar[bool] = False
     spends: ClassVar[str] = "total"
+    choices: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 
     def __post_init__(self) -> None:
         within("total", self.total, "(0, 32)")
@@ -113,7 +114,7 @@ def probabilities(
         (r,) float32 in [0, 1], non-decreasing; the first is 0.
 
     >>> probabilities(torch.tensor([4.0, 2.0, 1.0, 1.0]), (4, 4), 0.5, 0.0, 1.0)
-    tensor([0.0000, 0.2500, 0.3750, 1.0000])
+    tensor([0.0000, 0.2500, 1.0000, 1.0000])
     """
     rank = len(s)
     sparsity = max(sparsity, 0.0)

@@ -58,6 +58,7 @@ class ImpartQt(Coded):
     scale: str
     version: ClassVar[int] = 1
     spends: ClassVar[str] = "total"
+    choices: ClassVar[tuple[float, ...]] = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
     def __post_init__(self) -> None:
         within("total", self.total, "(0, 4]")

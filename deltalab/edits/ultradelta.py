@@ -45,6 +45,7 @@ class Ultradelta(Coded):
     version: ClassVar[int] = 1
     axes: ClassVar[bool] = False
     spends: ClassVar[str] = "rate"
+    choices: ClassVar[tuple[float, ...]] = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
 
     def __post_init__(self) -> None:
         within("rate", self.rate, "[0, 1)")
