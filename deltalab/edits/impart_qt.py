@@ -30,7 +30,7 @@ class ImpartQt(Coded):
     those of fewer are returned as they are.
 
     Args:
-        total: bits of all kept entries for each entry of the matrix, in (0, 4].
+        total: bits of all kept entries for each entry of the matrix, in (0, 16].
         beta: as for `impart.Impart`.
         exponent: likewise.
         masks: likewise.
@@ -61,7 +61,7 @@ class ImpartQt(Coded):
     choices: ClassVar[tuple[float, ...]] = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
     def __post_init__(self) -> None:
-        within("total", self.total, "(0, 4]")
+        within("total", self.total, "(0, 16]")
         within("beta", self.beta, "[0, 1)")
         within("exponent", self.exponent, "[0, inf)")
         one_of("masks", self.masks, MASKS)
