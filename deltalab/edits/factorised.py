@@ -54,7 +54,7 @@ def quantised(
     gram: Tensor | None = None,
     target: Tensor | None = None,
     drop: Tensor | None = None,
-    rescale: Tensor | float = 1.0,
+    rescale: Tensor | None = None,
     settings: Mapping[str, Setting] | None = None,
 ) -> Factors:
     """Return the code of a delta's singular components, each with its own bits.
@@ -80,7 +80,7 @@ def quantised(
     chosen = (widths > 0).to(s.device)
     u, s, v = u[:, chosen], s[chosen], vh[chosen].T
     bits = widths.to(s.device)[chosen]
-    again = torch.as_tensor(rescale, dtype=s.dtype, device=s.device).expand(len(widths))[chosen]
+    scale = s if rescale is None else s * rescale.to(s.device)[chosen]
     keep_u = keep_v = None
     if drop is not None:
         drop = drop.to(s.device)[chosen]
@@ -91,7 +91,7 @@ def quantised(
     if target is not None:
         u = left_factor(target, y, gram)
     u, u_step = _side(u, bits, how, inner, keep_u, rows=False)
-    return Factors.of_columns(shape, (u, v), (u_step, v_step), s * again, bits, drop, settings)
+    return Factors.of_columns(shape, (u, v), (u_step, v_step), scale, bits, drop, settings)
 
 
 def left_factor(delta: Tensor, y: Tensor, gram: Tensor | None) -> Tensor:

@@ -85,7 +85,7 @@ class Impart(Coded):
         settings["expected_error"] = float(f"{told:.4g}")
         width = 16 if self.values == "float16" else 32
         widths = torch.where(drop < 1, width, 0)
-        again = (1 - drop).square().reciprocal() if self.rescale else 1.0
+        again = (1 - drop).square().reciprocal() if self.rescale else None
         return quantised(
             tuple(delta.shape), factors, widths, "max", drop=drop, rescale=again, settings=settings
         )
