@@ -62,10 +62,9 @@ class DeltaDct(Coded):
     version: ClassVar[int] = 1
     axes: ClassVar[bool] = False
     spends: ClassVar[str] = "shares"
-    choices: ClassVar[tuple[Any, ...]] = tuple(
-        {bits: 1.0} if share == 1 else {bits: share, 0: 1 - share}
-        for bits, share in ((0, 1), (2, 0.25), (2, 0.5), (1, 1), (2, 1), (3, 1), (4, 1))
-    )
+    choices: ClassVar[tuple[Any, ...]] = (
+        {0: 1.0}, {2: 0.25, 0: 0.75}, {2: 0.5, 0: 0.5}, {1: 1.0}, {2: 1.0}, {3: 1.0}, {4: 1.0},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         whole("side", self.side, 1)

@@ -184,15 +184,37 @@ def allocated(
     widths = [*range(9)]
     losses = component_losses(factors, widths, how, gram)
     budget = int(total * shape[0] * shape[1] / sum(shape))
-    best, least = None, float("inf")
-    for few in combinations(widths[1:], min(most or 8, 8)):
-        own = np.array([0, *few])
+    best, least = np.zeros(len(losses), dtype=np.int64), float("inf")
+    for bound, own in _bounded(losses, budget, min(most or 8, 8)):
+        if bound >= least:
+            break  # nor can any that follows be better
         costs = np.broadcast_to(own, (len(losses), len(own)))
         found = knapsack(costs, losses[:, own], budget)
         loss = float(np.take_along_axis(losses[:, own], found[:, None], 1).sum())
         if loss < least:
             best, least = own[found], loss
-    return torch.from_numpy(np.asarray(best, dtype=np.int64))
+    return torch.from_numpy(best)
+
+
+def _bounded(losses: Array, budget: int, most: int) -> list[tuple[float, Array]]:
+    """Return every choice of widths, 0 among them, with a bound from below of what it loses.
+
+    For any price of a bit, sum_i min_b (loss_ib + price b) - price * budget is one (Lagrange).
+
+    Args:
+        losses: (r, 9), of every width from 0 to 8.
+        budget: bits that all components together may have.
+        most: how many widths beside 0.
+    """
+    first = float(losses[:, 0].max(initial=0)) or 1.0
+    prices = first * np.geomspace(1e-9, 1.0, 40)
+    priced = losses[:, :, None] + np.arange(9)[:, None] * prices
+    found = []
+    for few in combinations(range(1, 9), most):
+        own = np.array([0, *few])
+        bound = float((priced[:, own].min(1).sum(0) - prices * budget).max())
+        found.append((bound, own))
+    return sorted(found, key=lambda each: each[0])
 
 
 def component_losses(factors: Svd, widths: list[int], how: str, gram: Tensor | None) -> Array:
