@@ -45,6 +45,7 @@ NEUTRAL: dict[str, Any] = {
     "objective.data.classes": None,
     "evaluator.data.classes": None,
     "merge": None,
+    "values": "exact",
     "calibration": {"model": "post", "data": None, "objective": None, "sequential": False},
 }
 """Settings that came later, each with the value that reproduces what was done without it."""

@@ -3,7 +3,7 @@
     deltalab-apply model=timm_vit model.name=... model.pre=DIR model.post=DIR edit=dare out=OUT
 
 takes the settings of `deltalab` that choose a model and an edit (model, edit, select, seed, draws,
-label), so that the tensors are those that a point edits, and
+label, values), so that the tensors are those that a point edits, and
 
     out=DIR                               directory to write; it must not exist
     mismatch=error|truncate|keep_post     what to do where the two checkpoints differ
@@ -13,9 +13,12 @@ label), so that the tensors are those that a point edits, and
 import gc
 import logging
 import sys
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+SETTINGS = ("edit", "model", "select", "seed", "draws", "label", "nonfinite", "values")
+"""Those of `deltalab` that decide what is written."""
 OWN = {"out": None, "mismatch": "error", "kernel": "auto"}
 
 
@@ -61,21 +64,6 @@ def save(arguments: list[str]) -> dict[str, Any]:
     """
     from pathlib import Path
 
-    gc.disable()  # what imports leave is never collected: a quarter of the start, most of the exit
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from deltalab import options
-    from deltalab import settings as checks
-    from deltalab.apply import extras, stream
-    from deltalab.keys import Choices, salt_of
-    from deltalab.run.building import build
-    from deltalab.sweep import composing
-    from deltalab.weights import configs, select
-
-    gc.freeze()
-    gc.enable()
-
     own: dict[str, Any] = dict(OWN)
     overrides = []
     for argument in arguments:
@@ -86,12 +74,84 @@ def save(arguments: list[str]) -> dict[str, Any]:
             overrides.append(argument)
     if not own["out"]:
         raise ValueError("out=: name the directory to write")
+    found = job(overrides)
+    out = Path(own["out"]).expanduser()
+    if found.experts or found.cfg.merge:
+        manifest = _merge(found, out, own)
+        return {**manifest, "out": str(out)}
+    from deltalab.apply import stream
+
+    manifest = stream.stream(
+        found.pre,
+        found.post,
+        out,
+        found.edit,
+        select=found.select,
+        seed=found.seed,
+        mismatch=own["mismatch"],
+        kernel=own["kernel"],
+        dequantize=found.dequantize,
+        salt=found.salt,
+        describe=found.described,
+    )
+    return {**manifest, "out": str(out)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the settings of an edited checkpoint come to.
+
+    Attributes:
+        cfg: the composed config.
+        experts: a family's models, by name; empty for a pair.
+        pre: the base of a pair.
+        post: its tuned checkpoint.
+        dequantize: whether quantised weights are decoded.
+        edit: the edit.
+        described: what it is called, and its settings.
+        select: the tensors to edit.
+        seed: of the random numbers.
+        salt: likewise.
+    """
+
+    cfg: Any
+    experts: dict[str, Any]
+    pre: Any
+    post: Any
+    dequantize: bool | None
+    edit: Any
+    described: dict[str, Any]
+    select: Any
+    seed: int
+    salt: str
+
+
+def job(overrides: list[str]) -> Job:
+    """Compose settings as `deltalab` does, and check them.
+
+    Raises:
+        ValueError: a mistake in them.
+    """
+    gc.disable()  # what imports leave is never collected: a quarter of the start, most of the exit
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from deltalab import options
+    from deltalab import settings as checks
+    from deltalab.apply import coded, extras
+    from deltalab.keys import Choices, salt_of
+    from deltalab.run.building import build
+    from deltalab.sweep import composing
+    from deltalab.weights import configs, select
+
+    gc.freeze()
+    gc.enable()
     where = initialize_config_dir(version_base="1.3", config_dir=str(checks.conf_dir()))
     with composing.guarded(), where:
         cfg = compose("config", overrides, return_hydra_config=True)
     experts = options.models(cfg)
     settings: Any = {}
-    for name in ("edit", "model", "select", "seed", "draws", "label", "nonfinite"):
+    for name in SETTINGS:
         held = cfg[name]
         plain = OmegaConf.to_container(held, resolve=True) if OmegaConf.is_config(held) else held
         settings[name] = checks.tidy(plain)  # as a point has it
@@ -112,41 +172,22 @@ def save(arguments: list[str]) -> dict[str, Any]:
             f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
             " only error"
         )
-    edit = build(settings["edit"], "edit")
+    built = build(settings["edit"], "edit")
+    edit = coded.held(built, settings["values"])
+    if edit is not built:
+        described["values"] = settings["values"]
     extras.check_needs(edit)
-    out = Path(own["out"]).expanduser()
-    if experts or cfg.merge:
-        manifest = _merge(cfg, experts, edit, chosen, out, own, salt)
-        return {**manifest, "out": str(out)}
-    pre, post, dequantize = _checkpoints(settings["model"])
-    old, new = (configs.content(place / "config.json") for place in (pre, post))  # none of files
-    if line := configs.differences(old, new):
-        logging.getLogger("deltalab").warning(line)
-    manifest = stream.stream(
-        pre,
-        post,
-        out,
-        edit,
-        select=chosen,
-        seed=settings["seed"],
-        mismatch=own["mismatch"],
-        kernel=own["kernel"],
-        dequantize=dequantize,
-        salt=salt,
-        describe={"name": type(edit).__module__.rpartition(".")[2], **described},
-    )
-    return {**manifest, "out": str(out)}
+    pre, post, dequantize = (None, None, None)
+    if not experts and not cfg.merge:
+        pre, post, dequantize = _checkpoints(settings["model"])
+        old, new = (configs.content(p / "config.json") for p in (pre, post))  # none of files
+        if line := configs.differences(old, new):
+            logging.getLogger("deltalab").warning(line)
+    described = {"name": type(built).__module__.rpartition(".")[2], **described}
+    return Job(cfg, experts, pre, post, dequantize, edit, described, chosen, settings["seed"], salt)
 
 
-def _merge(
-    cfg: Any,
-    experts: dict[str, Any],
-    edit: Any,
-    chosen: Any,
-    out: Any,
-    own: dict[str, Any],
-    salt: str,
-) -> dict[str, Any]:
+def _merge(found: Job, out: Any, own: dict[str, Any]) -> dict[str, Any]:
     """Merge a family's checkpoints and return the manifest.
 
     Raises:
@@ -158,6 +199,7 @@ def _merge(
     from deltalab.run import experts as family
     from deltalab.run.building import merging
 
+    cfg, experts, edit = found.cfg, found.experts, found.edit
     for name, value in OWN.items():
         if name != "out" and own[name] != value:
             raise ValueError(f"{name}={own[name]}: is for a pair, not with model.experts")
@@ -170,17 +212,17 @@ def _merge(
         key: {k: v for k, v in value.items() if k not in ("_target_", "select")}
         for key, value in nodes.items()
     }
-    names = {"edit": type(edit), "merge": type(merge)}
+    names = {"edit": type(getattr(edit, "edit", edit)), "merge": type(merge)}
     return merge_files.merge(
         pre,
         {name: post for name, (_, post, _) in sides.items()},
         out,
         merge,
         edit,
-        select=chosen,
+        select=found.select,
         merged=merged,
         seed=cfg.seed,
-        salts={name: family.salt(salt, name) for name in experts},
+        salts={name: family.salt(found.salt, name) for name in experts},
         describe={k: {"name": names[k].__name__.lower(), **v} for k, v in described.items()},
         dequantize=dequantize,
     )

@@ -84,7 +84,9 @@ def counted_apart(pre, post, edit, extras: Extras, edited) -> dict[str, float]:
 
 
 def said(audit: Audit) -> dict[str, float]:
-    return audit.said(ModelPair({}, {}, nn.Linear(3, 3)))
+    """Without what the codes take, which is told apart."""
+    told = audit.said(ModelPair({}, {}, nn.Linear(3, 3)))
+    return {k: v for k, v in told.items() if k not in ("bytes", "bits_per_weight")}
 
 
 @pytest.mark.parametrize(
@@ -210,3 +212,24 @@ def test_a_point_edits_every_tensor_once(monkeypatch, tmp_path) -> None:
     chosen = editing.chosen(known.pair.post, point.select)
     assert sum(seen.values()) == sum(known.pair.post[n].numel() for n in chosen)
     assert found["touched"]["parameters"] == sum(seen.values())
+
+
+def test_what_codes_take_is_told_for_touched_entries_and_for_the_model() -> None:
+    """Half of the weights touched, at a bit each; the others as they are stored."""
+    pre, post = weights((BF16, BF16), {"a": (400, 300), "b.weight": (300, 400)})
+    both, edit = ModelPair(pre, post, nn.Linear(3, 3)), testing.built("bitdelta")
+    found = {}
+    for select in ("all", {"preset": "all", "exclude": ["a"]}):
+        audit = Audit()
+        chosen = editing.chosen(post, select)
+        dict(editing.edited(pre, post, edit, select, provided(edit, None), audit=audit))
+        told = found[len(chosen)] = audit.said(both)
+        size = sum(edit.encode(delta(pre, post)[n], rng=None).bits.total for n in chosen)
+        assert told["bytes"] == -(-size // 8)
+        assert told["bits_per_weight"]["payload"] == 1.0
+        assert 0 < told["bits_per_weight"]["metadata"] < 0.02
+    assert found[2]["bits_per_weight"]["model"] == pytest.approx(1.0, abs=0.02)
+    assert found[1]["bits_per_weight"]["model"] == pytest.approx(8.5, abs=0.02)
+    audit, edit = Audit(), testing.built("expo")
+    dict(editing.edited(pre, post, edit, "all", provided(edit, None), audit=audit))
+    assert not {"bytes", "bits_per_weight"} & set(audit.said(both))

@@ -10,6 +10,7 @@ import yaml
 from test_edits import CONF, NAMES, built, call, needs, tensor
 from torch import Tensor
 
+from deltalab.apply import coded
 from deltalab.apply.editing import edited_tensor
 from deltalab.apply.turning import seen
 from deltalab.codes import KINDS, Code, files, packing
@@ -248,3 +249,25 @@ def test_the_defaults_have_codes() -> None:
     assert {"dare", "drop_only", "ties", "bitdelta", "multibit", "twin", "chain"} <= set(ENCODED)
     grid = yaml.safe_load((CONF / "edit" / "dare.yaml").read_text())
     assert grid["k"] == 0, "DARE's default is the compressor"
+
+
+def test_values_of_sixteen_bits_are_a_setting_of_their_own(tmp_path) -> None:
+    """What is measured is what is held; the default is no other point than before."""
+    assert coded.held(built("dare"), "exact") == built("dare")
+    edit, (pre, post) = coded.held(built("dare"), "float16"), sides((40, 24), (F32, F32))
+    delta = difference(pre, post)
+    given = needs(edit, delta)
+    expected = 2 * torch.where(given["rng"].below(delta, 0.5), 0.0, delta.half().float())
+    assert torch.equal(edit(delta, **given), expected)
+    code = Patched.exact(
+        edit.encode(delta, post=post, **given), pre, edited_tensor(pre, post, edit, **given)
+    )
+    files.save(tmp_path / "one.safetensors", {"w": code})
+    (again,) = files.load(tmp_path / "one.safetensors").values()
+    assert same(again.onto(pre, F32), edited_tensor(pre, post, edit, **given))
+    kept = int((~given["rng"].below(delta, 0.5)).sum())
+    assert code.bits.payload <= 16 * kept < 32 * kept
+    with pytest.raises(ValueError, match="values=float16: edit Expo with these settings has no"):
+        coded.held(built("expo"), "float16")
+    with pytest.raises(ValueError, match="values=half: must be one of exact, float16"):
+        coded.held(built("dare"), "half")

@@ -7,12 +7,14 @@ changes.
 
 import math
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltalab.weights.mapping import ModelPair, difference
+from deltalab.codes import Bits
+from deltalab.weights.mapping import ModelPair, difference, meta
 
 TERMS = 5
 """How many sums there are of a tensor."""
@@ -63,30 +65,53 @@ class Audit:
     """What an edit did to every tensor of a pair, each counted as it is edited."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[int, list[float]]] = {}
+        self._found: dict[str, tuple[int, list[float], Bits | None]] = {}
 
-    def add(self, name: str, entries: int, sums: list[float]) -> None:
-        """Note one tensor: its entries, and what `terms` of them add up to.
+    def add(self, name: str, entries: int, sums: list[float], bits: Bits | None = None) -> None:
+        """Note one tensor: its entries, what `terms` of them add up to, and what its code takes.
 
         One that is edited again takes the place of what it was.
         """
-        self._found[name] = entries, sums
+        self._found[name] = entries, sums, bits
 
     def said(self, pair: ModelPair) -> dict[str, Any]:
         """Say what the edit did: what it touched, how far it moved, how much of that storage lost.
 
         `relative_shift` is |shift| / |delta| and `lost_in_storage` |shift - (F(D) - D)| /
         |F(D) - D|, Frobenius norms over the touched tensors; `sparsity` is the share of touched
-        entries that have the pre-trained value.
+        entries that have the pre-trained value. For edits that have a code `bytes` is what the
+        codes of the touched tensors take, and `bits_per_weight` the same for every touched entry:
+        `payload`, `metadata`, and `bound`, both with places entropy coded; `model` is for every
+        parameter, those that are not touched as they are stored.
         """
-        each = zip(*(sums for _, sums in self._found.values()), strict=True)
+        each = zip(*(sums for _, sums, _ in self._found.values()), strict=True)
         same, shift, delta, ideal, lost = map(sum, each) if self._found else [0.0] * TERMS
-        entries = sum(count for count, _ in self._found.values())
+        entries = sum(count for count, _, _ in self._found.values())
         return {
+            **self._size(pair, entries),
             "tensors": len(self._found),
             "parameters": entries,
             "of_parameters": sum(t.numel() for t in pair.module.parameters()),
             "relative_shift": math.sqrt(shift / delta) if delta else 0.0,
             "sparsity": same / entries if entries else 0.0,
             "lost_in_storage": math.sqrt(lost / ideal) if ideal else 0.0,
+        }
+
+    def _size(self, pair: ModelPair, entries: int) -> dict[str, Any]:
+        """Say what the codes take; nothing where a tensor has none."""
+        bits = [found for *_, found in self._found.values() if found is not None]
+        if not entries or len(bits) < len(self._found):
+            return {}
+        total = sum(bits, Bits(0, 0, 0.0))
+        untouched = [meta(pair.post, name) for name in pair.post if name not in self._found]
+        others = sum(prod(each.shape) for each in untouched)
+        stored = sum(8 * prod(each.shape) * each.dtype.itemsize for each in untouched)
+        return {
+            "bytes": -(-total.total // 8),
+            "bits_per_weight": {
+                "payload": total.payload / entries,
+                "metadata": total.metadata / entries,
+                "bound": total.bound / entries,
+                "model": (total.total + stored) / (entries + others),
+            },
         }

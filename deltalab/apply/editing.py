@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltalab.apply.audit import TERMS, Audit, summed, terms
 from deltalab.apply.extras import SLICED, Extras, handed, thresholds
+from deltalab.codes import Bits
 from deltalab.edits import Edit, Unit
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
@@ -223,10 +224,17 @@ def edited(
         sums: list[float] | None = None if audit is None else []
         made = edited_tensor(old.to(device), new.to(device), mine, kernel, sums=sums, **needs)
         if audit is not None and sums is not None:
-            audit.add(name, new.numel(), sums)
+            audit.add(name, new.numel(), sums, _bits(mine, old.to(device), new.to(device), needs))
         return made.to(new.device)
 
     return LazyWeights(touched, load, touched.meta)
+
+
+def _bits(edit: Edit, pre: Tensor, post: Tensor, needs: dict[str, Any]) -> Bits | None:
+    """Return what the code of one edited tensor takes, None where there is none."""
+    delta = difference(pre, post)
+    code = edit.encode(delta, post=post, **handed(needs, post.device))
+    return None if code is None else code.bits
 
 
 def _moved(weights: Weights, names: Iterable[str], device: Any) -> LazyWeights:

@@ -54,6 +54,11 @@ class Hashing:
         if entry.load is None and (tensor := self._places.get((entry.file, entry.begin))):
             tensor.read(start, stop, self)
 
+    @property
+    def known(self) -> bool:
+        """Whether all digests are remembered, so that none need be taken."""
+        return not self._tensors
+
     def stop(self) -> None:
         """Let threads that hash come to an end soon."""
         self._stopped = True

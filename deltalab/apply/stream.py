@@ -213,11 +213,7 @@ def _write(
     place, and another hashes it. Threads within an edit would wait for one another wherever a
     worker reads or writes.
     """
-    names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
-    deltas = _Deltas(plan, names)
-    if edit.whole_model and "quantile" in edit.needs and names:
-        with console.steps("ranking", 2 * len(names)) as deltas.step:
-            thresholds(edit, extras.for_tensor(names[0], deltas))
+    deltas = ranked(plan, edit, extras)
     workers = torch.get_num_threads()
     with (
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -242,7 +238,7 @@ def _write(
                             given = extras.for_tensor(plan.alias[name], deltas)
                             mine = extras.seen(edit, plan.alias[name])
                             task = partial(_edit_piece, plan, name, mine, given, kernel, target)
-                            if width := _width(mine, entry):
+                            if width := width_of(mine, entry):
                                 for piece in pieces(rows, width):
                                     work.submit(task, piece, width)
                                     for side in sides:
@@ -255,6 +251,16 @@ def _write(
                     work.wait()
                 finally:
                     work.stop()  # none may write to a closed file
+
+
+def ranked(plan: Plan, edit: Edit, extras: Extras) -> "_Deltas":
+    """Return the deltas of all tensors that are edited, ranked where the edit asks for it."""
+    names = list(dict.fromkeys(plan.alias[n] for n in plan.pre))
+    deltas = _Deltas(plan, names)
+    if edit.whole_model and "quantile" in edit.needs and names:
+        with console.steps("ranking", 2 * len(names)) as deltas.step:
+            thresholds(edit, extras.for_tensor(names[0], deltas))
+    return deltas
 
 
 def _edit_piece(
@@ -271,7 +277,7 @@ def _edit_piece(
     """Read, edit, check and write the entries of one piece; a pool shares all but the edit."""
     old, new, (start, stop) = plan.pre[name], plan.post[name], piece
     needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
-    dtypes, shape = (_dtype(old), _dtype(new)), _shape(new.shape, stop - start, width)
+    dtypes, shape = (_dtype(old), _dtype(new)), shape_of(new.shape, stop - start, width)
     plain = old.load is None and new.load is None
     with open(old.file, "rb") as one, open(new.file, "rb") as other:
         places = (
@@ -293,7 +299,7 @@ def _edit_piece(
 
     def save(part: tuple[int, int]) -> None:
         if not finite.all_finite(out[slice(*part)]):
-            _blame(plan, name)
+            blame(plan, name)
             finite.check_edited({name: out[slice(*part)]})
         put(target, out[slice(*part)], new.begin + (start + part[0]) * item(new))
 
@@ -308,10 +314,10 @@ def _check_sides(plan: Plan, name: str, part: tuple[int, int]) -> None:
     for use, entry in (("pre", plan.pre[name]), ("post", plan.post[name])):
         held = read(entry, *part, _buffers.take(use, _dtype(entry), part[1] - part[0]))
         if not finite.all_finite(held):
-            _blame(plan, name)
+            blame(plan, name)
 
 
-def _blame(plan: Plan, name: str) -> None:
+def blame(plan: Plan, name: str) -> None:
     """Raise `ValueError` where a tensor's own entries or its delta are no numbers, counting all."""
     old, new, bad = plan.pre[name], plan.post[name], [0, 0, 0]
     for piece in pieces(plan.rows[name], 1):
@@ -341,14 +347,14 @@ def _dtype(entry: Entry) -> torch.dtype:
     return entry.dtype
 
 
-def _width(edit: Edit, entry: Entry) -> int:
+def width_of(edit: Edit, entry: Entry) -> int:
     """Return the entries that must stay together, or 0 for a whole tensor."""
     if edit.unit == "row":
         return prod(entry.shape[1:]) if len(entry.shape) > 1 else 0
     return 1 if edit.unit == "entry" else 0
 
 
-def _shape(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:
+def shape_of(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...]:
     """Return the shape of a piece of `count` entries of a tensor of this shape."""
     return (count,) if width == 1 or not shape else (count // prod(shape[1:]), *shape[1:])
 
@@ -366,11 +372,11 @@ class _Deltas(LazyWeights):
         new, count = self._plan.post[name], self._plan.rows[name]
         flat = difference(read(self._plan.pre[name], 0, count), read(new, 0, count))
         if not finite.all_finite(flat):
-            _blame(self._plan, name)
-        return flat.reshape(_shape(new.shape, count, 0))
+            blame(self._plan, name)
+        return flat.reshape(shape_of(new.shape, count, 0))
 
     def _meta_of(self, name: str) -> Meta:
-        shape = _shape(self._plan.post[name].shape, self._plan.rows[name], 0)
+        shape = shape_of(self._plan.post[name].shape, self._plan.rows[name], 0)
         return Meta(shape, torch.float32)
 
     def pieces(self, name: str) -> Iterator[Callable[[], Tensor]]:
@@ -387,7 +393,7 @@ class _Deltas(LazyWeights):
         )
         delta = difference(a, b)
         if not finite.all_finite(delta):
-            _blame(self._plan, name)
+            blame(self._plan, name)
         return delta
 
 

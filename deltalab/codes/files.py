@@ -89,7 +89,7 @@ class Writer:
         arrays = {} if data is None else {"bytes": data}
         self._part(name, start, {"kind": kind, "shape": [count]}, arrays)
         size = 0 if data is None else 8 * data.numel()
-        self.bits += Bits(0, size, size)
+        self.bits += Bits(size, 0, size)
 
     def _part(
         self, name: str, start: int, described: dict[str, Any], arrays: Mapping[str, Tensor]
@@ -256,6 +256,12 @@ class Packed:
         if digest_of(said["code"], found) != said["digest"]:
             raise self._damaged(f"tensor {tensor!r}")
         return found
+
+    def size(self, tensor: str, part: int) -> int:
+        """Return the bytes of a part's arrays."""
+        lead = f"{tensor}/{part}"
+        places = (self.entries[f"{lead}/{own}"] for own in self._names.get(lead, []))
+        return sum(place.end - place.begin for place in places)
 
     def code(self, tensor: str, part: int = 0) -> Code:
         """Read one code, checked.

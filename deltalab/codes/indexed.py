@@ -44,15 +44,16 @@ class Indexed(Holding):
         Args:
             delta: D.
             post: W_post, to hold its own entries; None to hold those of D.
-            places: boolean, of D's shape.
+            places: boolean, of D's shape, on any device.
             scale: of these entries.
         """
         shape = tuple(delta.shape)
         mask = flat(places)
-        values, holds = held(delta, post, mask)
+        index = torch.from_numpy(np.flatnonzero(mask.numpy()))
+        values, holds = held(delta, post, index)
         if not len(values):
             return Zero(shape, {}, {})
-        gaps = _gaps(mask)
+        gaps = np.diff(index.numpy(), prepend=-1) - 1
         sizes = {w: (len(gaps) + int((gaps // ((1 << w) - 1)).sum())) * w for w in _WIDTHS}
         width = min(_WIDTHS, key=lambda w: sizes[w])
         settings: dict[str, Setting] = {"scale": scale, "holds": holds}
@@ -81,12 +82,6 @@ class Indexed(Holding):
     def _saved(self) -> float:
         places = next(a.numel() for name, a in self.arrays.items() if name in ("gaps", "mask"))
         return 8 * places - self.count * entropy(self.arrays["values"].numel() / self.count)
-
-
-def _gaps(mask: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    """Return how many entries are dropped before every kept one, since the one before it."""
-    places = np.flatnonzero(mask.numpy())
-    return np.diff(places, prepend=-1) - 1
 
 
 def _words(

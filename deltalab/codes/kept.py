@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,8 +12,9 @@ from deltalab.codes.raw import flat
 from deltalab.rng import Rng
 from deltalab.weights.mapping import difference
 
-_SLICE = 1 << 15
+_SLICE = 1 << 16
 """Entries drawn at once, so that all stays in the cache."""
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,23 +42,23 @@ class Holding(Code):
         places = self.places()
         held = self._held(places)
         if self._holds_weights:
-            held = difference(self._fits(pre).cpu().reshape(-1)[places], held)
+            held = difference(taken(flat(self._fits(pre)), places), held)
         hat = torch.zeros(self.count)
-        hat[places] = self._setting("scale", float) * held.float()
+        put(self._setting("scale", float) * held.float(), places, hat)
         return hat.reshape(self.shape)
 
     def onto(self, pre: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weights as stored, with W_post's bits where nothing was scaled."""
         if not self._holds_weights:
             return super().onto(pre, dtype)
-        places, old = self.places(), self._fits(pre).cpu().reshape(-1)
-        held, own = self._held(places), old[places]
+        places, old = self.places(), flat(self._fits(pre))
+        held, own = self._held(places), taken(old, places)
         delta = difference(own, held)
         hat = self._setting("scale", float) * delta
         moved = (own.float() + hat).to(dtype)
         out = old.to(dtype, copy=True)
         kept = torch.where(hat == 0, own.to(dtype), moved)
-        out[places] = torch.where(hat == delta, held.to(dtype), kept)
+        put(torch.where(hat == delta, held.to(dtype), kept), places, out)
         return out.reshape(self.shape).to(pre.device)
 
     @property
@@ -68,10 +70,40 @@ class Holding(Code):
 
 
 def held(delta: Tensor, post: Tensor | None, places: Tensor) -> tuple[Tensor, str]:
-    """Return the entries that a code is to hold, flat, and what they are."""
+    """Return the entries that a code is to hold, flat, and what they are; `places` as `taken`."""
     source = delta if post is None else post
-    values = flat(source)[flat(places)]
-    return values, "delta" if post is None else "weights"
+    return taken(flat(source), places), "delta" if post is None else "weights"
+
+
+def taken(values: Tensor, places: Tensor) -> Tensor:
+    """Return the numbers at some places of a flat tensor: NumPy is ten times as fast at it.
+
+    Args:
+        values: flat, contiguous, on the CPU.
+        places: boolean, of the same size, or indices.
+
+    >>> taken(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True]))
+    tensor([1., 3.])
+    """
+    index = places.numpy()
+    found = _words(values)[np.flatnonzero(index) if index.dtype == bool else index]
+    return torch.from_numpy(found).view(values.dtype)
+
+
+def put(values: Tensor, places: Tensor, into: Tensor) -> None:
+    """Put numbers at some places of a flat tensor, in order.
+
+    Args:
+        values: flat, of `into`'s dtype.
+        places: boolean, of `into`'s size.
+        into: flat, contiguous, on the CPU.
+    """
+    _words(into)[np.flatnonzero(places.numpy())] = _words(values)
+
+
+def _words(values: Tensor) -> "np.ndarray[Any, Any]":
+    """Return the bits of numbers as integers, which NumPy has for all types."""
+    return values.view(_WORDS[values.dtype.itemsize]).numpy()
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,6 +119,8 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
 def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> records.Record:
     """Return the fields of a record that are known before anything is computed."""
     hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
+    if settings.get("values", "exact") != "exact":
+        hyper["values"] = settings["values"]
     kept = ("data", "draws", "label")
     config = {k: v for k, v in settings.items() if k not in BESIDE or k in kept}
     return written(

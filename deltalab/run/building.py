@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 
 from deltalab import options
 from deltalab import settings as checks
+from deltalab.apply.coded import held
 from deltalab.apply.extras import check_needs
 from deltalab.apply.merging import check_merge
 from deltalab.calibration import providing
@@ -71,6 +72,7 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     names = options.experts_of(settings)
     first = options.member(settings, names[0]) if names else settings
     edit, chosen = _selecting(settings["edit"], "edit")
+    edit = held(edit, settings.get("values", "exact"))
     chosen = settings["select"] or chosen
     select.check(chosen)
     check_needs(edit, PROVIDED)

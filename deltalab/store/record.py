@@ -113,6 +113,16 @@ class Outcome:
     kept: float | None = held(
         "touched.kept", NUMBER, "kept", unit="share of separate experts' numbers", shows=FILES
     )
+    bits_per_weight: Mapping[str, float] = held(
+        "touched.bits_per_weight",
+        NUMBERS,
+        "bits",
+        unit="bits a weight",
+        spec=".4g",
+        spare=5,
+        shows=FILES | Shows.TABLE,
+    )
+    bytes: int | None = held("touched.bytes", WHOLE, "bytes", unit="bytes", shows=FILES)
     lost_in_storage: float | None = held(
         "touched.lost_in_storage", NUMBER, "lost in storage", unit="share of the edit", shows=FILES
     )
