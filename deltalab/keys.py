@@ -46,6 +46,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluator.data.classes": None,
     "merge": None,
     "values": "exact",
+    "budget": None,
     "calibration": {"model": "post", "data": None, "objective": None, "sequential": False},
 }
 """Settings that came later, each with the value that reproduces what was done without it."""

@@ -74,7 +74,7 @@ class Expert:
             return before
         needs = handed(self.extras.for_tensor(own, self._deltas), before.device)
         with torch.no_grad():
-            return self.extras.seen(self.edit, own)(before, **needs)
+            return self.extras.seen(self.edit, own, self._deltas)(before, **needs)
 
     @cached_property
     def _chosen(self) -> dict[str, str]:
