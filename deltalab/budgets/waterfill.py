@@ -79,7 +79,7 @@ class Waterfill(Budget):
 def _affine(one: Tensors) -> tuple[int, int]:
     """Return what a code of no component takes at most, and every component, in bits."""
     known = sorted((int(c.share), c.bits) for c in one.choices if c.share is not None)
-    (low, bits), (high, more) = known[0], known[-1]
+    (low, bits), (high, more) = known[0], known[1]
     each = -(-(more - bits) // (high - low)) if high > low else bits
     return max(bits - each * low, 0) + 64, each  # numbers of more digits take a few bytes
 

@@ -116,8 +116,8 @@ class Shared(Edit):
         parts, layers = {part_of(n) for n in names}, {layer_of(n) for n in names}
         for name, values in self.hand.items():
             for key in map(str, values):
-                there = key == "default" or key in parts or set(_layers(key)) & layers
-                if not there:
+                wanted = set(_layers(key))
+                if not (key == "default" or key in parts or (wanted and wanted <= layers)):
                     known = sorted(layer for layer in layers if layer is not None)
                     told = f"; layers are {known[0]} to {known[-1]}" if known else ""
                     raise ValueError(
