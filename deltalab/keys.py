@@ -54,6 +54,7 @@ NEUTRAL: dict[str, Any] = {
     "calibration.fisher": None,
     "peers": None,
     "values": "exact",
+    "budget": None,
 }  # fmt: skip
 """Settings that came later, each with the value that reproduces what was done without it."""
 AFTER_FAMILIES = ("model.base",)

@@ -254,6 +254,17 @@ def _targets(node: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _targets(value, f"{where}[{index}]")
 
 
+def class_of(node: Mapping[str, Any], setting: str) -> type | None:
+    """Return the dataclass that a config node names; None where it names none.
+
+    Raises:
+        ValueError: a target that is no dataclass of this package.
+    """
+    return (
+        _dataclass_of(str(node["_target_"]), f"{setting}._target_") if "_target_" in node else None
+    )
+
+
 def _dataclass_of(target: str, setting: str) -> type:
     """Return the dataclass that a target names, which must be one of `allowed_targets`."""
     moved = [t for t in allowed_targets() if t.rpartition(".")[2] == target.rpartition(".")[2]]

@@ -225,7 +225,7 @@ def edited(
     def load(name: str) -> Tensor:
         old, new = pre[name], post[name]
         needs = extras.for_tensor(name, deltas)
-        mine = extras.seen(edit, name)
+        mine = extras.seen(edit, name, deltas)
         sums: list[float] | None = None if audit is None else []
         made = edited_tensor(
             old.to(device), new.to(device), mine, kernels[name], sums=sums, **needs

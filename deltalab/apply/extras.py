@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltalab.apply import turning
 from deltalab.edits import Edit
+from deltalab.edits.shared import Shared
 from deltalab.rng import Rng
 from deltalab.weights import orientation
 from deltalab.weights.factor import Factors, svd
@@ -46,7 +47,7 @@ NEEDS = {
         "float -> Threshold", "where a fraction of the whole model's entries survives"
     ),
     "scale": Need("(steps, lr) -> Tensor | None", "a scale learned for this tensor"),
-    "share": Need("Share", "what a budget gives this tensor"),
+    "share": Need("Any", "what a budget gives this tensor; becomes a setting of its edit"),
     "peers": Need("str -> Tensor", "the delta of a further post-trained model, by its name"),
     "experts": Need("list[str]", "the names of the experts, for a merge"),
     "base": Need("Tensor", "the pre-trained tensor, for a merge"),
@@ -55,7 +56,7 @@ NEEDS = {
     "entropy": Need("Learn -> list[float]", "weights that lower the entropy, for a merge"),
 }
 """All that an edit may ask for, and a merge, which gets one of every expert where that makes sense
-(`deltalab.apply.merging`). `share` has no provider yet."""
+(`deltalab.apply.merging`)."""
 
 OWN = ("rng", "svd", "quantile")
 """What a pair and a seed suffice for."""
@@ -222,8 +223,20 @@ class Extras:
     def __post_init__(self) -> None:
         _check_provided("this edit", self.needs, [*OWN, *self.providers])
 
-    def seen(self, edit: Edit, name: str) -> Edit:
-        """Return an edit as it is to be applied to one tensor, which it sees as (out, in)."""
+    def seen(self, edit: Edit, name: str, deltas: Weights) -> Edit:
+        """Return an edit as it is to be applied to one tensor, which it sees as (out, in).
+
+        Args:
+            edit: the edit.
+            name: the tensor's name.
+            deltas: as for `for_tensor`; read where a budget must know them.
+        """
+        if isinstance(edit, Shared):
+            edit.check(tuple(deltas))
+            share = None
+            if edit.budget is not None:
+                share = self.providers["share"](name, deltas)
+            edit = edit.of(name, share)
         return turning.seen(edit, self.turned(name))
 
     def for_tensor(self, name: str, deltas: Weights) -> dict[str, Any]:

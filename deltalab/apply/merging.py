@@ -83,7 +83,7 @@ class Expert:
         given = self.extras.for_tensor(own, self._deltas)
         if start:
             given = {need: value.at(start) for need, value in given.items()}  # rng alone
-        edit = self.extras.seen(self.edit, own)
+        edit = self.extras.seen(self.edit, own, self._deltas)
         with torch.no_grad():
             if self.sliced:  # compiled where it can be: added to a base of zeros
                 return editing.edited_tensor(torch.zeros_like(before), before, edit, **given)

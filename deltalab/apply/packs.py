@@ -109,7 +109,7 @@ def pack(
                 if old is not None:
                     done = plan.rows[name] * item(entry)
                     given = extras.for_tensor(plan.alias[name], deltas)
-                    mine = extras.seen(edit, plan.alias[name])
+                    mine = extras.seen(edit, plan.alias[name], deltas)
                     for start, code in _codes(plan, name, mine, given, pool, hashing):
                         writer.add(name, code, start * item(entry))
                 _rest(writer, name, entry, base, done)

@@ -83,7 +83,7 @@ def write(
             after = read(new)
             if name in plan.pre:
                 given = extras.for_tensor(plan.alias[name], deltas)
-                mine = extras.seen(edit, plan.alias[name])
+                mine = extras.seen(edit, plan.alias[name], deltas)
                 after = editing.edited_tensor(before, after, mine, **given)
                 finite.check_edited({name: after})
             at = np.flatnonzero(_words(before) != _words(after))

@@ -236,7 +236,7 @@ def _write(
                         if name in plan.pre:
                             sides = plan.pre[name], entry
                             given = extras.for_tensor(plan.alias[name], deltas)
-                            mine = extras.seen(edit, plan.alias[name])
+                            mine = extras.seen(edit, plan.alias[name], deltas)
                             task = partial(_edit_piece, plan, name, mine, given, kernel, target)
                             if width := width_of(mine, entry):
                                 for piece in pieces(rows, width):

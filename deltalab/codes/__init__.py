@@ -28,6 +28,10 @@ KINDS = {
     "sum": "nested",
     "transposed": "nested",
     "patched": "nested",
+    "weighted": "weighted",
+    "factors": "factors",
+    "patches": "patches",
+    "levelled": "levelled",
 }
 """All kinds, each with the module of this room that has its class; nothing else is ever loaded."""
 _DTYPES = {

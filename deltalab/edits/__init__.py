@@ -6,7 +6,7 @@ its fields as keys, where alone the defaults stand. The contract tests find it b
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -81,6 +81,8 @@ class Edit(Protocol):
             the class's own body, for it is read from the source too.
         whole_model: whether it needs the deltas of the whole model as they are given, and so can
             only come first in a chain.
+        spends: the field that a budget may set tensor by tensor (`deltalab.budgets`); None: none.
+        choices: values of that field that a budget chooses from where it names none.
 
     >>> class Half(Edit):
     ...     version: ClassVar[int] = 1
@@ -95,6 +97,8 @@ class Edit(Protocol):
     fuses: ClassVar[bool] = False
     version: ClassVar[int] = 1
     whole_model: ClassVar[bool] = False
+    spends: ClassVar[str | None] = None
+    choices: ClassVar[tuple[Any, ...]] = ()
 
     def __call__(self, delta: Tensor, *args: Any, **needs: Any) -> Tensor:
         """Return the edited delta, a new tensor; the same settings and needs give the same bits.
@@ -174,6 +178,12 @@ class Edit(Protocol):
                 there are none that belong to the delta.
         """
         return None
+
+    def with_share(self, share: Any) -> "Edit":
+        """Return the edit of a tensor whose `spends` a budget has set."""
+        assert self.spends is not None, f"{type(self).__name__} has nothing to spend"
+        made: Edit = replace(self, **{self.spends: share})  # type: ignore[type-var]
+        return made
 
 
 def within(field: str, value: object, interval: str) -> None:

@@ -1,6 +1,6 @@
 """BitDelta: one bit an entry and one scale a matrix (arXiv 2402.10193; arXiv 2410.13841, 7-9)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from deltalab.edits import Edit, Unit, one_of, within
 from deltalab.rng import Rng
 
 _MAGNITUDES, _AXES = ("mean", "normal", "uniform"), ("tensor", "row", "column")
+_BEST = ("best", "best_output")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class BitDelta(Edit):
             draws from the uniform distribution of the same mean and variance.
         cv: coefficient of variation of the drawn magnitudes, at least 0. At 1/sqrt(3) the uniform
             draw spans [0, 2 c mu].
-        axis: the entries that share a scale: "tensor", "row" (one output) or "column" (one input).
+        axis: the entries that share a scale: "tensor", "row" (one output) or "column" (one input);
+            "best" is row or column, of which the squared error is less, and "best_output" the one
+            of the three of least error of the layer's outputs, by the second moment H of its
+            inputs: tr(E H E'), E = D_hat - D. A tensor that is no layer's weight has "best".
 
     Raises:
         ValueError: a field is out of range.
@@ -46,14 +50,15 @@ class BitDelta(Edit):
     magnitudes: str
     cv: float
     axis: str
-    fuses: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    spends: ClassVar[str] = "axis"
+    choices: ClassVar[tuple[str, ...]] = ("tensor", "row", "column")
 
     def __post_init__(self) -> None:
         within("multiple", self.multiple, "[0, inf)")
         one_of("magnitudes", self.magnitudes, _MAGNITUDES)
         within("cv", self.cv, "[0, inf)")
-        one_of("axis", self.axis, _AXES)
+        one_of("axis", self.axis, (*_AXES, *_BEST))
 
     @property
     def axes(self) -> bool:
@@ -65,10 +70,22 @@ class BitDelta(Edit):
         """Row by row where each has a scale of its own."""
         return "row" if self.axis == "row" else "tensor"
 
-    def __call__(self, delta: Tensor, *, rng: Rng) -> Tensor:
+    @property
+    def fuses(self) -> bool:  # type: ignore[override]
+        """Where the axis does not depend on the data."""
+        return self.axis not in _BEST
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The inputs' second moments where the axis is chosen by them."""
+        return ("rng", "gram") if self.axis == "best_output" else ("rng",)
+
+    def __call__(self, delta: Tensor, *, rng: Rng, gram: Tensor | None = None) -> Tensor:
         """Return the signs times the scales."""
         if delta.ndim < 2 or delta.numel() == 0:
             return delta.clone()
+        if self.axis in _BEST:
+            return self.along(delta, gram)(delta, rng=rng)
         scale = self.multiple * mean_magnitude(delta, self.axis)
         if self.magnitudes == "normal":
             scale = scale * (1 + self.cv * rng.normal(delta))
@@ -76,14 +93,31 @@ class BitDelta(Edit):
             scale = scale * (1 + self.cv * 12**0.5 * (rng.uniform(delta) - 0.5))
         return torch.where(delta < 0, -scale, scale)
 
-    def encode(self, delta: Tensor, *, rng: Rng, post: Tensor | None = None) -> Code | None:
+    def encode(
+        self, delta: Tensor, *, rng: Rng, gram: Tensor | None = None, post: Tensor | None = None
+    ) -> Code | None:
         """Return signs and scales; magnitudes that are drawn, an ablation, have no code."""
         if self.magnitudes != "mean":
             return None
         if delta.ndim < 2 or delta.numel() == 0:
             return Raw.holding(delta, post)
+        if self.axis in _BEST:
+            return self.along(delta, gram).encode(delta, rng=rng)
         scale = self.multiple * mean_magnitude(delta, self.axis)
         return Signs.of_delta(delta, scale, self.axis)
+
+    def along(self, delta: Tensor, gram: Tensor | None) -> "BitDelta":
+        """Return the edit with the axis that is best for a delta."""
+        names = _AXES[1:] if gram is None else _AXES
+
+        def error(axis: str) -> float:
+            scale = self.multiple * mean_magnitude(delta, axis)
+            off = (torch.where(delta < 0, -scale, scale) - delta).flatten(1).double()
+            return float(
+                off.square().sum() if gram is None else ((off @ gram.double()) * off).sum()
+            )
+
+        return replace(self, axis=min(names, key=error))
 
 
 def mean_magnitude(delta: Tensor, axis: str) -> Tensor:

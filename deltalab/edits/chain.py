@@ -98,7 +98,7 @@ class Chain(Edit):
             if index and "rng" in now:
                 now["rng"] = _forked(now["rng"], index)
             if index and "svd" in now:
-                now["svd"] = _factors_of(hat)
+                now["svd"] = factors_of(hat)
             if index + 1 < len(self.edits):
                 hat = edit(hat, **now)
         return hat, now
@@ -108,7 +108,8 @@ def _forked(rng: Rng, index: int) -> Rng:
     return rng.fork(str(index))
 
 
-def _factors_of(delta: Tensor) -> Callable[[], factor.Factors]:
+def factors_of(delta: Tensor) -> Callable[[], factor.Factors]:
+    """Return what factorises a delta, for the need `svd`."""
     return lambda: factor.svd(delta.flatten(1))
 
 

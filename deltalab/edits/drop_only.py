@@ -45,6 +45,8 @@ class DropOnly(Edit):
     masks: str | None = None
     unit: ClassVar[Unit] = "entry"
     version: ClassVar[int] = 1
+    spends: ClassVar[str] = "p"
+    choices: ClassVar[tuple[float, ...]] = (0.0, 0.25, 0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)
 
     def __post_init__(self) -> None:
         within("p", self.p, "[0, 1]")

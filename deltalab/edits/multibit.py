@@ -44,6 +44,8 @@ class Multibit(Edit):
     bits: int
     blocks: str
     version: ClassVar[int] = 1
+    spends: ClassVar[str] = "bits"
+    choices: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 6, 8)
     axes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -52,4 +52,5 @@ class SafeLora(Edit):
         cosine = (hat * matrix).sum() / (hat.norm() * matrix.norm()).clamp(min=1e-300)
         if float(cosine) > self.threshold:
             return delta.clone()
-        return hat.to(delta.dtype).reshape(delta.shape)
+        projected: Tensor = hat.to(delta.dtype).reshape(delta.shape)
+        return projected

@@ -38,6 +38,8 @@ class Ties(Edit):
     keep: float
     scope: str
     version: ClassVar[int] = 1
+    spends: ClassVar[str] = "keep"
+    choices: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
     axes: ClassVar[bool] = False
 
     @property

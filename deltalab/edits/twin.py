@@ -38,6 +38,8 @@ class Twin(Edit):
     rank: int | None
     rate: float | None
     version: ClassVar[int] = 1
+    spends: ClassVar[str] = "rank"
+    choices: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     axes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -88,3 +90,7 @@ class Twin(Edit):
         assert self.rate is not None
         kept = int(round((1 - self.rate) * full, 9))
         return kept if self.rate == 1 else max(kept, 1)
+
+    def with_share(self, share: int) -> "Twin":
+        """Return the edit of a tensor that has a rank of its own."""
+        return Twin(rank=share, rate=None)

@@ -11,7 +11,6 @@ from typing import Any
 
 from deltalab.apply import editing
 from deltalab.apply.audit import Audit
-from deltalab.data import splits
 from deltalab.keys import BESIDE, Choices, pair_id
 from deltalab.provenance import commit, device_name, versions
 from deltalab.run import experts
@@ -105,7 +104,7 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
         known = reference(point)
         pair = known.pair
         # What was fitted to half A of the objective's examples is judged on half B.
-        judge = known.judge("B" if splits.tunes(point.edit.needs) else None)
+        judge = known.judge("B" if point.fitted else None)
     with clock("edit"):
         calibrated = calibration(known, point)
         extras = provide(known, point.edit, point.seed, point.salt, calibrated)

@@ -14,6 +14,7 @@ from deltalab.apply.coded import held
 from deltalab.apply.extras import check_needs
 from deltalab.apply.merging import check_merge
 from deltalab.calibration import providing
+from deltalab.edits.shared import Shared, by_hand
 from deltalab.keys import Choices, determinants, salt_of
 from deltalab.models.hub import Absent
 from deltalab.run import experts, streams
@@ -73,8 +74,7 @@ def validated(settings: Mapping[str, Any], choices: Choices) -> tuple[Any, dict[
     check_margin(settings["margin"])
     names = options.experts_of(settings)
     first = options.member(settings, names[0]) if names else settings
-    edit, chosen = _selecting(settings["edit"], "edit")
-    edit = held(edit, settings.get("values", "exact"))
+    edit, chosen = edit_of(settings)
     chosen = settings["select"] or chosen
     select.check(chosen)
     check_needs(edit, PROVIDED)
@@ -108,6 +108,27 @@ def _peer(name: str, node: Mapping[str, Any]) -> Any:
     except ValueError as error:
         text = str(error).removeprefix("model.post=")
         raise ValueError(f"peers.{name}={text}") from None
+
+
+def edit_of(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Build the edit of a point and return it with the tensors that its option is for.
+
+    Args:
+        settings: of which `edit`, `budget` and `values` count.
+
+    Raises:
+        ValueError: a mistake in them.
+    """
+    node, values = dict(settings["edit"]), settings.get("values", "exact")
+    hand: dict[str, Any] = {}
+    if (kind := checks.class_of(node, "edit")) is not None:
+        node, hand = by_hand(kind, node)
+    edit, chosen = _selecting(node, "edit")
+    budget = build(settings.get("budget"), "budget")
+    if not hand and budget is None:
+        return held(edit, values), chosen
+    held(edit, values)  # says what is wrong with it
+    return Shared(edit, hand, budget, lambda each: held(each, values)), chosen
 
 
 def _selecting(node: Mapping[str, Any], setting: str) -> tuple[Any, Any]:

@@ -115,7 +115,7 @@ def evaluate(point: Point) -> tuple[dict[str, Any], dict[str, list[float]]]:
     with clock("open"):
         knowns = opened(point)
         pairs = {name: known.pair for name, known in knowns.items()}
-    fitted = splits.tunes((*point.edit.needs, *point.merge.needs))
+    fitted = point.fitted or splits.tunes(point.merge.needs)
     judges = {name: known.judge("B" if fitted else None) for name, known in knowns.items()}
     device = next(next(iter(pairs.values())).module.parameters()).device
     whole = merging.Family(

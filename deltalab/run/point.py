@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,17 @@ from torch import Tensor
 from deltalab.apply.extras import Extras, Provider
 from deltalab.calibration import providing
 from deltalab.calibration.providing import Calibration
+from deltalab.data import splits
+from deltalab.edits.shared import Shared
 from deltalab.evaluators.scores import Scores
 from deltalab.loss import distill
 from deltalab.loss.objectives import Loss, Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
 from deltalab.loss.riemann import Riemann
 from deltalab.provenance import peak_memory
+from deltalab.run import shares
 from deltalab.run.opening import OPENED, Judge, Opening, Reference, opened
+from deltalab.run.sensitivity import sensitivities
 from deltalab.store import latest
 from deltalab.store.digests import key_of
 from deltalab.weights.mapping import Weights, difference, loaded
@@ -60,6 +64,12 @@ class Point:
     merged: Any = "all"
     experts: Mapping[str, "Point"] = field(default_factory=dict)
     peers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it is fitted to half A of the objective's examples, as a budget is."""
+        spread = getattr(self.edit, "budget", None) is not None
+        return splits.tunes((*self.edit.needs, *(("share",) if spread else ())))
 
     @property
     def drawn(self) -> dict[str, Any]:
@@ -107,7 +117,15 @@ def provide(
     What is fitted to the objective's examples (`splits.TUNED`) is given half A of them alone.
     """
     given = providers(known, calibrated or calibration(known))
-    return Extras.of(edit, known.pair, seed=seed, salt=salt, providers=given)
+    extras = Extras.of(edit, known.pair, seed=seed, salt=salt, providers=given)
+    if not isinstance(edit, Shared) or edit.budget is None:
+        return extras
+
+    def signal(deltas: Weights) -> tuple[Mapping[str, float], Weights]:
+        return sensitivities(known, deltas), known.judge("A").engine.gradient
+
+    share = shares.provider(edit, extras, signal)
+    return replace(extras, providers={**extras.providers, "share": share})
 
 
 def providers(known: Reference, calibrated: Calibration) -> dict[str, Provider]:
