@@ -7,11 +7,13 @@ Without names: all that have been swept. Exit code 1 where points failed or are 
 import sys
 from pathlib import Path
 
+from deltalab.store import shown
 from deltalab.store.reading import read
 from deltalab.sweep.sweeps import listed
 from experiments.paper import committed, log
 from experiments.paper.artefacts import ARTEFACTS
 from experiments.paper.card import write
+from experiments.paper.found import Found
 
 
 def main(arguments: list[str]) -> int:
@@ -20,11 +22,12 @@ def main(arguments: list[str]) -> int:
     results, scale = Path(given.get("results", "results")), given.get("scale", "demo")
     names = [a for a in arguments if "=" not in a]
     if unknown := [n for n in names if n not in ARTEFACTS]:
-        print(f"{unknown[0]}: no such artefact; there are {', '.join(ARTEFACTS)}", file=sys.stderr)
+        known = ", ".join(ARTEFACTS)
+        print(shown.line(f"{unknown[0]}: no such artefact; there are {known}"), file=sys.stderr)
         return 2
     if given.get("from") == "committed":
         return _judge(names or [*ARTEFACTS], results)
-    points = read(results, warn=lambda line: print(f"warning: {line}", file=sys.stderr))
+    points = read(results, warn=lambda text: print(shown.line(f"warning: {text}"), file=sys.stderr))
     wanted = _wanted(results)
     lacking = False
     for name in names or wanted:
@@ -37,12 +40,18 @@ def main(arguments: list[str]) -> int:
         try:
             path, found = write(name, done, results, scale)
         except ValueError as problem:
-            print(f"{name}: {problem}", file=sys.stderr)
+            print(shown.line(f"{name}: {problem}"), file=sys.stderr)
             lacking = True
             continue
-        print(f"{name}: {found.verdict}. {found.sentence}\n  {path}")
+        _say(name, found, path)
     log.main(results)
     return int(lacking)
+
+
+def _say(name: str, found: Found, path: Path) -> None:
+    """Print what came of an artefact: names of models and metrics in it are anyone's."""
+    print(shown.line(f"{name}: {found.verdict}. {found.sentence}"))
+    print(shown.line(f"  {path}"))
 
 
 def _judge(names: list[str], results: Path) -> int:
@@ -50,9 +59,9 @@ def _judge(names: list[str], results: Path) -> int:
     for name in names:
         try:
             path, found = committed.judge(name, results)
-            print(f"{name}: {found.verdict}. {found.sentence}\n  {path}")
+            _say(name, found, path)
         except (OSError, ValueError) as problem:
-            print(f"{name}: left as it is; {problem}", file=sys.stderr)
+            print(shown.line(f"{name}: left as it is; {problem}"), file=sys.stderr)
     log.main(results)
     return 0
 
