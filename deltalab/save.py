@@ -155,6 +155,7 @@ def _merge(
     from omegaconf import OmegaConf
 
     from deltalab.apply import merge_files
+    from deltalab.models import families
     from deltalab.run import experts as family
     from deltalab.run.building import merging
 
@@ -165,6 +166,7 @@ def _merge(
     merge, merged = merging(node, tuple(experts), ())
     sides = {name: _checkpoints(model) for name, model in experts.items()}
     pre, _, dequantize = next(iter(sides.values()))
+    families.check_base(pre, {name: post for name, (_, post, _) in sides.items()})
     nodes: Any = {"edit": OmegaConf.to_container(cfg.edit, resolve=True), "merge": node}
     described = {
         key: {k: v for k, v in value.items() if k not in ("_target_", "select")}
