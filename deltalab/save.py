@@ -228,6 +228,7 @@ def _merge(found: Job, out: Any, own: dict[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from deltalab.apply import merge_files
+    from deltalab.models import families
     from deltalab.run import experts as family
     from deltalab.run.building import merging
 
@@ -237,6 +238,7 @@ def _merge(found: Job, out: Any, own: dict[str, Any]) -> dict[str, Any]:
     merge, merged = merging(node, tuple(experts), ())
     sides = {name: _checkpoints(model) for name, model in experts.items()}
     pre, _, dequantize, onto = next(iter(sides.values()))
+    families.check_base(pre, {name: post for name, (_, post, *_) in sides.items()})
     nodes: Any = {"edit": OmegaConf.to_container(cfg.edit, resolve=True), "merge": node}
     described = {
         key: {k: v for k, v in value.items() if k not in ("_target_", "select")}

@@ -276,7 +276,7 @@ def test_the_clip_pairs_are_planned_without_a_hub(planned):
 
 
 def test_a_family_is_planned_with_all_its_experts(planned):
-    """Every expert has its own module, gradient and passes; rules of 3, 6, 12 nodes are tried."""
+    """Every expert has its own module, gradient and passes; rules of 3, 6, 12 nodes compared."""
     sweep = ("-m", "merge=sum", "merge.weight=0.2,0.3")
     out = planned(*sweep, "model=clip_two", "prediction=on", "prediction.probes=0")
     alone = planned("model=clip_svhn", "edit=keep")

@@ -1,0 +1,139 @@
+"""Merges compared: what is written in parts, refused, learned and kept; sharing rows that agree."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_families import models, ran
+
+import deltalab.save as save
+from deltalab.apply import merge_files
+from deltalab.apply.merging import Expert, Family
+from deltalab.data.images import Packaged
+from deltalab.loss.artifacts import Store
+from deltalab.loss.objectives import Classification, change, measure
+from deltalab.merges.channel import Channel
+from deltalab.models.zoo import EmbeddedVit
+from deltalab.store import latest
+from deltalab.weights import contents
+from deltalab.weights.mapping import difference, loaded
+from experiments.paper import evidence
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    latest.forget()
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        ["merge=ties", "merge.keep=0.3", "merge.scope=tensor"],
+        ["merge=ties", "merge.keep=0.3", "merge.scope=model"],
+        ["merge=ties", "merge.keep=1", "edit=dare", "edit.p=0.5"],
+        ["merge=sum", "merge.weight=0.4"],
+    ],
+    ids=str,
+)
+def test_parts_of_tensors_are_merged_as_the_whole_is(tmp_path, merge, monkeypatch) -> None:
+    given = [*models(tmp_path)[:-2], *merge]
+    save.save([*given, f"out={tmp_path / 'whole'}"])
+    monkeypatch.setattr(merge_files, "PART", 13)
+    save.save([*given, f"out={tmp_path / 'parts'}"])
+    whole, parts = (load_file(tmp_path / n / "base.safetensors") for n in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert any(tensor.numel() > 130 for tensor in whole.values())
+
+
+def test_the_same_expert_twice_is_refused_on_disk(tmp_path) -> None:
+    given = models(tmp_path)[:-2]
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="a and b are the same model"):
+        save.save([*given, "merge=sum", f"out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_that_says_it_is_of_another_base_is_refused(tmp_path) -> None:
+    given = list(models(tmp_path)[:-2])
+    for name in ("base", "a"):
+        (tmp_path / f"of_{name}").mkdir()
+        (tmp_path / f"of_{name}" / "model.safetensors").write_bytes(
+            (tmp_path / "b.safetensors").read_bytes() if name == "base"
+            else (tmp_path / "c.safetensors").read_bytes()
+        )  # fmt: skip
+        digest = contents.of_checkpoint(tmp_path / f"{name}.safetensors")
+        told = json.dumps({"pre": {"digest": digest}})
+        (tmp_path / f"of_{name}" / contents.MANIFEST).write_text(told)
+    right = f"model.experts={{a: {tmp_path / 'a.safetensors'}, b: {tmp_path / 'of_base'}}}"
+    wrong = f"model.experts={{a: {tmp_path / 'a.safetensors'}, b: {tmp_path / 'of_a'}}}"
+    given = [o for o in given if not o.startswith("model.experts")]
+    save.save([*given, right, "merge=sum", f"out={tmp_path / 'out'}"])
+    with pytest.raises(ValueError, match="model.experts: b: made from another base than"):
+        save.save([*given, wrong, "merge=sum", f"out={tmp_path / 'other'}"])
+    for text in ("[]", "{", '{"pre": 3}', '{"pre": {"digest": 3}}'):
+        (tmp_path / "of_a" / contents.MANIFEST).write_text(text)
+        assert contents.made_from(tmp_path / "of_a") is None
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_learned_weights_are_in_the_record(tmp_path, scope: str) -> None:
+    record = ran(tmp_path, "model=vit_family", "merge=adamerging", f"merge.scope={scope}",
+                 "merge.steps=2", "merge.lr=0.1", "merge.batch=2", "objective.limit=8",
+                 "evaluator=none", "riemann=off")  # fmt: skip
+    assert list(record["learned"]) == ["mnist", "fashion"]
+    for own in record["learned"].values():
+        values = [own] if scope == "model" else list(own.values())
+        assert len(values) == 1 if scope == "model" else len(values) > 20
+        assert all(0 <= value <= 1 for value in values)
+        assert any(value != 0.3 for value in values)
+
+
+def test_documents_are_kept_beside_points(tmp_path) -> None:
+    from deltalab.store.record import Outcome
+
+    point = Outcome("m", "keep", key="0a")
+    known = {"0a": {"a/objective/change": [0.25, math.nan], "a/t/accuracy": [1.0, 0.0], "b": [1]}}
+    path = tmp_path / "kept.jsonl"
+    evidence.keep([point], known, ("objective/change", "/accuracy"), path)
+    found = evidence.kept(path)["0a"]
+    assert found["a/t/accuracy"] == [1.0, 0.0]
+    np.testing.assert_equal(found["a/objective/change"], [0.25, math.nan])
+    assert set(found) == {"a/objective/change", "a/t/accuracy"}
+    assert evidence.kept(tmp_path / "none.jsonl") == {}
+
+
+def test_experts_share_the_rows_in_which_they_agree_at_less_cost_than_any_others() -> None:
+    """A quarter of the rows of two experts shared: at most .8 of what random rows cost."""
+    losses, pairs = {}, {}
+    for name in ("mnist", "fashion"):
+        pairs[name] = EmbeddedVit(name, name).open()
+        data = Packaged(name, "objective", limit=128)
+        losses[name] = Classification(data, 128).open(pairs[name], Store(None, {}))
+    experts = {name: Expert(dict(p.pre), dict(p.post)) for name, p in pairs.items()}
+    channel = Channel(groups=None, budget=0.875, granularity="channel", head=None,
+                      similarity="distance", weight=1.0)  # fmt: skip
+    similar = Family(experts, channel).held()
+    rng = torch.Generator().manual_seed(0)
+    random: dict = {name: {} for name in experts}
+    for name, tensor in experts["mnist"].post.items():
+        deltas = [difference(e.pre[name], e.post[name]) for e in experts.values()]
+        mean = (deltas[0] + deltas[1]) / 2
+        rows = torch.randperm(len(tensor), generator=rng)[: len(tensor) // 4]
+        for own, delta in zip(experts, deltas, strict=True):
+            if delta.dim() > 1:
+                delta[rows] = mean[rows]
+            random[own][name] = experts[own].pre[name].float() + delta
+    total = []
+    for merged in (similar, random):
+        total.append(0.0)
+        for name, pair in pairs.items():
+            post = {tensor: pair.post[tensor] for tensor in merged[name]}
+            before = measure(pair.module, losses[name])
+            with loaded(pair.module, merged[name], restore=post):
+                total[-1] += change(before, measure(pair.module, losses[name]))[0]
+    assert 0 < total[0] <= 0.8 * total[1]
