@@ -232,6 +232,26 @@ def test_rows_stop_where_lm_eval_would_stop_each_alone(trained, tokenizer, stops
     assert len(set(alone)) > 1
 
 
+def test_only_the_likeliest_tokens_are_chosen_without_transformers(trained, tokenizer, monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    def refuse(*_, **__):
+        raise AssertionError("transformers generates")
+
+    own = copy.deepcopy(trained.generation_config)
+    settings = {"until": ["Question:"], "max_gen_toks": 12}
+    asked = [Instance("generate_until", {}, ("Question: a", settings), 0, ("t", 0, 1))]
+    with hflm.wrapper(trained, copy.deepcopy(tokenizer), CONTEXT, 8)(trained) as lm:
+        monkeypatch.setattr(trained, "generate", refuse)
+        (text,) = lm.generate_until(asked)
+    assert text
+    assert hflm.plain({"do_sample": False, "temperature": 0.0}, own)
+    for change in ({"num_beams": 2}, {"do_sample": True}, {"repetition_penalty": 1.2}):
+        assert not hflm.plain(change, own)
+    own.no_repeat_ngram_size = 3
+    assert not hflm.plain({}, own)
+
+
 def test_a_token_that_cannot_complete_a_stop_is_not_decoded(tokenizer):
     closing = hflm.closing_tokens(tokenizer, ("Question:", "</s>", "x "), len(tokenizer) + 3)
     colon, eos = tokenizer.encode(":")[0], tokenizer.eos_token_id

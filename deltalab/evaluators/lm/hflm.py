@@ -29,7 +29,8 @@ says nothing, as it would on the saved checkpoint."""
 
 PLAIN = {
     "_from_model_config", "bos_token_id", "do_sample", "eos_token_id", "max_length",
-    "max_new_tokens", "min_p", "num_beams", "pad_token_id", "temperature", "top_k", "top_p",
+    "max_new_tokens", "min_p", "num_beams", "output_attentions", "output_hidden_states",
+    "output_logits", "output_scores", "pad_token_id", "temperature", "top_k", "top_p",
     "transformers_version", "typical_p", "use_cache", *ALONE,
 }  # fmt: skip
 """What settings of generation may name where the likeliest token is taken at every step."""
