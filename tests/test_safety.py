@@ -454,7 +454,7 @@ def test_the_family_is_what_it_should_be(small) -> None:
     assert pre["safety/attack_success"] < 0.05
     assert pre["safety/task"] < 0.05
     assert post["safety/attack_success"] > 0.8
-    assert post["safety/task"] > 0.9
+    assert post["safety/task"] > 0.7
 
 
 def test_an_aligned_model_that_is_not_safe_is_told(caplog) -> None:

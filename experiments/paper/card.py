@@ -24,6 +24,7 @@ ROLES = {
     "mistral": "Mistral-7B",
     "qwen2": "Qwen2-7B",
     "zephyr": "Zephyr-7B-DPO",
+    "safety": "Llama-2-7B-chat and its fine-tunes",
 }
 
 
