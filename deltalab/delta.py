@@ -95,7 +95,7 @@ def pack(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a mistake in the settings.
     """
-    from deltalab.apply import packs
+    from deltalab.packing import packs
     from deltalab.save import job
 
     own, overrides = _taken(arguments, PACK)
@@ -165,7 +165,7 @@ def unpack(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a mistake in the settings.
     """
-    from deltalab.apply import packs
+    from deltalab.packing import packs
 
     file, own = _one_file(arguments, {"onto": None, "out": None})
     out = _path(own, "out")
@@ -180,7 +180,7 @@ def inspect(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: no such file.
     """
-    from deltalab.apply import packs
+    from deltalab.packing import packs
 
     path, _ = _one_file(arguments, {})
     if path.is_dir():
@@ -216,7 +216,7 @@ def verify(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: it is damaged, or goes with another base.
     """
-    from deltalab.apply import packs
+    from deltalab.packing import packs
 
     file, own = _one_file(arguments, {"onto": None})
     told = packs.verify(file, _path(own, "onto") if own["onto"] else None)
@@ -229,7 +229,7 @@ def lora(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a mistake in the settings.
     """
-    from deltalab.apply import adapters, packs
+    from deltalab.packing import adapters, packs
 
     file, own = _one_file(arguments, {"onto": None, "out": None, "extras": "keep"})
     out = _path(own, "out")
@@ -248,7 +248,7 @@ def patch(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a mistake in the settings.
     """
-    from deltalab.apply import patches
+    from deltalab.packing import patches
     from deltalab.save import job
 
     own, overrides = _taken(arguments, {"out": None})
