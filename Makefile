@@ -90,6 +90,7 @@ bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, again
 	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.streamed $$d; rm -rf $$d
 	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.merged $$d; rm -rf $$d
 	@d=$$(mktemp -d) && $(BIN)/python -m experiments.bench.streamed $$d 4.2 3 nomergekit; rm -rf $$d
+	@$(BIN)/python -m experiments.bench.packed
 	@$(BIN)/python -m experiments.bench.engine
 	@$(BIN)/python -m experiments.bench.lm_eval bare
 	@$(BIN)/python -m experiments.bench.lm_eval loop

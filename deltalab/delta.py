@@ -95,7 +95,7 @@ def pack(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a mistake in the settings.
     """
-    from deltalab.apply import packs
+    from deltalab.packing import packs
 
     own, overrides = _taken(arguments, PACK)
     out = _path(own, "out")
@@ -181,7 +181,7 @@ def unpack(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a mistake in the settings.
     """
-    from deltalab.apply import packs
+    from deltalab.packing import packs
 
     file, own = _one_file(arguments, {"onto": None, "out": None})
     out = _path(own, "out")
@@ -196,7 +196,7 @@ def inspect(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: no such file.
     """
-    from deltalab.apply import packs
+    from deltalab.packing import packs
 
     path, _ = _one_file(arguments, {})
     if path.is_dir():
@@ -232,7 +232,7 @@ def verify(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: it is damaged, or goes with another base.
     """
-    from deltalab.apply import packs
+    from deltalab.packing import packs
 
     file, own = _one_file(arguments, {"onto": None})
     told = packs.verify(file, _path(own, "onto") if own["onto"] else None)
@@ -245,7 +245,7 @@ def lora(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a mistake in the settings.
     """
-    from deltalab.apply import adapters, packs
+    from deltalab.packing import adapters, packs
 
     file, own = _one_file(arguments, {"onto": None, "out": None, "extras": "keep"})
     out = _path(own, "out")
@@ -264,7 +264,7 @@ def patch(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a mistake in the settings.
     """
-    from deltalab.apply import patches
+    from deltalab.packing import patches
 
     own, overrides = _taken(arguments, {"out": None})
     found = _pair(overrides, "patched")

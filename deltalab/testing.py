@@ -22,11 +22,14 @@ from torch import Tensor
 
 from deltalab.apply import editing
 from deltalab.apply.extras import handed
+from deltalab.codes import Code
+from deltalab.codes.nested import Patched
 from deltalab.edits import Edit, Unit
 from deltalab.rng import Rng
 from deltalab.settings import option_file, packages
 from deltalab.weights import select
 from deltalab.weights.factor import svd
+from deltalab.weights.mapping import difference
 from deltalab.weights.threshold import ModelThreshold
 
 __all__ = ["test_edit"]
@@ -162,6 +165,25 @@ def check_stored(name: str) -> None:
         assert torch.allclose(out.float(), expected.float(), atol=near)
 
 
+def check_code(name: str) -> None:
+    """What a file would hold of it, if anything, gives the bits that the edit stores."""
+    edit = built(name)
+    for shape in SHAPES:
+        pre = tensor(shape).bfloat16()
+        post = (pre.float() + 0.1 * tensor(shape, seed=1)).bfloat16()
+        delta = difference(pre, post)
+        given = needs(edit, delta)
+        if (code := edit.encode(delta, post=post, **given)) is None:
+            continue
+        stored = editing.edited_tensor(pre, post, edit, "eager", **given)
+        exact = Patched.exact(code, pre, stored)
+        again = Code.of(exact.kind, exact.shape, exact.arrays, exact.settings)
+        assert torch.equal(again.onto(pre, torch.bfloat16), stored)
+        arrays = sum(a.numel() * a.element_size() for a in code.arrays.values())
+        assert code.bits.payload <= 8 * arrays < code.bits.total <= 8 * arrays + 8000
+        assert exact is code or len(exact.arrays["at"]) < 0.1 * delta.numel() + 2, "hardly a code"
+
+
 CHECKS: tuple[Callable[[str], None], ...] = (
     check_says,
     check_fields,
@@ -169,6 +191,7 @@ CHECKS: tuple[Callable[[str], None], ...] = (
     check_strides,
     check_moments,
     check_stored,
+    check_code,
 )
 
 

@@ -33,6 +33,7 @@ ORDER = (
         "rekey",
         "kernels",
         "apply",
+        "packing",
         "loss",
         "calibration",
         "api",

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltalab.apply import editing, layout, packs, stream
+from deltalab.apply import editing, layout, stream
 from deltalab.apply.extras import Extras, Memo
 from deltalab.codes import NAMES
 from deltalab.edits import Edit
+from deltalab.packing import packs
 from deltalab.store import files
 from deltalab.terminal import console
 from deltalab.weights import contents, finite

@@ -15,11 +15,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltalab.apply import layout, packs
+from deltalab.apply import layout
 from deltalab.codes import Code
 from deltalab.codes.files import Packed
 from deltalab.codes.lowrank import LowRank
 from deltalab.codes.nested import Patched
+from deltalab.packing import packs
 from deltalab.store import files
 from deltalab.weights.mapping import difference, part_of
 from deltalab.weights.shards import DTYPES, Entry, read

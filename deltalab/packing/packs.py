@@ -190,7 +190,7 @@ def _code(
     needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
     if not (finite.all_finite(pre) and finite.all_finite(post)):
         stream.blame(plan, name)
-    delta = difference(pre, post)
+    delta = _delta(pre, post)
     code = edit.encode(delta, post=post, **needs)
     if code is None:
         raise ValueError(f"edit: {no_code(edit)}")
@@ -209,7 +209,17 @@ def _is_tame(pre: Tensor, code: Code) -> bool:
     scales += [float(code.arrays["scale"].abs().max())] if "scale" in code.arrays else []
     most = max(scales, default=1.0)
     wide = pre.dtype != torch.float16 and pre.numel() > 0
-    return wide and most < 1e9 and float(pre.float().abs().max()) < 1e25
+    return wide and most < 1e9 and max(-float(pre.min()), float(pre.max())) < 1e25
+
+
+def _delta(pre: Tensor, post: Tensor) -> Tensor:
+    """Return the delta, found slice by slice: fresh memory costs more than what is put there."""
+    delta = torch.empty(post.shape)
+    old, new, into = (tensor.reshape(-1) for tensor in (pre, post, delta))
+    for start in range(0, len(into), editing.SLICE["cpu"]):
+        part = slice(start, start + editing.SLICE["cpu"])
+        into[part] = difference(old[part], new[part])
+    return delta
 
 
 def _rest(writer: Writer, name: str, entry: Entry, base: Entry | None, done: int) -> None:
