@@ -235,6 +235,7 @@ class Extras:
             edit.check(tuple(deltas))
             share = None
             if edit.budget is not None:
+                _check_provided("a budget", ("share",), self.providers)
                 share = self.providers["share"](name, deltas)
             edit = edit.of(name, share)
         return turning.seen(edit, self.turned(name))

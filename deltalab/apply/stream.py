@@ -9,7 +9,7 @@ made (`layout`).
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deltalab.apply import editing, layout
-from deltalab.apply.extras import Extras, Memo, thresholds
+from deltalab.apply.extras import Extras, Memo, Provider, thresholds
 from deltalab.apply.hashing import Hashing
 from deltalab.apply.layout import Side
 from deltalab.apply.work import Work
@@ -69,6 +69,7 @@ def stream(
     describe: dict[str, Any] | None = None,
     dequantize: bool | None = None,
     salt: str = "",
+    share: Callable[[Any, Extras], Provider] | None = None,
 ) -> dict[str, Any]:
     """Write the edited checkpoint to `out` and return its manifest.
 
@@ -91,6 +92,8 @@ def stream(
         dequantize: whether quantised weights are decoded, and those of post written as bfloat16;
             None where no setting asks for it.
         salt: of the random numbers, as for `Extras`.
+        share: makes of an edit with a budget, and of what it asks for beside, the provider of what
+            every tensor is given.
 
     Raises:
         ValueError: `out` exists, another process is writing it, or the checkpoints do not fit
@@ -102,6 +105,8 @@ def stream(
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
     memo, turned = Memo(limit=0), layout.turned(post)
     extras = Extras(edit.needs, seed, memo=memo, salt=salt, turned=turned)
+    if share is not None:
+        extras = replace(extras, providers={"share": share(edit, extras)})
     plan = planned(pre, post, select, mismatch, dequantize)
     hashing = Hashing((pre, post))
     manifest: dict[str, Any] = {

@@ -1,8 +1,9 @@
 """How much the loss suffers from errors in each tensor: measured with noise, a little and more.
 
 For small errors that are unbiased, dL = a_l ||E_l||^2 whatever made them (arXiv 2411.17525, the
-linearity theorem): a_l is half the mean curvature of the loss over the tensor's entries. Noise of
-either sign takes the gradient's part away.
+linearity theorem): a_l is half the mean curvature of the loss over the tensor's entries, weighted by
+D^2, for the noise is that of `edit=noise`, a multiple of every entry. Noise of either sign takes the
+gradient's part away.
 """
 
 from collections.abc import Mapping
@@ -54,7 +55,7 @@ def _one(known: Reference, judge: Judge, name: str, delta: Tensor) -> list[list[
     """Return e and dL of every level."""
     pair, found = known.pair, []
     post = pair.post[name]
-    noise = Rng(0, f"{name}/sensitivity").normal(delta)
+    noise = Rng(0, f"{name}/sensitivity").normal(delta) * delta
     energy = float(delta.double().square().sum())
     noise *= (energy / max(float(noise.double().square().sum()), 1e-300)) ** 0.5
     for level in LEVELS:
