@@ -13,13 +13,13 @@ from deltalab.apply import editing
 from deltalab.apply.extras import Extras, Memo
 from deltalab.budgets import Choice, Tensors
 from deltalab.budgets.knapsack import Knapsack, predicted
+from deltalab.budgets.shared import Shared
 from deltalab.budgets.thirds import Thirds
 from deltalab.budgets.uniform import Uniform
 from deltalab.budgets.waterfill import Waterfill
 from deltalab.edits.dare import Dare
 from deltalab.edits.delta_come import DeltaCome
 from deltalab.edits.keep import Keep
-from deltalab.edits.shared import Shared
 from deltalab.edits.twin import Twin
 from deltalab.edits.ultradelta import Ultradelta
 from deltalab.run import shares

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from deltalab.apply import turning
+from deltalab.budgets.shared import Shared
 from deltalab.edits import Edit
-from deltalab.edits.shared import Shared
 from deltalab.rng import Rng
 from deltalab.weights import orientation
 from deltalab.weights.factor import Factors, svd

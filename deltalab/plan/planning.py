@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from deltalab.budgets.shared import Shared
 from deltalab.edits import Edit
-from deltalab.edits.shared import Shared
 from deltalab.loss.passes import CHUNK
 from deltalab.loss.riemann import Riemann
 from deltalab.run.sensitivity import PASSES

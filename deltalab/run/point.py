@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from deltalab.apply.extras import Extras, Provider
+from deltalab.budgets.shared import Shared
 from deltalab.calibration import providing
 from deltalab.calibration.providing import Calibration
 from deltalab.data import splits
-from deltalab.edits.shared import Shared
 from deltalab.evaluators.scores import Scores
 from deltalab.loss import distill
 from deltalab.loss.objectives import Measured, change, influences, measure

@@ -1,9 +1,9 @@
 """How much the loss suffers from errors in each tensor: measured with noise, a little and more.
 
 For small errors that are unbiased, dL = a_l ||E_l||^2 whatever made them (arXiv 2411.17525, the
-linearity theorem): a_l is half the mean curvature of the loss over the tensor's entries, weighted by
-D^2, for the noise is that of `edit=noise`, a multiple of every entry. Noise of either sign takes the
-gradient's part away.
+linearity theorem). The noise is that of `edit=noise`, a random multiple of every entry of the
+delta, so that a_l is half the loss's mean curvature over the entries, weighted by their squares.
+Noise of either sign takes the gradient's part away.
 """
 
 from collections.abc import Mapping

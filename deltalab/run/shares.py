@@ -9,8 +9,8 @@ from torch import Tensor
 
 from deltalab.apply.extras import Extras, Provider, handed
 from deltalab.budgets import Choice, Tensors
+from deltalab.budgets.shared import Shared
 from deltalab.edits import Edit
-from deltalab.edits.shared import Shared
 from deltalab.terminal import console
 from deltalab.weights.mapping import Weights
 
