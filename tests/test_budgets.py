@@ -242,7 +242,7 @@ def test_mistakes_are_said_in_one_line() -> None:
         Shared(Dare(p=0.5, k=0.0), {"p": {"default": 0.5}}, Thirds(0.1))
     with pytest.raises(ValueError, match=r"needs the loss of a live model"):
         shares.provider(Shared(COME, {}, Knapsack(None, "bits", None, "loss")), Extras())
-    for name, value in (("total", 0), ("unit", "kB"), ("choices", []), ("signal", "noise")):
+    for name, value in (("total", 0), ("unit", "kB"), ("choices", []), ("signal", "what")):
         with pytest.raises(ValueError, match=rf"budget\.{name}="):
             replace(Knapsack(1.0, "bits", None, "loss"), **{name: value})
     for hand, text in (

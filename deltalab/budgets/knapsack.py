@@ -20,7 +20,8 @@ class Knapsack(Budget):
 
     dL = sum_l a_l ||E_l||^2 + <g_l, E_l>, E_l = D_hat_l - D_l as each choice really gives it, a_l
     the loss change for each unit of squared error, measured with noise (arXiv 2411.17525), and g_l
-    the loss gradient at W_post: the mean term of codes that are biased. The program is solved
+    the loss gradient half-way to what the edit gives without a budget: the mean term of codes that
+    are biased (of random ones the part of E_l along D_l). The program is solved
     exactly, with costs rounded up to 2^-16 bits a weight of the whole, and its solution is never
     worse than the best that is the same for all tensors.
 

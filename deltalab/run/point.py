@@ -22,7 +22,7 @@ from deltalab.loss.riemann import Riemann
 from deltalab.provenance import peak_memory
 from deltalab.run import shares
 from deltalab.run.opening import OPENED, Judge, Opening, Reference, opened
-from deltalab.run.sensitivity import sensitivities
+from deltalab.run.sensitivity import midway, sensitivities
 from deltalab.store import latest
 from deltalab.store.digests import key_of
 from deltalab.weights.mapping import Weights, difference, loaded
@@ -116,7 +116,8 @@ def provide(
         return extras
 
     def signal(deltas: Weights) -> tuple[Mapping[str, float], Weights]:
-        return sensitivities(known, deltas), known.judge("A").engine.gradient
+        plain = replace(edit, budget=None)
+        return sensitivities(known, deltas), midway(known, plain, extras, deltas)
 
     share = shares.provider(edit, extras, signal)
     return replace(extras, providers={**extras.providers, "share": share})
