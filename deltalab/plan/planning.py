@@ -86,7 +86,8 @@ class Plan:
             *(f"held         {n / GIB:8.2f} GiB  {name}" for name, n in self.held.items()),
         ]
         if self.passes:
-            lines.insert(2, f"budget       {self.passes} forward passes over half of the examples")
+            half = "over half of the examples"
+            lines.insert(2, f"budget       {self.passes} forward passes {half}, a gradient an edit")
         without = "" if self.activations else ", without activations"
         lines += [
             f"needed       {self.bytes(name) / GIB:8.2f} GiB  engine {name}{without}"
