@@ -116,6 +116,7 @@ def pack(arguments: list[str]) -> list[str]:
         dequantize=found.dequantize,
         salt=found.salt,
         about=about,
+        share=found.share,
     )
     return [_size(told, told["bytes"], str(out))]
 
@@ -276,6 +277,7 @@ def patch(arguments: list[str]) -> list[str]:
         select=found.select,
         seed=found.seed,
         salt=found.salt,
+        share=found.share,
     )
     share = 100 * told["changed"] / max(1, told["parameters"])
     return [

@@ -3,7 +3,7 @@
     deltalab-apply model=timm_vit model.name=... model.pre=DIR model.post=DIR edit=dare out=OUT
 
 takes the settings of `deltalab` that choose a model and an edit (model, edit, select, seed, draws,
-label, values), so that the tensors are those that a point edits, and
+label, values, budget), so that the tensors are those that a point edits, and
 
     out=DIR                               directory to write; it must not exist
     mismatch=error|truncate|keep_post     what to do where the two checkpoints differ
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-SETTINGS = ("edit", "model", "select", "seed", "draws", "label", "nonfinite", "values")
+SETTINGS = ("edit", "model", "select", "seed", "draws", "label", "nonfinite", "values", "budget")
 """Those of `deltalab` that decide what is written."""
 OWN = {"out": None, "mismatch": "error", "kernel": "auto"}
 
@@ -110,6 +110,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
         dequantize=found.dequantize,
         salt=found.salt,
         describe=found.described,
+        share=found.share,
     )
     return {**manifest, "out": str(out)}
 
@@ -144,6 +145,13 @@ class Job:
     salt: str
     onto: Any = None
 
+    @property
+    def share(self) -> Any:
+        """What gives every tensor its share of a budget; None without one."""
+        from deltalab.run import shares
+
+        return None if getattr(self.edit, "budget", None) is None else shares.provider
+
 
 def job(overrides: list[str]) -> Job:
     """Compose settings as `deltalab` does, and check them.
@@ -157,9 +165,9 @@ def job(overrides: list[str]) -> Job:
 
     from deltalab import options
     from deltalab import settings as checks
-    from deltalab.apply import coded, extras
+    from deltalab.apply import extras
     from deltalab.keys import Choices, salt_of
-    from deltalab.run.building import build
+    from deltalab.run.building import edit_of
     from deltalab.sweep import composing
     from deltalab.weights import configs, select
 
@@ -177,7 +185,7 @@ def job(overrides: list[str]) -> Job:
     settings["model"].pop("experts", None)
     checks.check_top(settings)
     described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
-    chosen = settings["edit"].pop("select", None)
+    edit, chosen = edit_of(settings)
     chosen = settings["select"] or chosen
     select.check(chosen)
     runtime = cfg.hydra.runtime
@@ -191,10 +199,10 @@ def job(overrides: list[str]) -> Job:
             f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
             " only error"
         )
-    built = build(settings["edit"], "edit")
-    edit = coded.held(built, settings["values"])
-    if edit is not built:
+    if settings["values"] != "exact":
         described["values"] = settings["values"]
+    if settings["budget"]:
+        described["budget"] = settings["budget"]
     extras.check_needs(edit)
     pre, post, dequantize, onto = (None, None, None, None)
     if not experts and not cfg.merge:
@@ -203,7 +211,7 @@ def job(overrides: list[str]) -> Job:
             old, new = (configs.content(p / "config.json") for p in (pre, post))  # none of files
             if line := configs.differences(old, new):
                 logging.getLogger("deltalab").warning(line)
-    described = {"name": type(built).__module__.rpartition(".")[2], **described}
+    described = {"name": settings["edit"]["_target_"].split(".")[-2], **described}
     return Job(
         cfg,
         experts,

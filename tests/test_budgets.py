@@ -3,26 +3,33 @@
 import time
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_edits import tensor
 
+from deltalab.api import objective
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras, Memo
 from deltalab.budgets import Choice, Tensors
 from deltalab.budgets.knapsack import Knapsack, predicted
+from deltalab.budgets.shared import Shared
 from deltalab.budgets.thirds import Thirds
 from deltalab.budgets.uniform import Uniform
 from deltalab.budgets.waterfill import Waterfill
 from deltalab.edits.dare import Dare
 from deltalab.edits.delta_come import DeltaCome
 from deltalab.edits.keep import Keep
-from deltalab.edits.shared import Shared
 from deltalab.edits.twin import Twin
 from deltalab.edits.ultradelta import Ultradelta
-from deltalab.run import shares
+from deltalab.loss.artifacts import Store
+from deltalab.loss.objectives import measure
+from deltalab.plan.planning import signal_passes
+from deltalab.rng import Rng
+from deltalab.run import sensitivity, shares
+from deltalab.weights.mapping import ModelPair, loaded
 
 COME = DeltaCome(total=1.0, bits="allocate", rounding="nearest", scale="max")
 ULTRA = Ultradelta(rate=0.6, bits=4, gamma=1.0, rescale="per_layer")
@@ -242,7 +249,7 @@ def test_mistakes_are_said_in_one_line() -> None:
         Shared(Dare(p=0.5, k=0.0), {"p": {"default": 0.5}}, Thirds(0.1))
     with pytest.raises(ValueError, match=r"needs the loss of a live model"):
         shares.provider(Shared(COME, {}, Knapsack(None, "bits", None, "loss")), Extras())
-    for name, value in (("total", 0), ("unit", "kB"), ("choices", []), ("signal", "noise")):
+    for name, value in (("total", 0), ("unit", "kB"), ("choices", []), ("signal", "what")):
         with pytest.raises(ValueError, match=rf"budget\.{name}="):
             replace(Knapsack(1.0, "bits", None, "loss"), **{name: value})
     for hand, text in (
@@ -297,3 +304,67 @@ def test_the_solver_of_an_8b_model_takes_seconds() -> None:
     entries = sum(t.entries for t in tensors.values())
     assert 0.999 * 2 * entries <= sum(c.bits for c in picked) <= 2 * entries
     assert took < 60
+
+
+def linear_pair():
+    """A linear layer under half a squared error: a quadratic loss, with its open reference."""
+    pre, post = ({"weight": tensor((5, 7), s), "bias": tensor((5,), s)} for s in (1, 2))
+    module = torch.nn.Linear(7, 5)
+    module.load_state_dict(post)
+    x, target = tensor((64, 7), 3), tensor((64, 5), 4)
+
+    def losses(own, batch):
+        off = own(batch[0]) - batch[1]
+        return off.square().sum(1) / 2, torch.ones(len(off))
+
+    loss = objective([(x, target)], losses, "squares")
+    pair = ModelPair(pre, post, module)
+    judge = SimpleNamespace(loss=loss, post=measure(module, loss))
+    store = Store(None, {})
+    return SimpleNamespace(pair=pair, judge=lambda _: judge, store=lambda _: store), x
+
+
+def test_sensitivities_are_the_curvature_along_the_noise() -> None:
+    known, x = linear_pair()
+    deltas = {name: known.pair.post[name] - known.pair.pre[name] for name in known.pair.post}
+    found = sensitivity.sensitivities(known, deltas)
+    noise = Rng(0, "weight/sensitivity").normal(deltas["weight"]) * deltas["weight"]
+    by_hand = float(((x @ noise.T).square().sum(1) / 2).mean() / noise.square().sum())
+    assert found["weight"] == pytest.approx(by_hand, rel=1e-3)
+    assert found["bias"] == pytest.approx(0.5, rel=1e-3)
+    assert torch.equal(known.pair.module.weight, known.pair.post["weight"])
+
+
+def test_the_gradient_half_way_gives_the_change_of_a_quadratic_loss() -> None:
+    known, _ = linear_pair()
+    pair, judge = known.pair, known.judge("A")
+    deltas = {name: pair.post[name] - pair.pre[name] for name in pair.post}
+    edit = Dare(p=0.5, k=0.0)
+    extras = Extras(edit.needs, 3)
+    grad = sensitivity.midway(known, edit, extras, deltas)
+    edited = dict(editing.edited(pair.pre, pair.post, edit, "all", extras))
+    told = sum(float((grad[n] * (edited[n] - pair.post[n])).sum()) for n in edited)
+    with loaded(pair.module, edited, restore=pair.post):
+        change = measure(pair.module, judge.loss).mean - judge.post.mean
+    assert told == pytest.approx(change, rel=1e-4)
+
+
+def test_a_plan_counts_the_passes_of_a_budget() -> None:
+    for signal, passes in (("loss", 96), ("noise", 96), ("energy", 0)):
+        assert signal_passes(Shared(COME, {}, Knapsack(None, "bits", None, signal)), 24) == passes
+    assert signal_passes(COME, 24) == 0
+    assert signal_passes(Shared(COME, {}, Uniform(None, "bits")), 24) == 0
+
+
+def test_random_errors_count_along_the_delta_alone() -> None:
+    _, _, deltas = model()
+    name, edit = next(iter(deltas)), Shared(ULTRA, {}, Knapsack(None, "bits", [0.5], "loss"))
+    grads = {n: tensor(tuple(d.shape), 7) for n, d in deltas.items()}
+    extras = Extras(edit.needs, 0, memo=Memo())
+    told = shares.told_of(edit, extras, deltas, lambda _: ({}, grads))
+    delta = deltas[name].double()
+    off = ULTRA.encode(deltas[name], rng=Rng(0, name)).decode().double() - delta
+    along = float((off * delta).sum() / (delta * delta).sum())
+    assert told[name].choices[0].slope == pytest.approx(
+        along * float((grads[name].double() * delta).sum()), rel=1e-4
+    )

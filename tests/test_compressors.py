@@ -11,6 +11,13 @@ import torch
 from test_edits import call, tensor
 from torch import Tensor
 
+from deltalab.codes.factorised import (
+    allocated,
+    component_losses,
+    left_factor,
+    paper_widths,
+    quantised,
+)
 from deltalab.codes.factors import Factors
 from deltalab.codes.levelled import Levelled
 from deltalab.codes.rounding import rounded, steps
@@ -20,13 +27,6 @@ from deltalab.edits.delta_come import DeltaCome
 from deltalab.edits.delta_dct import DeltaDct
 from deltalab.edits.delta_mix import DeltaMix
 from deltalab.edits.dqrelo import Dqrelo
-from deltalab.edits.factorised import (
-    allocated,
-    component_losses,
-    left_factor,
-    paper_widths,
-    quantised,
-)
 from deltalab.edits.impart import Impart, even, expected_error, probabilities
 from deltalab.edits.impart_qt import ImpartQt, grouped
 from deltalab.edits.shifted import Shifted

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from deltalab.apply import turning
+from deltalab.budgets.shared import Shared
 from deltalab.edits import Edit
-from deltalab.edits.shared import Shared
 from deltalab.rng import Rng
 from deltalab.weights import orientation
 from deltalab.weights.factor import Factors, svd
@@ -235,6 +235,7 @@ class Extras:
             edit.check(tuple(deltas))
             share = None
             if edit.budget is not None:
+                _check_provided("a budget", ("share",), self.providers)
                 share = self.providers["share"](name, deltas)
             edit = edit.of(name, share)
         return turning.seen(edit, self.turned(name))

@@ -9,7 +9,7 @@ made (`layout`).
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deltalab.apply import editing, layout
-from deltalab.apply.extras import Extras, Memo, thresholds
+from deltalab.apply.extras import Extras, Memo, Provider, thresholds
 from deltalab.apply.hashing import Hashing
 from deltalab.apply.layout import Side
 from deltalab.apply.work import Work
@@ -31,6 +31,8 @@ from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_
 from deltalab.weights.select import selected
 from deltalab.weights.shards import Buffers, Entry, copy, item, keep, pieces, put, read
 
+Share = Callable[[Any, Extras], Provider]
+"""Makes of an edit with a budget, and of what it asks for beside, the provider of the shares."""
 MISMATCH = ("error", "truncate", "keep_post")
 _buffers = Buffers()
 
@@ -56,6 +58,25 @@ class Plan:
     kept: dict[str, str]
 
 
+def offline(
+    post: Path, edit: Edit, seed: int, salt: str = "", share: Share | None = None
+) -> Extras:
+    """Return the provider of what an edit may ask for where there are checkpoints and no model.
+
+    Args:
+        post: the tuned checkpoint, whose configuration tells which matrices are stored (in, out).
+        edit: the edit.
+        seed: of the random numbers.
+        salt: likewise.
+        share: as for `stream`.
+    """
+    memo, turned = Memo(limit=0), layout.turned(post)
+    extras = Extras(edit.needs, seed, memo=memo, salt=salt, turned=turned)
+    if share is None:
+        return extras
+    return replace(extras, providers={"share": share(edit, extras)})
+
+
 def stream(
     pre: Path,
     post: Path,
@@ -69,6 +90,7 @@ def stream(
     describe: dict[str, Any] | None = None,
     dequantize: bool | None = None,
     salt: str = "",
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """Write the edited checkpoint to `out` and return its manifest.
 
@@ -91,6 +113,7 @@ def stream(
         dequantize: whether quantised weights are decoded, and those of post written as bfloat16;
             None where no setting asks for it.
         salt: of the random numbers, as for `Extras`.
+        share: what gives every tensor its share, of an edit with a budget.
 
     Raises:
         ValueError: `out` exists, another process is writing it, or the checkpoints do not fit
@@ -100,8 +123,7 @@ def stream(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    memo, turned = Memo(limit=0), layout.turned(post)
-    extras = Extras(edit.needs, seed, memo=memo, salt=salt, turned=turned)
+    extras = offline(post, edit, seed, salt, share)
     plan = planned(pre, post, select, mismatch, dequantize)
     hashing = Hashing((pre, post))
     manifest: dict[str, Any] = {

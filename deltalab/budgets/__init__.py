@@ -24,7 +24,7 @@ class Choice:
         share: the value; None: that of the edit's own setting.
         bits: of the code, description included.
         error: ||D_hat - D||^2.
-        slope: <g, D_hat - D> with the loss gradient g at W_post; 0 where it is not asked for.
+        slope: <g, D_hat - D> with a loss gradient g; 0 where it is not asked for.
     """
 
     share: Any

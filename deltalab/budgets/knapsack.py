@@ -11,7 +11,7 @@ from deltalab.statistics.knapsack import knapsack
 
 GRAIN = 1 << 16
 """Parts of a bit a weight in which costs are counted, each rounded up."""
-SIGNALS = ("loss", "energy")
+SIGNALS = ("loss", "noise", "energy")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Knapsack(Budget):
 
     dL = sum_l a_l ||E_l||^2 + <g_l, E_l>, E_l = D_hat_l - D_l as each choice really gives it, a_l
     the loss change for each unit of squared error, measured with noise (arXiv 2411.17525), and g_l
-    the loss gradient at W_post: the mean term of codes that are biased. The program is solved
+    the loss gradient half-way to what the edit gives without a budget: the mean term of codes that
+    are biased (of random ones the part of E_l along D_l). The program is solved
     exactly, with costs rounded up to 2^-16 bits a weight of the whole, and its solution is never
     worse than the best that is the same for all tensors.
 
@@ -28,7 +29,8 @@ class Knapsack(Budget):
         total: null: what the edit's own settings take, bits a weight, or megabytes.
         unit: "bits" or "megabytes".
         choices: values of the edit's setting; null for those that the edit names.
-        signal: "loss" as above; "energy" has a_l = 1 and no mean term, and needs no objective.
+        signal: "loss" as above; "noise" without the mean term; "energy" has a_l = 1 too, and needs
+            no objective.
 
     Raises:
         ValueError: a field is out of range.
@@ -54,14 +56,14 @@ class Knapsack(Budget):
 
     def wants(self, spends: str) -> tuple[str, ...]:
         """Return what choices take, and what the loss makes of errors."""
-        return ("choices", "sensitivity") if self.signal == "loss" else ("choices",)
+        return ("choices",) if self.signal == "energy" else ("choices", "sensitivity")
 
     def __call__(self, tensors: Mapping[str, Tensors], spends: str) -> dict[str, Any]:
         """Return every tensor's choice."""
         if not tensors:
             return {}
         total = in_bits(self.total, self.unit, tensors)
-        costs, losses = table([*tensors.values()])
+        costs, losses = table([*tensors.values()], self.signal == "loss")
         least = int(costs.min(1).sum())
         if least > total:
             raise refused(total, least, tensors)
@@ -83,17 +85,21 @@ class Knapsack(Budget):
         }
 
 
-def table(tensors: "list[Tensors]") -> tuple[Any, Any]:
+def table(tensors: "list[Tensors]", mean: bool) -> tuple[Any, Any]:
     """Return what every choice of every tensor takes, and what it is predicted to change the loss.
 
     A choice that takes more bits and is predicted to change it more is there too: the program
     leaves it alone.
+
+    Args:
+        tensors: what is known of each.
+        mean: whether the gradient's share counts.
     """
     costs = np.array([[c.bits for c in one.choices] for one in tensors], dtype=np.int64)
-    losses = np.array([[predicted(one, c) for c in one.choices] for one in tensors])
+    losses = np.array([[predicted(one, c, mean) for c in one.choices] for one in tensors])
     return costs, losses
 
 
-def predicted(one: Tensors, choice: Choice) -> float:
-    """Return the predicted loss change of one choice, a ||E||^2 + <g, E>."""
-    return one.sensitivity * choice.error + choice.slope
+def predicted(one: Tensors, choice: Choice, mean: bool = True) -> float:
+    """Return the predicted loss change of one choice, a ||E||^2 + <g, E>; without the mean term."""
+    return one.sensitivity * choice.error + (choice.slope if mean else 0.0)

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deltalab.codes import Code
+from deltalab.codes.factorised import allocated, paper_widths, quantised
 from deltalab.codes.rounding import HOW
 from deltalab.edits import one_of, within
 from deltalab.edits.coded import Coded, untouched, whole_matrix
-from deltalab.edits.factorised import allocated, paper_widths, quantised
 from deltalab.weights.factor import Factors as Svd
 
 ROUNDINGS = ("nearest", "gptq")

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deltalab.codes import Code
+from deltalab.codes.factorised import allocated, quantised
 from deltalab.codes.rounding import HOW
 from deltalab.edits import one_of, whole, within
 from deltalab.edits.coded import Coded, untouched, whole_matrix
 from deltalab.edits.delta_come import ROUNDINGS
-from deltalab.edits.factorised import allocated, quantised
 from deltalab.weights.factor import Factors as Svd
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Code
+from deltalab.codes.factorised import quantised
 from deltalab.codes.factors import Factors
 from deltalab.codes.nested import Sum
 from deltalab.codes.signs import Signs
 from deltalab.edits import one_of, within
 from deltalab.edits.bitdelta import mean_magnitude
 from deltalab.edits.coded import Coded, untouched, whole_matrix
-from deltalab.edits.factorised import quantised
 from deltalab.weights.factor import Factors as Svd
 from deltalab.weights.factor import svd as factorised
 

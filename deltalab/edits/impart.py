@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Code
+from deltalab.codes.factorised import quantised
 from deltalab.edits import one_of, within
 from deltalab.edits.coded import Coded, seeded, untouched, whole_matrix
-from deltalab.edits.factorised import quantised
 from deltalab.rng import Rng
 from deltalab.weights.factor import Factors as Svd
 

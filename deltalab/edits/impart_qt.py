@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Code
+from deltalab.codes.factorised import REFERENCE, quantised
 from deltalab.codes.rounding import HOW
 from deltalab.edits import one_of, within
 from deltalab.edits.coded import Coded, seeded, untouched, whole_matrix
 from deltalab.edits.delta_come import ROUNDINGS
-from deltalab.edits.factorised import REFERENCE, quantised
 from deltalab.edits.impart import MASKS, probabilities
 from deltalab.rng import Rng
 from deltalab.weights.factor import Factors as Svd

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from deltalab.apply import editing, layout, stream
 from deltalab.apply.coded import no_code
-from deltalab.apply.extras import Extras, Memo
 from deltalab.apply.hashing import Hashing
 from deltalab.apply.work import Work
 from deltalab.codes import NAMES, Code
@@ -66,6 +65,7 @@ def pack(
     dequantize: bool | None = None,
     salt: str = "",
     about: dict[str, Any] | None = None,
+    share: stream.Share | None = None,
 ) -> dict[str, Any]:
     """Write the codes of an edited pair to one file and return what the file says of itself.
 
@@ -82,6 +82,7 @@ def pack(
         dequantize: whether quantised weights are decoded.
         salt: of the random numbers.
         about: said in the file beside this.
+        share: what every tensor is given of a budget.
 
     Raises:
         ValueError: `out` exists, the checkpoints do not fit, or the edit has no code.
@@ -90,8 +91,7 @@ def pack(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(stream.MISMATCH)}")
     if type(edit).encode is Edit.encode:
         raise ValueError(f"edit: {no_code(edit)}")
-    turned = layout.turned(post)
-    extras = Extras(edit.needs, seed, memo=Memo(limit=0), salt=salt, turned=turned)
+    extras = stream.offline(post, edit, seed, salt, share)
     plan = stream.planned(pre, post, select, mismatch, dequantize)
     bases = layout.read(pre, "model.pre", dequantize).entries
     hashing = Hashing((pre,))

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from deltalab.apply import editing, layout, stream
-from deltalab.apply.extras import Extras, Memo
 from deltalab.codes import NAMES
 from deltalab.edits import Edit
 from deltalab.packing import packs
@@ -37,7 +36,15 @@ ESCAPE = (1 << 16) - 1
 
 
 def write(
-    pre: Path, post: Path, out: Path, edit: Edit, *, select: Any, seed: int, salt: str = ""
+    pre: Path,
+    post: Path,
+    out: Path,
+    edit: Edit,
+    *,
+    select: Any,
+    seed: int,
+    salt: str = "",
+    share: stream.Share | None = None,
 ) -> dict[str, Any]:
     """Write a patch and return how many entries of how many it changes, and its size.
 
@@ -51,13 +58,14 @@ def write(
         select: which tensors are edited; the others become those of `post`.
         seed: of the random numbers.
         salt: likewise.
+        share: what every tensor is given of a budget.
 
     Raises:
         ValueError: `out` exists, or a tensor is not of the same dtype and shape in both.
     """
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another file or remove it")
-    extras = Extras(edit.needs, seed, memo=Memo(limit=0), salt=salt, turned=layout.turned(post))
+    extras = stream.offline(post, edit, seed, salt, share)
     plan = stream.planned(pre, post, select, "error")
     olds = layout.read(pre, "model.pre").entries
     deltas = stream.ranked(plan, edit, extras)

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from deltalab.budgets.shared import Shared
 from deltalab.edits import Edit
 from deltalab.loss.lines import NODES
 from deltalab.loss.passes import CHUNK
 from deltalab.loss.riemann import Riemann
+from deltalab.run.sensitivity import PASSES
 
 GIB = 1 << 30
 GRADIENT = "gradient at W_post in float32"
@@ -29,6 +31,8 @@ class Plan:
         held: bytes that every engine holds, by what they are.
         engines: bytes above those, by engine.
         activations: whether the activations of a pass are in `engines`, or unknown.
+        passes: forward passes over half of the examples that budgets take to learn what the loss
+            makes of errors in each tensor.
     """
 
     tensors: int
@@ -38,6 +42,7 @@ class Plan:
     held: dict[str, int]
     engines: dict[str, int]
     activations: bool
+    passes: int = 0
 
     def bytes(self, engine: str) -> int:
         """Return the bytes that a run with this engine needs."""
@@ -55,6 +60,7 @@ class Plan:
             held=held,
             engines=engines,
             activations=self.activations and other.activations,
+            passes=max(self.passes, other.passes),
         )
 
     def beside(self, other: "Plan") -> "Plan":
@@ -93,6 +99,9 @@ class Plan:
             f"evaluations  at most {self.evaluations} gradient evaluations",
             *(f"held         {n / GIB:8.2f} GiB  {name}" for name, n in self.held.items()),
         ]
+        if self.passes:
+            half = "over half of the examples"
+            lines.insert(2, f"budget       {self.passes} forward passes {half}, a gradient an edit")
         without = "" if self.activations else ", without activations"
         lines += [
             f"needed       {self.bytes(name) / GIB:8.2f} GiB  engine {name}{without}"
@@ -158,7 +167,18 @@ def plan(
         held=held,
         engines=engines,
         activations=activations is not None,
+        passes=max((signal_passes(edit, len(unique)) for edit in edits), default=0),
     )
+
+
+def signal_passes(edit: Edit, tensors: int) -> int:
+    """Return the forward passes that an edit's budget takes for a model's sensitivities.
+
+    They are taken once for a pair, whatever the edits.
+    """
+    if not isinstance(edit, Shared) or edit.budget is None:
+        return 0
+    return PASSES * tensors if "sensitivity" in edit.budget.wants("") else 0
 
 
 def most_evaluations(

@@ -13,8 +13,8 @@ from deltalab import settings as checks
 from deltalab.apply.coded import held
 from deltalab.apply.extras import check_needs
 from deltalab.apply.merging import check_merge
+from deltalab.budgets.shared import Shared, by_hand
 from deltalab.calibration import providing
-from deltalab.edits.shared import Shared, by_hand
 from deltalab.keys import Choices, determinants, salt_of
 from deltalab.models.hub import Absent
 from deltalab.run import experts, streams

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from deltalab.apply.extras import Extras, Provider
+from deltalab.budgets.shared import Shared
 from deltalab.calibration import providing
 from deltalab.calibration.providing import Calibration
 from deltalab.data import splits
-from deltalab.edits.shared import Shared
 from deltalab.evaluators.scores import Scores
 from deltalab.loss import distill
 from deltalab.loss.objectives import Loss, Measured, change, influences, measure
@@ -23,7 +23,7 @@ from deltalab.loss.riemann import Riemann
 from deltalab.provenance import peak_memory
 from deltalab.run import shares
 from deltalab.run.opening import OPENED, Judge, Opening, Reference, opened
-from deltalab.run.sensitivity import sensitivities
+from deltalab.run.sensitivity import midway, sensitivities
 from deltalab.store import latest
 from deltalab.store.digests import key_of
 from deltalab.weights.mapping import Weights, difference, loaded
@@ -122,7 +122,8 @@ def provide(
         return extras
 
     def signal(deltas: Weights) -> tuple[Mapping[str, float], Weights]:
-        return sensitivities(known, deltas), known.judge("A").engine.gradient
+        plain = replace(edit, budget=None)
+        return sensitivities(known, deltas), midway(known, plain, extras, deltas)
 
     share = shares.provider(edit, extras, signal)
     return replace(extras, providers={**extras.providers, "share": share})

@@ -1,8 +1,9 @@
 """How much the loss suffers from errors in each tensor: measured with noise, a little and more.
 
 For small errors that are unbiased, dL = a_l ||E_l||^2 whatever made them (arXiv 2411.17525, the
-linearity theorem): a_l is half the mean curvature of the loss over the tensor's entries. Noise of
-either sign takes the gradient's part away.
+linearity theorem). The noise is that of `edit=noise`, a random multiple of every entry of the
+delta, so that a_l is half the loss's mean curvature over the entries, weighted by their squares.
+Noise of either sign takes the gradient's part away.
 """
 
 from collections.abc import Mapping
@@ -10,10 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deltalab.apply.extras import Extras, handed
+from deltalab.edits import Edit
 from deltalab.loss.objectives import measure
+from deltalab.loss.passes import gradient
 from deltalab.rng import Rng
 from deltalab.run.opening import Judge, Reference
 from deltalab.terminal import console
+from deltalab.weights.layouts import layout_of
 from deltalab.weights.mapping import Weights, loaded
 
 LEVELS = (0.5, 1.0)
@@ -50,11 +55,36 @@ def sensitivities(known: Reference, deltas: Weights) -> dict[str, float]:
     return floored({name: fitted(held[name].tolist()) for name in deltas})
 
 
+def midway(known: Reference, edit: Edit, extras: Extras, deltas: Weights) -> Weights:
+    """Return the loss gradient half-way from W_post to the weights that an edit gives, on half A.
+
+    <g, E> is then the change of a quadratic loss for this edit, curvature between tensors included,
+    and near it for edits near this one; the gradient at W_post tells nothing of the curvature.
+
+    Args:
+        known: the open pair.
+        edit: the edit, without a budget.
+        extras: provider of what it asks for.
+        deltas: of the tensors.
+    """
+    pair, nodes = known.pair, {}
+    for name in deltas:
+        delta, post = deltas[name], pair.post[name]
+        needs = handed(extras.for_tensor(name, deltas), delta.device)
+        with torch.no_grad():
+            shift = extras.seen(edit, name, deltas)(delta, **needs) - delta
+            nodes[name] = (post.float() + shift.to(post.device) / 2).to(post.dtype)
+    with loaded(pair.module, nodes, restore=pair.post):
+        found = gradient(pair.module, known.judge("A").loss)
+    filed: Weights = layout_of(pair.module).filed(found)
+    return filed
+
+
 def _one(known: Reference, judge: Judge, name: str, delta: Tensor) -> list[list[float]]:
     """Return e and dL of every level."""
     pair, found = known.pair, []
     post = pair.post[name]
-    noise = Rng(0, f"{name}/sensitivity").normal(delta)
+    noise = Rng(0, f"{name}/sensitivity").normal(delta) * delta
     energy = float(delta.double().square().sum())
     noise *= (energy / max(float(noise.double().square().sum()), 1e-300)) ** 0.5
     for level in LEVELS:

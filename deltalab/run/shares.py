@@ -9,14 +9,14 @@ from torch import Tensor
 
 from deltalab.apply.extras import Extras, Provider, handed
 from deltalab.budgets import Choice, Tensors
+from deltalab.budgets.shared import Shared
 from deltalab.edits import Edit
-from deltalab.edits.shared import Shared
 from deltalab.terminal import console
 from deltalab.weights.mapping import Weights
 
 Signal = Callable[[Weights], tuple[Mapping[str, float], Weights]]
 """Gives of the deltas of some tensors the loss change of each for a unit of squared error, and the
-gradient at W_post."""
+gradient half-way to what the edit gives without a budget."""
 
 
 def provider(edit: Shared, extras: Extras, signal: Signal | None = None) -> Provider:
@@ -119,5 +119,14 @@ def _choice(
             " be counted"
         )
     off = code.decode().double() - delta.cpu().double()
-    slope = 0.0 if grad is None else float((grad.cpu().double() * off).sum())
+    slope = 0.0
+    if grad is not None:
+        mean = _mean(off, delta.cpu().double()) if "rng" in edit.needs else off
+        slope = float((grad.cpu().double() * mean).sum())
     return Choice(share, code.bits.total, float((off * off).sum()), slope)
+
+
+def _mean(off: Tensor, delta: Tensor) -> Tensor:
+    """Return the part of a random error that is along the delta: one draw's rest has no mean."""
+    norm = float((delta * delta).sum())
+    return delta * (float((off * delta).sum()) / norm) if norm else off

@@ -100,6 +100,10 @@ class Shared(Edit):
         """Return the delta edited as a tensor that no key but the default is for."""
         return self.of("")(delta, **needs)
 
+    def encode(self, delta: Tensor, *args: Any, **needs: Any) -> Any:
+        """Return the code of a tensor that no key but the default is for."""
+        return self.of("").encode(delta, **needs)
+
     def of(self, name: str, share: Any = None) -> Edit:
         """Return the edit of one tensor.
 
