@@ -29,6 +29,8 @@ from deltalab.calibration.providing import Calibration
 from deltalab.codes import Code
 from deltalab.edits import Edit
 from deltalab.edits.keep import Keep
+from deltalab.linear.delta import difference
+from deltalab.linear.factor import svd
 from deltalab.loss import distill, objectives
 from deltalab.loss.answers import answer_losses
 from deltalab.loss.artifacts import Store
@@ -41,7 +43,6 @@ from deltalab.rng import Rng
 from deltalab.settings import conf_dir, near
 from deltalab.weights import mapping
 from deltalab.weights.aligned import Aligned
-from deltalab.weights.factor import svd
 from deltalab.weights.mapping import Checkpoint, ModelPair, Weights, meta
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module
@@ -332,7 +333,7 @@ def _changes(
     settings: Riemann,
     prediction: Predict,
 ) -> Changes:
-    shift = {name: mapping.difference(pair.post[name], weights[name]) for name in weights}
+    shift = {name: difference(pair.post[name], weights[name]) for name in weights}
     engine = Engine(pair, loss, Store(None, {}))
     return engine.changes(edit, shift, {}, settings, prediction)
 

@@ -127,7 +127,7 @@ def _pair(overrides: list[str], done: str) -> Any:
     Raises:
         ValueError: a mistake in them, a family, or a delta that is put onto another base.
     """
-    from deltalab.save import job
+    from deltalab.sweep.jobs import job
 
     found = job(overrides)
     if found.experts or found.cfg.merge:
@@ -206,7 +206,7 @@ def inspect(arguments: list[str]) -> list[str]:
             + f"; onto {p.about['base']['digest']}"
             for p in packs.beside(path)
         ]
-    from deltalab.codes.files import Packed
+    from deltalab.packing.files import Packed
 
     packed = Packed(path)
     told = packed.about

@@ -2,7 +2,7 @@
 
 A key is a digest of the options' names, their values and the contents that they name. A class is
 known by its own name, never by its module, so that files may move. It says of itself, as literal
-class variables that are read from the source (`deltalab.store.classes`):
+class variables that are read from the source (`deltalab.classes`):
 
 * `version`: raised when a mended fault changes what it computes; only its own records are stale;
 * `reads`: which of `READERS` stand beneath it, each with a version of its own;
@@ -23,11 +23,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from deltalab.classes import described
 from deltalab.data import folders
 from deltalab.models import embedded, hub
 from deltalab.settings import option_file
 from deltalab.store import digests, pairs
-from deltalab.store.classes import described
 from deltalab.weights import configs, contents, orientation
 
 READERS = {

@@ -10,15 +10,13 @@ label, values, budget), so that the tensors are those that a point edits, and
     kernel=auto|eager|compiled            whether to compile the edit; the bits are the same
 """
 
-import gc
-import logging
 import sys
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SETTINGS = ("edit", "model", "select", "seed", "draws", "label", "nonfinite", "values", "budget")
-"""Those of `deltalab` that decide what is written."""
+if TYPE_CHECKING:
+    from deltalab.sweep.jobs import Job
+
 OWN = {"out": None, "mismatch": "error", "kernel": "auto"}
 
 
@@ -74,6 +72,8 @@ def save(arguments: list[str]) -> dict[str, Any]:
             overrides.append(argument)
     if not own["out"]:
         raise ValueError("out=: name the directory to write")
+    from deltalab.sweep.jobs import job
+
     found = job(overrides)
     out = Path(own["out"]).expanduser()
     if found.experts or found.cfg.merge:
@@ -115,119 +115,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
     return {**manifest, "out": str(out)}
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the settings of an edited checkpoint come to.
-
-    Attributes:
-        cfg: the composed config.
-        experts: a family's models, by name; empty for a pair.
-        pre: the base of a pair.
-        post: its tuned checkpoint.
-        dequantize: whether quantised weights are decoded.
-        edit: the edit.
-        described: what it is called, and its settings.
-        select: the tensors to edit.
-        seed: of the random numbers.
-        salt: likewise.
-        onto: another base that the edited delta is put onto; None: its own.
-    """
-
-    cfg: Any
-    experts: dict[str, Any]
-    pre: Any
-    post: Any
-    dequantize: bool | None
-    edit: Any
-    described: dict[str, Any]
-    select: Any
-    seed: int
-    salt: str
-    onto: Any = None
-
-    @property
-    def share(self) -> Any:
-        """What gives every tensor its share of a budget; None without one."""
-        from deltalab.run import shares
-
-        return None if getattr(self.edit, "budget", None) is None else shares.provider
-
-
-def job(overrides: list[str]) -> Job:
-    """Compose settings as `deltalab` does, and check them.
-
-    Raises:
-        ValueError: a mistake in them.
-    """
-    gc.disable()  # what imports leave is never collected: a quarter of the start, most of the exit
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from deltalab import options
-    from deltalab import settings as checks
-    from deltalab.apply import extras
-    from deltalab.keys import Choices, salt_of
-    from deltalab.run.building import edit_of
-    from deltalab.sweep import composing
-    from deltalab.weights import configs, select
-
-    gc.freeze()
-    gc.enable()
-    where = initialize_config_dir(version_base="1.3", config_dir=str(checks.conf_dir()))
-    with composing.guarded(), where:
-        cfg = compose("config", overrides, return_hydra_config=True)
-    experts = options.models(cfg)
-    settings: Any = {}
-    for name in SETTINGS:
-        held = cfg[name]
-        plain = OmegaConf.to_container(held, resolve=True) if OmegaConf.is_config(held) else held
-        settings[name] = checks.tidy(plain)  # as a point has it
-    settings["model"].pop("experts", None)
-    checks.check_top(settings)
-    described = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
-    edit, chosen = edit_of(settings)
-    chosen = settings["select"] or chosen
-    select.check(chosen)
-    runtime = cfg.hydra.runtime
-    named = {
-        group: checks.option(group, runtime.choices[group], runtime.config_sources)
-        for group in ("model", "edit", "objective")
-    }
-    salt = salt_of(settings, Choices(**named))
-    if cfg.nonfinite != "error":
-        raise ValueError(
-            f"nonfinite={cfg.nonfinite}: deltalab-apply writes no numbers that neither model has;"
-            " only error"
-        )
-    if settings["values"] != "exact":
-        described["values"] = settings["values"]
-    if settings["budget"]:
-        described["budget"] = settings["budget"]
-    extras.check_needs(edit)
-    pre, post, dequantize, onto = (None, None, None, None)
-    if not experts and not cfg.merge:
-        pre, post, dequantize, onto = _checkpoints(settings["model"])
-        if onto is None:
-            old, new = (configs.content(p / "config.json") for p in (pre, post))  # none of files
-            if line := configs.differences(old, new):
-                logging.getLogger("deltalab").warning(line)
-    described = {"name": settings["edit"]["_target_"].split(".")[-2], **described}
-    return Job(
-        cfg,
-        experts,
-        pre,
-        post,
-        dequantize,
-        edit,
-        described,
-        chosen,
-        settings["seed"],
-        salt,
-        onto,
-    )
-
-
-def _merge(found: Job, out: Any, own: dict[str, Any]) -> dict[str, Any]:
+def _merge(found: "Job", out: Any, own: dict[str, Any]) -> dict[str, Any]:
     """Merge a family's checkpoints and return the manifest.
 
     Raises:
@@ -239,12 +127,13 @@ def _merge(found: Job, out: Any, own: dict[str, Any]) -> dict[str, Any]:
     from deltalab.models import families
     from deltalab.run import experts as family
     from deltalab.run.building import merging
+    from deltalab.sweep.jobs import checkpoints
 
     cfg, experts, edit = found.cfg, found.experts, found.edit
     _check_own(own, "model.experts")
     node: Any = OmegaConf.to_container(cfg.merge, resolve=True) if cfg.merge else None
     merge, merged = merging(node, tuple(experts), ())
-    sides = {name: _checkpoints(model) for name, model in experts.items()}
+    sides = {name: checkpoints(model) for name, model in experts.items()}
     pre, _, dequantize, onto = next(iter(sides.values()))
     families.check_base(pre, {name: post for name, (_, post, *_) in sides.items()})
     nodes: Any = {"edit": OmegaConf.to_container(cfg.edit, resolve=True), "merge": node}
@@ -273,24 +162,6 @@ def _check_own(own: dict[str, Any], setting: str) -> None:
     for name, value in OWN.items():
         if name != "out" and own[name] != value:
             raise ValueError(f"{name}={own[name]}: is for a pair, not with {setting}")
-
-
-def _checkpoints(model: dict[str, Any]) -> tuple[Any, Any, bool | None, Any]:
-    """Return both checkpoints' paths, whether they are decoded, and the path of another base.
-
-    They are fetched if need be.
-    """
-    from deltalab.run.building import build
-
-    spec: Any = None
-    missing = [side for side in ("pre", "post") if model.get(side, "") in (None, "???")]
-    if not missing:  # what else is not given concerns the module, of which there is none here
-        spec = build({k: "" if v == "???" else v for k, v in model.items()}, "model")
-    if not hasattr(spec, "checkpoints"):
-        side = missing[0] if missing else "pre"
-        raise ValueError(f"model.{side}=: name the checkpoint (a file, a directory, a hub id)")
-    pre, post = spec.checkpoints
-    return pre, post, getattr(spec, "dequantize", None), getattr(spec, "other_base", None)
 
 
 class _Callable(ModuleType):

@@ -25,11 +25,11 @@ from deltalab.apply.extras import handed
 from deltalab.codes import Code
 from deltalab.codes.nested import Patched
 from deltalab.edits import Edit, Unit
+from deltalab.linear.delta import difference
+from deltalab.linear.factor import svd
 from deltalab.rng import Rng
 from deltalab.settings import option_file, packages
 from deltalab.weights import select
-from deltalab.weights.factor import svd
-from deltalab.weights.mapping import difference
 from deltalab.weights.threshold import ModelThreshold
 
 __all__ = ["test_edit"]

@@ -20,11 +20,12 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
 from deltalab.kernels import native
 from deltalab.keys import Choices
+from deltalab.linear.delta import difference
 from deltalab.rng import Rng
 from deltalab.run.building import prepare
 from deltalab.settings import conf_dir
 from deltalab.store import latest
-from deltalab.weights.mapping import ModelPair, delta, difference
+from deltalab.weights.mapping import ModelPair, delta
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 NAMES = sorted(path.stem for path in (conf_dir() / "edit").glob("*.yaml"))

@@ -19,11 +19,11 @@ from deltalab.budgets.shared import Shared
 from deltalab.budgets.thirds import Thirds
 from deltalab.budgets.uniform import Uniform
 from deltalab.budgets.waterfill import Waterfill
+from deltalab.compressors.delta_come import DeltaCome
+from deltalab.compressors.ultradelta import Ultradelta
 from deltalab.edits.dare import Dare
-from deltalab.edits.delta_come import DeltaCome
 from deltalab.edits.keep import Keep
 from deltalab.edits.twin import Twin
-from deltalab.edits.ultradelta import Ultradelta
 from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import measure
 from deltalab.plan.planning import signal_passes

@@ -32,8 +32,8 @@ from deltalab.edits.keep import Keep
 from deltalab.edits.multibit import Multibit
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
+from deltalab.linear.delta import difference
 from deltalab.rng import Rng
-from deltalab.weights.mapping import difference
 
 SHAPES = [(24, 40), (40, 24), (7,), (1,), (), (0, 3), (6, 4, 3, 3), (2, 5, 4), (3, 1), (1, 300)]
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64

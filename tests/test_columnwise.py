@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltalab.weights.columnwise import columnwise, inverse_factor
+from deltalab.linear.columnwise import columnwise, inverse_factor
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

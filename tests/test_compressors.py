@@ -21,20 +21,20 @@ from deltalab.codes.factorised import (
 from deltalab.codes.factors import Factors
 from deltalab.codes.levelled import Levelled
 from deltalab.codes.rounding import rounded, steps
+from deltalab.compressors.delta_come import DeltaCome
+from deltalab.compressors.delta_dct import DeltaDct
+from deltalab.compressors.delta_mix import DeltaMix
+from deltalab.compressors.dqrelo import Dqrelo
+from deltalab.compressors.impart import Impart, even, expected_error, probabilities
+from deltalab.compressors.impart_qt import ImpartQt, grouped
+from deltalab.compressors.shifted import Shifted
+from deltalab.compressors.ultradelta import Ultradelta, survivors
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
-from deltalab.edits.delta_come import DeltaCome
-from deltalab.edits.delta_dct import DeltaDct
-from deltalab.edits.delta_mix import DeltaMix
-from deltalab.edits.dqrelo import Dqrelo
-from deltalab.edits.impart import Impart, even, expected_error, probabilities
-from deltalab.edits.impart_qt import ImpartQt, grouped
-from deltalab.edits.shifted import Shifted
 from deltalab.edits.twin import Twin
-from deltalab.edits.ultradelta import Ultradelta, survivors
+from deltalab.linear.factor import svd
 from deltalab.rng import Rng
 from deltalab.statistics.knapsack import knapsack
-from deltalab.weights.factor import svd
 
 SHAPES = [(48, 64), (64, 24), (40, 40)]
 ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from deltalab.edits.chain import Chain
 from deltalab.edits.dare import Dare
 from deltalab.edits.drop_only import DropOnly
 from deltalab.evaluators import continual
-from deltalab.evaluators.continual import Continual, Stream, Task, follow
-from deltalab.evaluators.heads import NearestMean, Ridge
+from deltalab.evaluators.continual import Continual, Stream, Task, follow, projection
+from deltalab.linear.heads import NearestMean, Ridge
 from deltalab.merges.sum import Sum
 from deltalab.run.experts import drawing
 from deltalab.store import latest
@@ -65,7 +66,7 @@ def test_means_are_those_of_scikit_learn() -> None:
 @pytest.mark.parametrize("projections", [0, 40])
 def test_a_ridge_is_that_of_scikit_learn_on_all_images_at_once(projections: int) -> None:
     x, y = images()
-    head = Ridge(projections, seed=1)
+    head = Ridge(partial(projection, projections, 1) if projections else None)
     for part in tasks_of(x, y):
         head.add(*part)
     labels, weights = head.solved()
@@ -86,7 +87,7 @@ def test_a_ridge_is_that_of_scikit_learn_on_all_images_at_once(projections: int)
 
 def test_the_strength_has_the_least_error_on_what_was_held_out() -> None:
     x, y = images()
-    head = Ridge(0, seed=0)
+    head = Ridge()
     head.add(x, y)
     out = torch.arange(len(y)) % 5 == 4
     labels, errors = list(CLASSES), {}
@@ -100,7 +101,7 @@ def test_the_strength_has_the_least_error_on_what_was_held_out() -> None:
     assert head.strength == min(errors, key=errors.__getitem__)
 
 
-@pytest.mark.parametrize("made", [NearestMean, lambda: Ridge(0, 0), lambda: Ridge(40, 0)])
+@pytest.mark.parametrize("made", [NearestMean, Ridge, lambda: Ridge(partial(projection, 40, 0))])
 def test_on_a_frozen_backbone_the_order_of_tasks_is_nothing(made) -> None:
     x, y = images()
     parts = [*tasks_of(x, y)]
@@ -116,7 +117,7 @@ def test_on_a_frozen_backbone_the_order_of_tasks_is_nothing(made) -> None:
 
 def test_too_few_images_to_choose_a_strength_by() -> None:
     with pytest.raises(ValueError, match="takes 5 training images of a task"):
-        Ridge(0, 0).add(torch.ones(4, 2).double(), torch.tensor([0, 0, 1, 1]))
+        Ridge().add(torch.ones(4, 2).double(), torch.tensor([0, 0, 1, 1]))
 
 
 class Turned(nn.Module):

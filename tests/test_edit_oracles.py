@@ -16,8 +16,8 @@ from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
+from deltalab.linear.factor import svd
 from deltalab.rng import Rng
-from deltalab.weights.factor import svd
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHAPES = {"a.weight": (64, 32), "b.weight": (48, 40), "b.bias": (100,)}

@@ -33,11 +33,11 @@ from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
+from deltalab.linear.factor import svd
 from deltalab.loss import distill
 from deltalab.rng import Rng
 from deltalab.run.point import PROVIDED
 from deltalab.weights import select
-from deltalab.weights.factor import svd
 from deltalab.weights.threshold import ModelThreshold, ascending
 
 ONE_BIT = BitDelta(multiple=1.0, magnitudes="mean", cv=0.0, axis="tensor")

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltalab.apply import editing
+from deltalab.linear.delta import difference as subtracted
+from deltalab.linear.factor import svd
 from deltalab.rng import Rng
 from deltalab.testing import gram
-from deltalab.weights import finite, mapping
-from deltalab.weights.factor import svd
+from deltalab.weights import finite
 from deltalab.weights.threshold import ModelThreshold
 
 CONF = Path(__file__).parents[1] / "conf" / "edit"
@@ -113,13 +114,13 @@ def test_edited_tensors_of_any_dtype(name, delta, old, new):
     pre = torch.full(delta.shape, 0.25, dtype=old)
     post = (pre.float() + delta).to(new)
     held = post.clone()
-    given_ = needs(edit, mapping.difference(pre, post))
+    given_ = needs(edit, subtracted(pre, post))
     out = editing.edited_tensor(pre, post, edit, "eager", **given_)
     assert out.dtype == new
     assert out.shape == post.shape
     assert torch.equal(post, held)
     assert torch.equal(pre, torch.full(delta.shape, 0.25, dtype=old))
-    difference = mapping.difference(pre, post)
+    difference = subtracted(pre, post)
     hat = edit(difference, **given_)
     same, gone = hat == difference, hat == 0
     assert torch.equal(out[same], post[same]), "entries that the edit kept must keep their bits"

@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from deltalab import keys, rekey, settings
+from deltalab.classes import described
 from deltalab.keys import Choices, canonical, determinants, node
 from deltalab.report.comparison import compare
 from deltalab.settings import conf_dir
-from deltalab.store.classes import described
 from deltalab.store.digests import key_of
 
 CHOICES = Choices("mnist_vit", "dare", "classification")

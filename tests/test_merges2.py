@@ -25,6 +25,7 @@ from deltalab.edits.dare import Dare
 from deltalab.edits.della import Della
 from deltalab.edits.ties import Ties as Trim
 from deltalab.edits.twin import Twin
+from deltalab.linear.factor import svd
 from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import CrossEntropy
 from deltalab.merges.adamerging import Adamerging
@@ -39,7 +40,6 @@ from deltalab.merges.twin_merging import TwinMerging
 from deltalab.rng import Rng
 from deltalab.settings import conf_dir, tidy
 from deltalab.store import latest
-from deltalab.weights.factor import svd
 from deltalab.weights.mapping import ModelPair
 
 FISHER = Fisher(weights=None, normalise="none", ridge=0.0)

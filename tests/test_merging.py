@@ -13,13 +13,14 @@ import deltalab.save as save
 from deltalab.apply import merge_files
 from deltalab.apply.merging import Expert, Family
 from deltalab.data.images import Packaged
+from deltalab.linear.delta import difference
 from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Classification, change, measure
 from deltalab.merges.channel import Channel
 from deltalab.models.zoo import EmbeddedVit
 from deltalab.store import latest
 from deltalab.weights import contents
-from deltalab.weights.mapping import difference, loaded
+from deltalab.weights.mapping import loaded
 from experiments.paper import evidence
 
 

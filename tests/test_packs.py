@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltalab import delta
-from deltalab.codes import files
-from deltalab.packing import packs
+from deltalab.packing import files, packs
 from deltalab.save import save as write
 
 SHAPES = {

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import deltalab.save as save
 from deltalab import cli
 from deltalab.models import checkpoints
-from deltalab.weights import quantised
+from deltalab.quantised import told as quantised
 from deltalab.weights.mapping import Checkpoint
 
 pytestmark = pytest.mark.meaning("quantised checkpoints")

@@ -20,13 +20,14 @@ from deltalab.judging import generation
 from deltalab.judging.decoding import Decoding
 from deltalab.judging.prompts import Prompts
 from deltalab.judging.safety import Safety
+from deltalab.linear.delta import difference
 from deltalab.models import embedded, families
 from deltalab.models.zoo_llm import DIRECTORY, EmbeddedLlm
 from deltalab.rng import Rng
 from deltalab.run import building
 from deltalab.settings import conf_dir, tidy
 from deltalab.store import latest
-from deltalab.weights.mapping import Checkpoint, ModelPair, difference, loaded
+from deltalab.weights.mapping import Checkpoint, ModelPair, loaded
 from experiments.zoo import safety_data
 
 SAFE = SafeDelta(0.1, "relative", protect=0.15, block=2048, damp=0.01, compensate=True,

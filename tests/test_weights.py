@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deltalab.linear.delta import difference
 from deltalab.run import point
 from deltalab.weights import shards
 from deltalab.weights.contents import of_checkpoint
@@ -15,7 +16,6 @@ from deltalab.weights.mapping import (
     Meta,
     ModelPair,
     delta,
-    difference,
     loaded,
     part_of,
 )

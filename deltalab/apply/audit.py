@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Bits
-from deltalab.weights.mapping import ModelPair, difference, meta
+from deltalab.linear.delta import difference
+from deltalab.weights.mapping import ModelPair, meta
 
 TERMS = 5
 """How many sums there are of a tensor."""

@@ -18,8 +18,9 @@ from deltalab.edits.keep import Keep
 from deltalab.kernels import fused
 from deltalab.kernels.native import Place
 from deltalab.kernels.translation import Body
+from deltalab.linear.delta import difference
 from deltalab.weights.aligned import is_parameter, saved_names
-from deltalab.weights.mapping import LazyWeights, Weights, delta, difference, meta
+from deltalab.weights.mapping import LazyWeights, Weights, delta, meta
 from deltalab.weights.select import selected
 
 SLICE = {"cpu": 1 << 15, "cuda": 1 << 25}

@@ -17,9 +17,9 @@ from torch import Tensor
 from deltalab.apply import turning
 from deltalab.budgets.shared import Shared
 from deltalab.edits import Edit
+from deltalab.linear.factor import Factors, svd
 from deltalab.rng import Rng
 from deltalab.weights import orientation
-from deltalab.weights.factor import Factors, svd
 from deltalab.weights.mapping import ModelPair, Weights
 from deltalab.weights.threshold import ModelThreshold, Threshold
 

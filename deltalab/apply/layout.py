@@ -18,8 +18,9 @@ from torch import Tensor
 
 from deltalab.models import hub
 from deltalab.models.checkpoints import opened
-from deltalab.models.dequantised import Dequantised
-from deltalab.weights import configs, orientation, pickles, quantised
+from deltalab.quantised import told as quantised
+from deltalab.quantised.decoded import Dequantised
+from deltalab.weights import configs, orientation, pickles
 from deltalab.weights.headers import BITS
 from deltalab.weights.mapping import Checkpoint
 from deltalab.weights.shards import DTYPES, Entry, entries

@@ -13,9 +13,10 @@ from deltalab.apply import editing
 from deltalab.apply.extras import NEEDS, Extras, Provider, handed
 from deltalab.edits import Edit, Survival
 from deltalab.edits.keep import Keep
+from deltalab.linear.delta import difference
 from deltalab.merges import Learn, Merge, Parts
 from deltalab.weights.aligned import saved_names
-from deltalab.weights.mapping import LazyWeights, Meta, Weights, difference, meta
+from deltalab.weights.mapping import LazyWeights, Meta, Weights, meta
 from deltalab.weights.threshold import (
     Cut,
     ModelThreshold,

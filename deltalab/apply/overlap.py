@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltalab.apply.merging import Expert, Family
 from deltalab.edits import Survival
-from deltalab.weights.mapping import difference
+from deltalab.linear.delta import difference
 
 ENTRIES = 1 << 20
 """Entries of every expert that are looked at together."""

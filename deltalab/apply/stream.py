@@ -24,10 +24,11 @@ from deltalab.apply.hashing import Hashing
 from deltalab.apply.layout import Side
 from deltalab.apply.work import Work
 from deltalab.edits import Edit
+from deltalab.linear.delta import difference
 from deltalab.store import files, records
 from deltalab.terminal import console
 from deltalab.weights import contents, finite
-from deltalab.weights.mapping import PIECE, LazyWeights, Meta, difference, part_of
+from deltalab.weights.mapping import PIECE, LazyWeights, Meta, part_of
 from deltalab.weights.select import selected
 from deltalab.weights.shards import Buffers, Entry, copy, item, keep, pieces, put, read
 

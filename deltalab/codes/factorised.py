@@ -10,9 +10,9 @@ from torch import Tensor
 from deltalab.codes import Setting
 from deltalab.codes.factors import FLOATS, Factors, masks
 from deltalab.codes.rounding import levels, rounded, steps
+from deltalab.linear.columnwise import columnwise
+from deltalab.linear.factor import Factors as Svd
 from deltalab.statistics.knapsack import Array, knapsack
-from deltalab.weights.columnwise import columnwise
-from deltalab.weights.factor import Factors as Svd
 
 REFERENCE = 4096
 """The rank at which the counts of components of arXiv 2406.08903 are given."""

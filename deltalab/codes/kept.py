@@ -9,8 +9,8 @@ from torch import Tensor
 
 from deltalab.codes import Code, Setting, signed_zeros
 from deltalab.codes.raw import flat
+from deltalab.linear.delta import difference
 from deltalab.rng import Rng
-from deltalab.weights.mapping import difference
 
 _SLICE = 1 << 16
 """Entries drawn at once, so that all stays in the cache."""

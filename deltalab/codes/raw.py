@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Code, signed_zeros
-from deltalab.weights.mapping import difference
+from deltalab.linear.delta import difference
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from deltalab.codes import Code
 from deltalab.edits import Edit, Unit
+from deltalab.linear import factor
 from deltalab.rng import Rng
 from deltalab.settings import conf_dir
-from deltalab.weights import factor
 
 
 @dataclass(frozen=True)

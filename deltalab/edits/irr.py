@@ -9,8 +9,8 @@ from torch import Tensor
 
 from deltalab.edits import Edit, one_of, whole, within
 from deltalab.edits.safe_delta import highest
+from deltalab.linear.columnwise import columnwise
 from deltalab.rng import Rng
-from deltalab.weights.columnwise import columnwise
 
 USED: dict[str, tuple[str, ...]] = {
     "sign": ("peers",),
@@ -28,7 +28,7 @@ class Irr(Edit):
     the same base (`peers`). In every block of columns the candidates are the entries whose sign is
     not V's; those of least Fisher information on safety data, a share `keep` of them, stay, the
     others are set to 0. The error that this leaves in the layer's outputs on the task's data is
-    made good by the entries that stay, column by column (`deltalab.weights.columnwise`). A tensor
+    made good by the entries that stay, column by column (`deltalab.linear.columnwise`). A tensor
     that has no gram is not recalibrated, one of one dimension is one row.
 
     Args:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from deltalab.edits import Edit, one_of, whole, within
+from deltalab.linear.columnwise import columnwise, inverse_factor
 from deltalab.rng import Rng
-from deltalab.weights.columnwise import columnwise, inverse_factor
 
 WIDTH = 4096
 """Rows and columns of the matrices that the published budget was set on."""
@@ -23,7 +23,7 @@ class SafeDelta(Edit):
     every block of columns the entries go by 1 / U_jj^2, least first (equal ones by row), and are
     kept while their summed cost is within the budget; the last ones of the order, a share
     `protect` of the block, never are. The error that the kept entries leave in the layer's outputs
-    is made good by those not kept, column by column (`deltalab.weights.columnwise`). Tensors that
+    is made good by those not kept, column by column (`deltalab.linear.columnwise`). Tensors that
     are no layer's go back to the aligned model, as do heads and embeddings that are left selected
     and have no gram.
 

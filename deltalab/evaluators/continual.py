@@ -12,6 +12,7 @@ A[t, j] is the accuracy on task j's test images after task t.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from deltalab.data import splits
 from deltalab.data.images import Batch, Images
-from deltalab.evaluators.heads import HEADS, Head, NearestMean, Ridge
 from deltalab.evaluators.scores import Scores
+from deltalab.linear.heads import HEADS, Head, NearestMean, Ridge
+from deltalab.rng import Rng
 from deltalab.weights.mapping import ModelPair
 
 PROTOTYPES = ("refreshed", "stale")
@@ -79,7 +81,8 @@ class Continual:
         """Return a head that has learned nothing."""
         if self.head == "ncm":
             return NearestMean()
-        return Ridge(self.projections if self.head == "ranpac" else 0, self.seed)
+        ranpac = self.head == "ranpac"
+        return Ridge(partial(projection, self.projections, self.seed) if ranpac else None)
 
     def task(self, transform: Any) -> "Task":
         """Open the task's images."""
@@ -98,6 +101,11 @@ class Continual:
             return Scores({name: float(right.mean())}, {}, {name: right})
 
         return score
+
+
+def projection(count: int, seed: int, features: int) -> Tensor:
+    """Return P (features, count) of standard normal numbers, RanPAC's random projection."""
+    return Rng(seed, "random projection").normal(torch.empty(features, count))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deltalab.edits.twin import Twin
+from deltalab.linear.factor import svd
 from deltalab.merges import Merge, number
-from deltalab.weights.factor import svd
 
 
 @dataclass(frozen=True)

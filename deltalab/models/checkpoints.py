@@ -9,8 +9,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from deltalab.models.dequantised import Dequantised
-from deltalab.weights import quantised
+from deltalab.quantised import told as quantised
+from deltalab.quantised.decoded import Dequantised
 from deltalab.weights.mapping import Checkpoint
 
 log = logging.getLogger(__name__)

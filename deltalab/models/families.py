@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from deltalab.linear.delta import difference
 from deltalab.weights import contents
-from deltalab.weights.mapping import ModelPair, Weights, difference, meta
+from deltalab.weights.mapping import ModelPair, Weights, meta
 
 log = logging.getLogger(__name__)
 STRANGE = 0.9

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from deltalab.apply import layout
 from deltalab.codes import Code
-from deltalab.codes.files import Packed
 from deltalab.codes.lowrank import LowRank
 from deltalab.codes.nested import Patched
+from deltalab.linear.delta import difference
 from deltalab.packing import packs
+from deltalab.packing.files import Packed
 from deltalab.store import files
-from deltalab.weights.mapping import difference, part_of
+from deltalab.weights.mapping import part_of
 from deltalab.weights.shards import DTYPES, Entry, read
 
 EXTRAS = ("keep", "drop")

@@ -32,13 +32,13 @@ from deltalab.apply.coded import no_code
 from deltalab.apply.hashing import Hashing
 from deltalab.apply.work import Work
 from deltalab.codes import NAMES, Code
-from deltalab.codes.files import Packed, Writer
 from deltalab.codes.nested import Patched
 from deltalab.edits import Edit
+from deltalab.linear.delta import difference
+from deltalab.packing.files import Packed, Writer
 from deltalab.store import digests, files, records
 from deltalab.terminal import console
 from deltalab.weights import contents, finite, headers
-from deltalab.weights.mapping import difference
 from deltalab.weights.shards import DTYPES, Entry, item, pieces, put, read
 
 _PART = 1 << 20

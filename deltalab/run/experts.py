@@ -15,6 +15,7 @@ from deltalab.apply.overlap import overlap
 from deltalab.data import splits
 from deltalab.edits import Edit
 from deltalab.edits.keep import Keep
+from deltalab.linear.delta import difference
 from deltalab.models import families
 from deltalab.run import streams
 from deltalab.run.opening import Reference, family
@@ -32,7 +33,7 @@ from deltalab.run.point import (
 from deltalab.store.effects import classify
 from deltalab.store.record import written
 from deltalab.weights import finite
-from deltalab.weights.mapping import Weights, difference
+from deltalab.weights.mapping import Weights
 
 AVERAGED = ("prediction", "losses", "change", "gap", "reference")
 """Fields of experts whose averages are the family's."""

@@ -16,6 +16,7 @@ from deltalab.calibration import providing
 from deltalab.calibration.providing import Calibration
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
+from deltalab.linear.delta import difference
 from deltalab.loss import distill
 from deltalab.loss.objectives import Loss, Measured, change, influences, measure
 from deltalab.loss.prediction import Predict
@@ -26,7 +27,7 @@ from deltalab.run.opening import OPENED, Judge, Opening, Reference, opened
 from deltalab.run.sensitivity import midway, sensitivities
 from deltalab.store import latest
 from deltalab.store.digests import key_of
-from deltalab.weights.mapping import Weights, difference, loaded
+from deltalab.weights.mapping import Weights, loaded
 
 PROVIDED = (*distill.PROVIDED, *providing.PROVIDED, "peers")
 """What `providers` provides."""

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltalab.linear.delta import difference
 from deltalab.weights.layouts import layout_of
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, difference, live, meta
+from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, live, meta
 
 NONFINITE = ("error", "zero")
 _SLICE = 1 << 17

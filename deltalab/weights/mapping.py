@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from deltalab.linear.delta import difference
 from deltalab.weights import headers, pickles
 from deltalab.weights.contents import main_file
 
@@ -345,17 +346,6 @@ def mixed_dtypes(pre: Checkpoint, post: Checkpoint) -> str | None:
         f" {post.dtype(names[0])} in the post-trained, as are {len(names)} of {len(post)} tensors:"
         " their delta holds the rounding between the two"
     )
-
-
-def difference(pre: Tensor, post: Tensor) -> Tensor:
-    """Return W_post - W_pre in float32: what delta and shift mean everywhere.
-
-    Entries that are equal as stored give zero, infinite ones too, as the masks of attention hold.
-
-    >>> difference(torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf]))
-    tensor([0.5000, 0.0000])
-    """
-    return torch.where(pre == post, 0.0, post.float() - pre.float())
 
 
 def delta(pre: Weights, post: Weights) -> LazyWeights:

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from deltalab.linear.delta import difference
 from deltalab.weights.aligned import is_parameter
-from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, difference, live, meta
+from deltalab.weights.mapping import LazyWeights, ModelPair, Weights, live, meta
 
 
 def rebased(pair: ModelPair, base: Weights) -> ModelPair:

@@ -68,7 +68,7 @@ THRESHOLDS = """
 import sys, time
 from pathlib import Path
 from deltalab.apply import layout
-from deltalab.weights.mapping import difference
+from deltalab.linear.delta import difference
 from deltalab.weights.shards import read
 from deltalab.weights.threshold import kept_count, tensor_threshold
 start, cpu = time.perf_counter(), time.process_time()

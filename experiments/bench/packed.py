@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 import deltalab
+from deltalab.linear.delta import difference
 from deltalab.packing import packs
 from deltalab.store import digests, files
-from deltalab.weights.mapping import difference
 from deltalab.weights.threshold import ModelThreshold
 from experiments.bench.timing import alternate, ratio
 

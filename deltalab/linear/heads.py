@@ -3,13 +3,12 @@
 Each keeps sums alone, so that tasks can come one by one in any order and no image is kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from deltalab.rng import Rng
 
 HEADS = ("ncm", "ridge", "ranpac")
 RIDGES = tuple(10.0**power for power in range(-8, 9))
@@ -112,18 +111,16 @@ class Ridge:
     task, when fitted to the others; W is then fitted to all.
 
     Args:
-        projections: M; 0: the features as they are.
-        seed: of P.
+        draw: gives P (d, M) of d, always the same; None: the features as they are.
 
-    >>> head = Ridge(projections=0, seed=0)
+    >>> head = Ridge()
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]] * 5).double()
     >>> head.add(x, torch.tensor([4, 2] * 5))
     >>> head.classify(torch.tensor([[3.0, 1.0]]).double())
     tensor([4])
     """
 
-    projections: int
-    seed: int
+    draw: Callable[[int], Tensor] | None = None
     fitted: Sums = field(default_factory=Sums)
     held: Sums = field(default_factory=Sums)
     strength: float | None = None
@@ -131,11 +128,9 @@ class Ridge:
 
     def lifted(self, features: Tensor) -> Tensor:
         """Return h (n, M) of features (n, d)."""
-        if not self.projections:
+        if self.draw is None:
             return features
-        shape = features.shape[1], self.projections
-        drawn = Rng(self.seed, "random projection").normal(torch.empty(shape)).double()
-        return (features @ drawn).relu()
+        return (features @ self.draw(features.shape[1]).double()).relu()
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add a task's images to the sums, every fifth to those held out."""

@@ -11,7 +11,7 @@ from deltalab.codes.factorised import allocated, paper_widths, quantised
 from deltalab.codes.rounding import HOW
 from deltalab.edits import one_of, within
 from deltalab.edits.coded import Coded, untouched, whole_matrix
-from deltalab.weights.factor import Factors as Svd
+from deltalab.linear.factor import Factors as Svd
 
 ROUNDINGS = ("nearest", "gptq")
 
@@ -38,7 +38,7 @@ class DeltaCome(Coded):
         ValueError: a field is out of range.
 
     >>> import torch
-    >>> from deltalab.weights.factor import svd
+    >>> from deltalab.linear.factor import svd
     >>> edit = DeltaCome(total=8.0, bits="paper", rounding="nearest", scale="max")
     >>> delta = torch.outer(torch.tensor([1.0, -1.0]), torch.tensor([3.0, 3.0]))
     >>> edit(delta, svd=lambda: svd(delta))

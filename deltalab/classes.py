@@ -40,7 +40,7 @@ def described(target: str) -> Described:
     Raises:
         ValueError: there is no such class.
 
-    >>> described("deltalab.store.classes.Described").name
+    >>> described("deltalab.classes.Described").name
     'Described'
     """
     module, _, name = target.rpartition(".")

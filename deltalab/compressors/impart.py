@@ -14,8 +14,8 @@ from deltalab.codes import Code
 from deltalab.codes.factorised import quantised
 from deltalab.edits import one_of, within
 from deltalab.edits.coded import Coded, seeded, untouched, whole_matrix
+from deltalab.linear.factor import Factors as Svd
 from deltalab.rng import Rng
-from deltalab.weights.factor import Factors as Svd
 
 MASKS = ("exact", "bernoulli")
 
@@ -44,7 +44,7 @@ class Impart(Coded):
     Raises:
         ValueError: a field is out of range.
 
-    >>> from deltalab.weights.factor import svd
+    >>> from deltalab.linear.factor import svd
     >>> edit = Impart(1.0, beta=0.0, exponent=1.0, masks="exact", rescale=True, importance=True,
     ...               values="float32")
     >>> delta = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))

@@ -12,10 +12,10 @@ from torch import Tensor
 from deltalab.codes import Code
 from deltalab.codes.factorised import allocated, quantised
 from deltalab.codes.rounding import HOW
+from deltalab.compressors.delta_come import ROUNDINGS
 from deltalab.edits import one_of, whole, within
 from deltalab.edits.coded import Coded, untouched, whole_matrix
-from deltalab.edits.delta_come import ROUNDINGS
-from deltalab.weights.factor import Factors as Svd
+from deltalab.linear.factor import Factors as Svd
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DeltaMix(Coded):
         ValueError: a field is out of range.
 
     >>> import torch
-    >>> from deltalab.weights.factor import svd
+    >>> from deltalab.linear.factor import svd
     >>> edit = DeltaMix(total=8.0, widths=3, correct=True, rounding="nearest", scale="max")
     >>> delta = torch.outer(torch.tensor([1.0, -1.0]), torch.tensor([3.0, 3.0]))
     >>> edit(delta, svd=lambda: svd(delta)).round(decimals=4)

@@ -10,12 +10,12 @@ from torch import Tensor
 from deltalab.codes import Code
 from deltalab.codes.factorised import REFERENCE, quantised
 from deltalab.codes.rounding import HOW
+from deltalab.compressors.delta_come import ROUNDINGS
+from deltalab.compressors.impart import MASKS, probabilities
 from deltalab.edits import one_of, within
 from deltalab.edits.coded import Coded, seeded, untouched, whole_matrix
-from deltalab.edits.delta_come import ROUNDINGS
-from deltalab.edits.impart import MASKS, probabilities
+from deltalab.linear.factor import Factors as Svd
 from deltalab.rng import Rng
-from deltalab.weights.factor import Factors as Svd
 
 CHARGES = ("paper", "code")
 
@@ -41,7 +41,7 @@ class ImpartQt(Coded):
     Raises:
         ValueError: a field is out of range.
 
-    >>> from deltalab.weights.factor import svd
+    >>> from deltalab.linear.factor import svd
     >>> edit = ImpartQt(4.0, 0.0, 1.0, "exact", "paper", "nearest", "max")
     >>> delta = torch.outer(torch.tensor([1.0, -1.0]), torch.tensor([3.0, 3.0]))
     >>> edit(delta, svd=lambda: svd(delta), rng=Rng(0, "w"))

@@ -16,8 +16,8 @@ from deltalab.codes.signs import Signs
 from deltalab.edits import one_of, within
 from deltalab.edits.bitdelta import mean_magnitude
 from deltalab.edits.coded import Coded, untouched, whole_matrix
-from deltalab.weights.factor import Factors as Svd
-from deltalab.weights.factor import svd as factorised
+from deltalab.linear.factor import Factors as Svd
+from deltalab.linear.factor import svd as factorised
 
 
 @dataclass(frozen=True)
