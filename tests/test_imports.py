@@ -28,6 +28,7 @@ ORDER = (
         "merges",
         "budgets",
         "models",
+        "visionfuse",
         "keys",
         "rekey",
         "kernels",
