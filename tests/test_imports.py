@@ -33,6 +33,7 @@ ORDER = (
         "merges",
         "budgets",
         "models",
+        "visionfuse",
         "keys",
         "rekey",
         "kernels",

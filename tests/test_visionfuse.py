@@ -7,8 +7,8 @@ from test_families import ran
 from deltalab.apply.merging import Expert, Family
 from deltalab.data.scenes import Scenes
 from deltalab.merges.sum import Sum
-from deltalab.models.visionfuse import FusedLm, Look, Seer, seen
 from deltalab.store import latest
+from deltalab.visionfuse import FusedLm, Look, Seer, seen
 from experiments.visionfuse import __main__ as recipe
 from experiments.visionfuse import world
 

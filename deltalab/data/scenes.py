@@ -1,4 +1,4 @@
-"""Pictures of two parts with a question about them, for models of `deltalab.models.visionfuse`."""
+"""Pictures of two parts with a question about them, for models of `deltalab.visionfuse`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

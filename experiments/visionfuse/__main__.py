@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from deltalab.data import splits
 from deltalab.data.images import packaged
-from deltalab.models.visionfuse import seen
+from deltalab.visionfuse import seen
 from experiments.visionfuse.world import ENCODERS, SEES, answer, drawn, prompt, table, told, words
 
 SIZE = {

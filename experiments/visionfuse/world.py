@@ -69,7 +69,7 @@ def drawn(rng: random.Random) -> tuple[str, str]:
 
 
 def table() -> dict[str, Any]:
-    """Return the world as models of `deltalab.models.visionfuse` hold it."""
+    """Return the world as models of `deltalab.visionfuse` hold it."""
 
     def rows(question: str) -> Sequence[Sequence[str]]:
         return [[answer(question, d, g) for g in range(10)] for d in range(10)]
