@@ -93,7 +93,8 @@ bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, again
 	@$(BIN)/python -m experiments.bench.packed
 	@$(BIN)/python -m experiments.bench.engine
 	@$(BIN)/python -m experiments.bench.lm_eval bare
-	@$(BIN)/python -m experiments.bench.lm_eval loop
+	@$(BIN)/python -m experiments.bench.lm_eval scoring
+	@$(BIN)/python -m experiments.bench.lm_eval start
 
 results: ## the demo again, its committed report and its table in the README
 	@$(MAKE) --no-print-directory demo INTO=$(RESULTS)

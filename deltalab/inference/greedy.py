@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltalab.inference.beginnings import Node, Row, tree
+from deltalab.inference.beginnings import Node, Row, Tokens, tree
 from deltalab.inference.budget import Budget, out_of_memory
 from deltalab.inference.passes import Kept, Passes, before, held, right_aligned
 
@@ -197,14 +197,19 @@ class _Waiting:
         self._now: tuple[int, Kept, list[Row]] | None = next(self._nodes, None)
 
     def _walked(self, node: Node, kept: Kept, depth: int) -> Iterator[tuple[int, Kept, list[Row]]]:
-        if node.depth > depth:
-            ids = self._passes.padded([node.tokens[depth : node.depth]])
-            kept = self._passes.extended(kept, ids)
-        rows = sorted((row for _, group in node.groups for row in group), key=len)
-        if rows:
-            yield node.depth, kept, rows
+        kept = self._longer(kept, node.tokens[depth : node.depth])
+        alone = [row for _, group in node.groups if len(group) == 1 for row in group]
+        if alone:
+            yield node.depth, kept, sorted(alone, key=len)
+        for shared, group in node.groups:
+            if len(group) > 1:
+                longer = self._longer(kept, group[0].tokens[node.depth : shared])
+                yield shared, longer, sorted(group, key=len)
         for child in node.below:
             yield from self._walked(child, kept, node.depth)
+
+    def _longer(self, kept: Kept, tokens: Tokens) -> Kept:
+        return self._passes.extended(kept, self._passes.padded([tokens])) if len(tokens) else kept
 
     def __bool__(self) -> bool:
         return self._now is not None

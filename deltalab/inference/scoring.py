@@ -76,7 +76,7 @@ def _below(
         told(len(rows))
         yield _pass(passes, rows, kept, len(rows), depth, budget)
     several = sorted((g for g in node.groups if len(g[1]) > 1), key=lambda g: -g[0])
-    for groups in _filled_groups(several, budget, longest):
+    for groups in _filled_groups(several, depth, budget, longest):
         common = min(shared for shared, _ in groups)
         rows = [row for _, group in groups for row in group]
         told(len(rows))
@@ -104,7 +104,7 @@ def _filled(rows: Sequence[Row], budget: Budget, longest: int) -> Iterator[list[
 
 
 def _filled_groups(
-    groups: Sequence[tuple[int, list[Row]]], budget: Budget, longest: int
+    groups: Sequence[tuple[int, list[Row]]], depth: int, budget: Budget, longest: int
 ) -> Iterator[list[tuple[int, list[Row]]]]:
     """Cut groups, those that share the most first, into passes; a large one into several."""
     waiting = list(groups)[::-1]
@@ -115,7 +115,8 @@ def _filled_groups(
             shared, group = waiting[-1]
             length = max(length, *map(len, group))
             if taken and (
-                shared < ALIKE * taken[0][0] or not budget.fits(rows + len(group), length, longest)
+                shared - depth < ALIKE * (taken[0][0] - depth)
+                or not budget.fits(rows + len(group), length, longest)
             ):
                 break
             waiting.pop()

@@ -1,31 +1,33 @@
-"""lm-eval on the live module against bare generation, and a sweep against a loop of command lines.
+"""lm-eval on the live module against lm-eval's own model, bare passes and a loop of command lines.
 
-Claim: an evaluation takes at most 1.15 times as long as the module's bare generation or scoring of
-the same prompts in the same batches; a sweep of ten points with lm-eval takes at most an eighth of
-`deltalab-apply` and the `lm_eval` command line for every point. Of that loop only a few points are
-run, and the time of ten is worked out from them. Their scores are printed beside the sweep's: the
-checkpoints are in float16, as the embedded ones, and a sweep edits and evaluates in float32.
+Few-shot tasks of the embedded problems, all prompts of a task with the same examples or each with
+its own, asked of `tiny_llm` with two shots and of a pair of random weights with 2,048 positions
+and five. Claim: a sweep of ten points, start-up included, takes at most an eighth of a loop of
+`deltalab-apply` and `lm_eval` commands, both with as many threads.
 
-    python -m experiments.bench.lm_eval bare [repeats]   # two minutes on one core
-    python -m experiments.bench.lm_eval loop [points]    # two, of the generated task alone
-    python -m experiments.bench.lm_eval loop-all [points]  # five, of all three tasks
+    python -m experiments.bench.lm_eval scoring [repeats] [documents]  # evaluations, interleaved
+    python -m experiments.bench.lm_eval start [repeats]                # commands of one document
+    python -m experiments.bench.lm_eval bare [repeats]                 # tokens a second
 
-The loop measures no loss, so that the sweep measures its own on eight answers only.
+Times are processor time. A loop of ten points starts ten commands of either kind and evaluates ten
+models; a sweep starts once and evaluates twelve, both ends of the pair among them.
 """
 
-import json
-import shutil
+import copy
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from deltalab.evaluators.lm import requests
+from deltalab.data.text import Encoder
+from deltalab.evaluators.lm import hflm, requests
 from deltalab.evaluators.lm import tasks as lm_tasks
 from deltalab.evaluators.lm_eval import LmEval
 from deltalab.models.zoo_llm import AROUND, DIRECTORY, EmbeddedLlm
@@ -33,143 +35,258 @@ from deltalab.weights.mapping import ModelPair
 from experiments.bench.timing import alternate, ratio
 
 TASKS = ("tiny_gsm", "tiny_choice", "tiny_likelihood")
-BATCH = 64
-NEW_TOKENS = 64
-RATES = [i / 10 for i in range(10)]
+BATCH = 32
 
 
-def generate(pair: ModelPair, prompts: Sequence[str]) -> None:
-    """Generate greedily, in batches of prompts of like length."""
+def few_shot(directory: Path, shots: int, alike: bool) -> tuple[str, ...]:
+    """Write the embedded tasks with examples; return their names.
+
+    Args:
+        directory: where to.
+        shots: examples a prompt.
+        alike: whether all prompts of a task have the same.
+    """
+    for task in TASKS:
+        text = (lm_tasks.EMBEDDED / f"{task}.yaml").read_text()
+        text = text.replace(f"task: {task}", f"task: {task}_shots")
+        text = text.replace("num_fewshot: 0", f"num_fewshot: {shots}\nfewshot_split: test")
+        if alike:
+            text += "fewshot_config: {sampler: first_n}\n"
+        (directory / f"{task}_shots.yaml").write_text(text)
+    return tuple(f"{task}_shots" for task in TASKS)
+
+
+def random_pair() -> ModelPair:
+    """Return a pair of random weights of the embedded pair's shapes, with 2,048 positions."""
+    from transformers import AutoModelForCausalLM
+
+    known = EmbeddedLlm("sft").open()
+    config = copy.deepcopy(known.module.config)
+    config.max_position_embeddings = 2048
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config).float().eval()
+    post = dict(module.state_dict())
+    encoder = Encoder(known.transform.tokenizer, 2048)
+    return ModelPair({n: 0.9 * t for n, t in post.items()}, post, module, encoder)
+
+
+def stock(pair: ModelPair) -> Any:
+    """Return lm-eval's own model of a pair's module."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = copy.deepcopy(pair.transform.tokenizer)
+    with hflm.quiet(), hflm.untied(pair.module):
+        return HFLM(
+            pretrained=pair.module,
+            tokenizer=tokenizer,
+            batch_size=BATCH,
+            max_length=pair.transform.context,
+        )
+
+
+def evaluations(pair: ModelPair, spec: LmEval) -> dict[str, Callable[[], Any]]:
+    """Return ways to evaluate: ours, without sharing, and lm-eval's own."""
+    (run,) = lm_tasks.load(spec)
+    asked = requests.prepare(run, None, False, spec.seed)
+    lm = stock(pair)
+
+    def ours(share: bool) -> Callable[[], Any]:
+        live = hflm.wrapper(
+            pair.module,
+            copy.deepcopy(pair.transform.tokenizer),
+            pair.transform.context,
+            BATCH,
+            share,
+        )
+
+        def evaluated() -> Any:
+            with live(pair.module) as model, lm_tasks.seeded(spec.seed):
+                return asked.evaluate(model), model.work
+
+        return evaluated
+
+    def own() -> Any:
+        with hflm.quiet(), lm_tasks.seeded(spec.seed):
+            return asked.evaluate(lm), None
+
+    return {"shared": ours(True), "not shared": ours(False), "lm-eval": own}
+
+
+def responses(results: Any) -> dict[str, list[Any]]:
+    """Return what the model said, by task and in the documents' order."""
+    return {
+        task: [sample["resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])]
+        for task, samples in results["samples"].items()
+    }
+
+
+def agreement(a: Any, b: Any) -> tuple[float, int, int]:
+    """Return the largest relative difference of likelihoods, other texts, and all texts."""
+    worst, other, texts = 0.0, 0, 0
+    pairs = zip(_flat(responses(a)), _flat(responses(b)), strict=True)
+    for x, y in pairs:
+        if isinstance(x, str):
+            texts, other = texts + 1, other + (x != y)
+        else:
+            worst = max(worst, abs(float(x) - float(y)) / max(abs(float(y)), 1e-9))
+    return worst, other, texts
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return [value]
+    return [one for each in value for one in _flat(each)]
+
+
+def scoring(repeats: int = 5, documents: int = 32) -> None:
+    """Print what an evaluation takes, task by task and of all three."""
+    print("| pair | examples | task | shared, s | not shared | lm-eval | tokens | agreement |")
+    print("|---|---|---|---|---|---|---|---|")
+    pairs = {
+        "tiny_llm, 2 shots": (EmbeddedLlm("sft").open(), 2),
+        "2,048, 5 shots": (random_pair(), 5),
+    }
+    for name, (pair, shots) in pairs.items():
+        for alike in (True, False):
+            with tempfile.TemporaryDirectory() as place:
+                names = few_shot(Path(place), shots, alike)
+                for chosen in (*[(one,) for one in names if alike], names):
+                    spec = LmEval(
+                        chosen,
+                        include=(place,),
+                        run_task_code=True,
+                        limit=documents,
+                        max_new_tokens=48,
+                    )
+                    _compared(f"{name} | {'one set' if alike else 'drawn'}", pair, spec, repeats)
+
+
+def _compared(label: str, pair: ModelPair, spec: LmEval, repeats: int) -> None:
+    ways = evaluations(pair, spec)
+    (first, work), (reference, _) = ways["shared"](), ways["lm-eval"]()
+    worst, other, texts = agreement(first, reference)
+    times = alternate(ways, repeats, clock=time.process_time)
+    cells = [f"{times['shared'].best:.2f}"]
+    cells += [ratio(times[way], times["shared"]) for way in ("not shared", "lm-eval")]
+    task = spec.tasks[0].name.removesuffix("_shots") if len(spec.tasks) == 1 else "all three"
+    cells += [f"{work.computed} of {work.asked}", f"{worst:.0e}, {other} of {texts} texts"]
+    print(f"| {label} | {task} | {' | '.join(cells)} |", flush=True)
+
+
+def spent(*command: str) -> float:
+    """Run a command of this environment; return its processor seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def start(repeats: int = 3) -> None:
+    """Print what the commands take that evaluate a single document."""
+    found: dict[str, list[float]] = {}
+    task = "tiny_choice"
+    for n in range(repeats):
+        with tempfile.TemporaryDirectory() as name:
+            place = Path(name)
+            for model, weights in (("pre", "base"), ("post", "sft")):
+                (place / model).mkdir()
+                text = (DIRECTORY / f"{weights}.safetensors").read_bytes()
+                (place / model / "model.safetensors").write_bytes(text)
+                for file in AROUND:
+                    (place / model / file).write_bytes((DIRECTORY / file).read_bytes())
+            commands = {
+                "sweep": (
+                    *("deltalab", "-m", "model=tiny_llm", "edit=dare", f"edit.p=0.{n + 1}"),
+                    *("grid=none", "riemann=off", "objective.limit=8", "evaluator.limit=1"),
+                    *("evaluator/tasks=none", f"+evaluator.tasks.{task}.shots=null"),
+                    f"results={place / 'results'}",
+                ),
+                "deltalab-apply": (
+                    *("deltalab.save", "model=hf_llm", "edit=dare", "edit.p=0.5"),
+                    *(f"model.{each}={place / each}" for each in ("pre", "post")),
+                    f"out={place / 'out'}",
+                ),
+                "lm_eval": (
+                    *("lm_eval", "run", "--model", "hf", "--device", "cpu", "--tasks", task),
+                    *("--model_args", f"pretrained={place / 'out'},dtype=float32", "--limit", "1"),
+                    *("--include_path", str(lm_tasks.EMBEDDED), "--output_path", str(place / "s")),
+                ),
+            }
+            for command, words in commands.items():
+                found.setdefault(command, []).append(spent(*words))
+    for command, seconds in found.items():
+        print(
+            f"| `{command}` | {min(seconds):.1f} | {statistics.median(seconds):.1f} |"
+            f" {max(seconds):.1f} |",
+            flush=True,
+        )
+
+
+def generate(pair: ModelPair, prompts: Sequence[str], tokens: int) -> int:
+    """Generate greedily by transformers alone, in batches of prompts of like length."""
     tokenizer, module = pair.transform.tokenizer, pair.module
-    tokenizer.padding_side = "left"
     ordered = sorted(prompts, key=lambda text: -len(tokenizer.encode(text)))
-    for start in range(0, len(ordered), BATCH):
-        batch = tokenizer(ordered[start : start + BATCH], padding=True, return_tensors="pt")
+    tokenizer.padding_side = "left"
+    for first in range(0, len(ordered), BATCH):
+        batch = tokenizer(ordered[first : first + BATCH], padding=True, return_tensors="pt")
         module.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
     tokenizer.padding_side = "right"
+    return sum(len(tokenizer.encode(prompt)) for prompt in prompts)
 
 
-def score(pair: ModelPair, asked: Sequence[tuple[str, str]]) -> list[float]:
-    """Return log p(answer | prompt) of every pair of texts, in batches of like length."""
-    tokenizer, module = pair.transform.tokenizer, pair.module
-    coded = [(len(tokenizer.encode(p)), tokenizer.encode(p + a)) for p, a in asked]
-    ordered = sorted(range(len(coded)), key=lambda i: -len(coded[i][1]))
-    found = [0.0] * len(coded)
+def score(pair: ModelPair, texts: Sequence[str]) -> int:
+    """Pass texts through the module in batches of like length; return their tokens."""
+    coded = sorted((pair.transform.tokenizer.encode(text) for text in texts), key=len)
     with torch.no_grad():
-        for start in range(0, len(ordered), BATCH):
-            rows = ordered[start : start + BATCH]
-            ids = torch.zeros(len(rows), len(coded[rows[0]][1]), dtype=torch.long)
-            for row, i in enumerate(rows):
-                ids[row, : len(coded[i][1])] = torch.tensor(coded[i][1])
-            logits = torch.log_softmax(module(ids[:, :-1]).logits, -1)
-            for row, i in enumerate(rows):
-                first, last = coded[i][0], len(coded[i][1])
-                answer = ids[row, first:last, None]
-                found[i] = float(logits[row, first - 1 : last - 1].gather(1, answer).sum())
-    return found
+        for first in range(0, len(coded), BATCH):
+            rows = coded[first : first + BATCH]
+            ids = torch.zeros(len(rows), len(rows[-1]), dtype=torch.long)
+            for row, tokens in enumerate(rows):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+            pair.module(ids[:, :-1], use_cache=False)
+    return sum(map(len, coded))
 
 
-def bare(pair: ModelPair, spec: LmEval, task: str) -> Callable[[], object]:
-    """Return what asks the module for a task's answers without lm-eval."""
-    (run,) = lm_tasks.load(spec)
-    asked = requests.prepare(run, None, False, spec.seed).requests[task]
-    if asked[0].request_type == "generate_until":
-        return lambda: generate(pair, [request.args[0] for request in asked])
-    return lambda: score(pair, [request.args for request in asked])
-
-
-def adapter(repeats: int) -> None:
-    """Print how long an evaluation takes, over the bare work."""
+def bare(repeats: int = 5) -> None:
+    """Print how many tokens a second are answered for, over the bare passes of the same prompts."""
+    print("| task | tokens asked for | a second, evaluated | a second, bare | bare, times ours |")
+    print("|---|---|---|---|---|")
     pair = EmbeddedLlm("sft").open()
-    print(f"{'task':<18}{'lm-eval s':>10}{'bare s':>10}  ratio (quartiles of {repeats})")
     for task in TASKS:
         spec = LmEval((task,), batch_size=BATCH)
-        opened = spec.open(pair)
-        ways = {"lm-eval": lambda f=opened: f(pair.module), "bare": bare(pair, spec, task)}
-        times = alternate(ways, repeats)
-        ours, floor = times["lm-eval"], times["bare"]
-        print(f"{task:<18}{ours.best:>10.2f}{floor.best:>10.2f}  {ratio(ours, floor)}", flush=True)
-
-
-def timed(*command: str) -> float:
-    """Run a command of this environment and return the seconds it took."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return time.perf_counter() - start
-
-
-def sweep(directory: Path, tasks: Sequence[str]) -> tuple[float, dict[float, float]]:
-    """Run ten points in one process; return the seconds and each rate's exact match."""
-    chosen = [f"+evaluator.tasks.{task}.shots=null" for task in tasks]
-    rates = ",".join(str(rate) for rate in RATES)
-    seconds = timed(
-        *("deltalab", "-m", "model=tiny_llm", "edit=dare", f"edit.p={rates}", "grid=none"),
-        *("riemann=off", "objective.limit=8", "evaluator/tasks=none", *chosen),
-        *(f"evaluator.batch_size={BATCH}", f"results={directory}"),
-    )
-    records = [json.loads(p.read_text()) for p in (directory / "records").glob("*.json")]
-    name = "tiny_gsm/exact_match_strict"
-    return seconds, {record["edit"]["p"]: record["metrics"][name] for record in records}
-
-
-def loop(
-    directory: Path, rates: Sequence[float], tasks: Sequence[str]
-) -> tuple[list[float], dict[float, float]]:
-    """Write and score one checkpoint a rate; return the seconds and exact match of each."""
-    for name, weights in (("pre", "base"), ("post", "sft")):
-        (directory / name).mkdir(parents=True)
-        shutil.copy(DIRECTORY / f"{weights}.safetensors", directory / name / "model.safetensors")
-        for file in AROUND:
-            shutil.copy(DIRECTORY / file, directory / name / file)
-    seconds, found = [], {}
-    for rate in rates:
-        out = directory / str(rate)
-        spent = timed(
-            *("deltalab.save", "model=hf_llm", "edit=dare", f"edit.p={rate}", f"out={out}"),
-            *(f"model.{name}={directory / name}" for name in ("pre", "post")),
+        (run,) = lm_tasks.load(spec)
+        asked = requests.prepare(run, None, False, spec.seed).requests[task]
+        texts = [request.args[0] for request in asked]
+        ours = evaluations(pair, spec)["shared"]
+        if asked[0].request_type == "generate_until":
+            floor = lambda t=texts: generate(pair, t, 64)  # noqa: E731
+        else:
+            whole = ["".join(request.args) for request in asked]
+            floor = lambda t=whole: score(pair, t)  # noqa: E731
+        _, work = ours()
+        times = alternate({"ours": ours, "bare": floor}, repeats, clock=time.process_time)
+        rates = [work.asked / times[way].best for way in ("ours", "bare")]
+        print(
+            f"| {task} | {work.asked} | {rates[0]:.0f} | {rates[1]:.0f} |"
+            f" {ratio(times['bare'], times['ours'])} |",
+            flush=True,
         )
-        spent += timed(
-            *("lm_eval", "run", "--model", "hf", "--device", "cpu", "--tasks", ",".join(tasks)),
-            *("--model_args", f"pretrained={out},dtype=float32", "--batch_size", str(BATCH)),
-            *("--include_path", str(lm_tasks.EMBEDDED), "--output_path", f"{out}/scores"),
-        )
-        seconds.append(spent)
-        (file,) = Path(f"{out}/scores").rglob("results_*.json")
-        results = json.loads(file.read_text())["results"]["tiny_gsm"]
-        found[rate] = results["exact_match,strict-match"]
-        print(f"loop: dare p={rate} {spent:.1f} s, exact match {found[rate]:.3f}", flush=True)
-    return seconds, found
-
-
-def compared(points: int, tasks: Sequence[str] = TASKS) -> None:
-    """Print how long a sweep of ten points takes, over a loop of command lines."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        ours, scores = sweep(directory / "sweep", tasks)
-        print(f"sweep: {len(scores)} points in {ours:.1f} s", flush=True)
-        seconds, theirs = loop(directory / "loop", RATES[1 : 1 + points], tasks)
-    each = sum(seconds) / len(seconds)
-    print(
-        f"a loop of {len(RATES)} points, from {len(seconds)} of them: {each * len(RATES):.0f} s,"
-        f" {each * len(RATES) / ours:.1f} times as long"
-    )
-    for rate, value in theirs.items():
-        print(f"exact match at p={rate}: {scores[rate]:.3f} in the sweep, {value:.3f} in the loop")
 
 
 def main() -> None:
     """Print one of the comparisons."""
-    which, number = [*sys.argv[1:], "5" if "bare" in sys.argv else "2"][:2]
-    ways = {"bare": adapter, "loop": partial(compared, tasks=TASKS[:1]), "loop-all": compared}
-    ways[which](int(number))
+    which, *numbers = sys.argv[1:]
+    {"scoring": scoring, "start": start, "bare": bare}[which](*map(int, numbers))
 
 
 if __name__ == "__main__":
