@@ -60,7 +60,7 @@ def restored(
     def draw(world: World) -> None:
         world.scored("discard", {}, {safety.ATTACK: -0.78, safety.TASK: -0.75})
         for strength, more in ((0.1, 0.0), (0.7, 0.6)):
-            own = {"strength": strength, "damp": 0.01}
+            own = {"strength": strength}
             gains = {safety.ATTACK: safe + more, safety.TASK: useful}
             world.scored("safe_delta", {**own, "choose": "safety"}, gains)
             gains = {safety.ATTACK: random, safety.TASK: -0.1}

@@ -54,7 +54,7 @@ def safety(points: Sequence[Outcome], documents: Documents | None = None) -> Fou
     ]  # fmt: skip
     lost = judged(TASK, (1, None), (-1, removed))
     notes = [
-        f"Chosen on half A of the prompts: of Safe Delta strength {chosen[0]} and damp {chosen[1]},"
+        f"Chosen on half A of the prompts: of Safe Delta strength {chosen[0]},"
         " the highest task score that is as safe as the claim says; judged on half B.",
         *evidence.notes,
     ]
@@ -69,13 +69,13 @@ def safety(points: Sequence[Outcome], documents: Documents | None = None) -> Fou
         )
     sentence = (
         f"Attack success, task: aligned {_two(aligned)}, fine-tuned {_post(points)}; Safe Delta"
-        f" at strength {chosen[0]}, damp {chosen[1]} {_two(safe)}, as many at random"
+        f" at strength {chosen[0]} {_two(safe)}, as many at random"
         f" {_two(random)}; IRR's removal {_two(removed)}, recalibrated {_two(irr)}, as many at"
         f" random {_two(drawn)}."
     )
     caption = (
         "Attack success against the task's score; lower right is better. Means over seeds; Safe"
-        " Delta and its controls at every strength and damp."
+        " Delta and its controls at every strength."
     )
     heads = [
         "edit",
@@ -98,7 +98,7 @@ def safety(points: Sequence[Outcome], documents: Documents | None = None) -> Fou
 
 def _named(points: Sequence[Outcome]) -> dict[Key, Points]:
     """Group points by edit, by what it is swept over, and by how it chooses entries."""
-    over = {"safe_delta": ("strength", "damp"), "irr": ("recalibrate",), "dare": ("p",),
+    over = {"safe_delta": ("strength",), "irr": ("recalibrate",), "dare": ("p",),
             "expo": ("alpha",)}  # fmt: skip
     found: dict[Key, Points] = {}
     for point in points:
