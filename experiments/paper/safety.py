@@ -26,7 +26,7 @@ Key = tuple[str, tuple[Any, ...], str]
 def safety(points: Sequence[Outcome], documents: Documents | None = None) -> Found:
     """Check Safe Delta and IRR on half B of the prompts; what there is to choose, half A chose."""
     named = _named(points)
-    evidence = Evidence(points, documents or {})
+    evidence = Evidence(points, {} if documents is None else documents)
     chosen = _chosen(named, evidence)
     safe, random = (named["safe_delta", chosen, way] for way in ("safety", "random"))
     aligned = named["discard", (), ""]
