@@ -427,7 +427,8 @@ def test_phrases_judge_what_is_generated(small, tmp_path) -> None:
     with loaded(small.module, small.pre, restore=small.post) as module:
         other = exact(module)
     assert aligned.metrics["safety/refused"] >= other.metrics["safety/refused"]
-    assert aligned.metrics["safety/attack_success"] == 1 - aligned.metrics["safety/refused"]
+    both = (aligned.metrics[f"safety/{n}"] for n in ("attack_success", "refused"))
+    assert sum(both) == pytest.approx(1)
     assert aligned.metrics["safety/benign"] == other.metrics["safety/benign"]
 
 
@@ -497,10 +498,11 @@ def test_terms_of_safety_and_of_the_task(tmp_path, closed) -> None:
     found = {}
     for objective in ("answers", "refusals"):
         values = settings_of("model=tiny_safety", f"objective={objective}", "edit=expo",
-                             "edit.alpha=-0.5", "evaluator=none", "objective.limit=32",
+                             "edit.alpha=-0.2", "evaluator=none", "objective.limit=32",
+                             "riemann=both",
                              f"results={tmp_path}")  # fmt: skip
         record = run.run(values, keys.Choices("tiny_safety", "expo", objective))[0]
         found[objective] = record["loss"]["change"], record["term"]["value"]
     assert found["answers"][0] > 0 > found["refusals"][0]
     for change, term in found.values():
-        assert term == pytest.approx(change, rel=0.05)
+        assert term == pytest.approx(change, rel=0.1, abs=0.01)

@@ -48,7 +48,7 @@ class SafeLora(Edit):
         size = vector.norm()
         if not float(size) > 0:
             return delta.clone()
-        hat = vector @ (vector.T @ matrix) / size
+        hat: Tensor = vector @ (vector.T @ matrix) / size
         cosine = (hat * matrix).sum() / (hat.norm() * matrix.norm()).clamp(min=1e-300)
         if float(cosine) > self.threshold:
             return delta.clone()
