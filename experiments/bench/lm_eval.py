@@ -113,9 +113,13 @@ def evaluations(pair: ModelPair, spec: LmEval) -> dict[str, Callable[[], Any]]:
 
 
 def responses(results: Any) -> dict[str, list[Any]]:
-    """Return what the model said, by task and in the documents' order."""
+    """Return what the model said, by task and in the documents' order, once for all filters."""
     return {
-        task: [sample["resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])]
+        task: [
+            sample["resps"]
+            for sample in sorted(samples, key=lambda s: s["doc_id"])
+            if sample["filter"] == samples[0]["filter"]
+        ]
         for task, samples in results["samples"].items()
     }
 
