@@ -68,7 +68,7 @@ def test_its_edits_are_tested_by_one_import(environment, tmp_path):
     )
     shown = run(*command, "--rootdir", tmp_path, cwd=tmp_path)
     assert shown.returncode == 0, shown.stdout
-    assert "6 passed" in shown.stdout
+    assert "7 passed" in shown.stdout
 
 
 @pytest.mark.slow
