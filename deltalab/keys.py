@@ -48,6 +48,7 @@ NEUTRAL: dict[str, Any] = {
     "objective.data.classes": None,
     "evaluator.data.classes": None,
     "merge": None,
+    "merge.spread": "model",
     "calibration": {
         "model": "post", "data": None, "objective": None, "sequential": False, "fisher": None,
     },
