@@ -32,8 +32,8 @@ $(PAPER) $(STUDIES): $(VENV)/.user
 	@$(BIN)/deltalab -m experiment=$@ scale=$(SCALE) results=$(RESULTS) $(SWEEP)
 	@$(BIN)/python -m experiments.paper $@ scale=$(SCALE) results=$(RESULTS)
 
-visionfuse: results/artifacts/visionfuse/4
-results/artifacts/visionfuse/4: $(VENV)/.user
+visionfuse: results/models/visionfuse/4
+results/models/visionfuse/4: $(VENV)/.user
 	@$(BIN)/python -m experiments.visionfuse
 
 # One after the other, those first whose points others share.

@@ -48,6 +48,7 @@ NEUTRAL: dict[str, Any] = {
     "objective.data.classes": None,
     "evaluator.data.classes": None,
     "merge": None,
+    "merge.spread": "model",
     "calibration": {
         "model": "post", "data": None, "objective": None, "sequential": False, "fisher": None,
     },
@@ -57,7 +58,7 @@ NEUTRAL: dict[str, Any] = {
     "budget": None,
 }  # fmt: skip
 """Settings that came later, each with the value that reproduces what was done without it."""
-AFTER_FAMILIES = ("model.base",)
+AFTER_FAMILIES = ("model.base", "peers", "calibration.fisher")
 """Those of them that came after families did, and are left out of what an expert is too."""
 _OF_EXPERT = re.compile(r"^model\.experts\.[^.]+\.")
 BESIDE = (

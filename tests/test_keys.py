@@ -14,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from deltalab import keys, rekey, settings
+from deltalab import keys, options, rekey, settings
 from deltalab.classes import described
 from deltalab.keys import Choices, canonical, determinants, node
 from deltalab.report.comparison import compare
@@ -251,8 +251,17 @@ GOLDEN = {
     " data.dir=DIR/images": "86fc67fcbc9d6c89",
     "edit=dare model=tiny_llm evaluator=alpaca_eval"
     " evaluator.reference=DIR/rows.jsonl": "e9d0b32993544c0d",
+    "experiment=merging model=subset_family edit=keep merge=sum"
+    " merge.weight=0.2": "28b17426a79e73de",
+    "experiment=merging model=vit_family edit=keep merge=channel merge.groups=null"
+    " merge.budget=0.75": "feb0e443006347c0",
+    "experiment=sotu model=subset_family edit=keep merge=sum merge.weight=1"
+    " evaluator=continual": "c3a7137e1404f616",
 }
-"""What no change of code may change: `keys.NEUTRAL` is for what is new, `version` for mended."""
+"""What no change of code may change: `keys.NEUTRAL` is for what is new, `version` for mended.
+
+Those of families are of points that are committed.
+"""
 
 
 @pytest.mark.parametrize("overrides", GOLDEN)
@@ -272,7 +281,7 @@ def test_no_key_is_changed_by_accident(tmp_path, overrides):
         cfg = compose("config", given, return_hydra_config=True)
         plain = compose("config", given)
     chosen = cfg.hydra.runtime.choices
-    values = OmegaConf.to_container(plain, resolve=True)
+    values = settings.tidy(options.plain(plain))
     choices = Choices(chosen["model"], chosen["edit"], chosen["objective"])
     assert key_of(determinants(values, choices)) == GOLDEN[overrides]
 

@@ -45,8 +45,9 @@ from deltalab.weights.mapping import ModelPair
 FISHER = Fisher(weights=None, normalise="none", ridge=0.0)
 SVC = Svc(alpha=None, weight=1.0)
 CHANNEL = Channel(
-    groups=2, budget=None, granularity="channel", head=None, similarity="distance", weight=1.0
-)
+    groups=2, budget=None, spread="model", granularity="channel", head=None,
+    similarity="distance", weight=1.0,
+)  # fmt: skip
 ADA = Adamerging(scope="tensor", weight=0.3, steps=3, lr=0.01, batch=8, elect=False)
 
 
@@ -359,6 +360,30 @@ def test_channel_errs_less_the_more_it_keeps_and_less_than_at_random(count: int)
             one, other = generator.choice(count, 2, replace=False)
             labels[row][labels[row] == labels[row, other]] = labels[row, one]
         assert ours < sum(squared_error(r, g) for r, g in zip(rows, labels, strict=True))
+
+
+@pytest.mark.parametrize("head", [None, 4])
+def test_a_budget_is_spread_over_the_model_or_by_tensor(head: int | None) -> None:
+    """Of a tensor with small deltas the model's budget shares all, its own no more than it is."""
+    tensors = {"q.weight": deltas_of((12, 5), 2), "w": [9 * d for d in deltas_of((40, 5), 2)]}
+    granularity = "head" if head else "channel"
+    over = replace(CHANNEL, groups=None, budget=0.75, granularity=granularity, head=head)
+    shared = {}
+    for spread in ("model", "tensor"):
+        one, other = outcome(family(tensors, replace(over, spread=spread)))
+        for name, deltas in tensors.items():
+            same = (one[name] == other[name]).all(1)
+            shared[spread, name] = int(same.sum())
+            assert torch.equal(one[name][~same], deltas[0][~same])
+            assert torch.allclose(one[name][same], (deltas[0] + deltas[1])[same] / 2, atol=1e-6)
+    assert shared["model", "q.weight"] == 12
+    assert shared["model", "w"] == 14
+    assert shared["tensor", "q.weight"] == (8 if head else 6), "of three heads two"
+    assert shared["tensor", "w"] == 20
+    lone = replace(over, spread="tensor")
+    assert "total" not in lone.needs
+    kept = lone.kept(tensors["w"], name="w")
+    assert kept == 300 + 2 * 40 / 16
 
 
 def test_the_rows_of_a_head_go_together() -> None:
@@ -812,6 +837,8 @@ def test_a_point_of_a_family(tmp_path, merge: tuple[str, ...], half, kept) -> No
         (lambda: replace(CHANNEL, groups=None, budget=0.2).check("abcd"), "at least 0.25 is kept"),
         (lambda: replace(CHANNEL, granularity="head"), "merge.head=None: goes with"),
         (lambda: replace(CHANNEL, head=8), "merge.head=8: goes with merge.granularity=head"),
+        (lambda: replace(CHANNEL, spread="tensor"), "merge.spread=tensor: goes with merge.budget"),
+        (lambda: replace(CHANNEL, spread="row"), "merge.spread=row: must be one of model, tensor"),
         (lambda: replace(CHANNEL, similarity="dot"), "merge.similarity=dot: must be one of"),
         (lambda: TwinMerging(0.3, 2, 0.5), "merge.rank=2 merge.rate=0.5: set one"),
         (lambda: TwinMerging(0.3, 0, None), "merge.rank=0: must be"),

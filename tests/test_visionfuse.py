@@ -1,17 +1,24 @@
 """Fused models: tokens add, one model alone is itself bit by bit, merges are those of families."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from test_families import ran
 
 from deltalab.apply.merging import Expert, Family
 from deltalab.data.scenes import Scenes
 from deltalab.merges.sum import Sum
-from deltalab.store import latest
+from deltalab.settings import conf_dir
+from deltalab.store import eviction, latest
 from deltalab.visionfuse import FusedLm, Look, Seer, seen
 from experiments.visionfuse import __main__ as recipe
 from experiments.visionfuse import world
+from experiments.zoo import llm
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("digits", "clothes")
 
 
@@ -31,6 +38,25 @@ def pairs(place):
     found = {name: FusedLm(str(place), name).open() for name in NAMES}
     yield found
     latest.forget()
+
+
+def test_what_is_trained_lies_where_it_is_looked_for_and_not_in_the_store(tmp_path) -> None:
+    """A store holds its own files alone: models in it would be refused as somebody else's."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        one = compose("config", ["model=visionfuse", "data=scenes", "edit=keep"])
+        sweeps = compose("config", ["experiment=visionfuse"]).sweeps
+    seeds = [f"{recipe.PLACE}/{seed}" for seed in range(5)]
+    assert one.model.dir == seeds[0]
+    assert [part["model.dir"].split(",") for part in OmegaConf.to_container(sweeps)] == [
+        seeds
+    ] * len(sweeps)
+    assert f"\nvisionfuse: {seeds[-1]}\n{seeds[-1]}: " in (ROOT / "Makefile").read_text()
+    work = llm.arguments([]).work.relative_to(ROOT)
+    for place in (recipe.PLACE, work):
+        assert f"\n{place.parent}/\n" in (ROOT / ".gitignore").read_text()
+        (tmp_path / place).mkdir(parents=True)
+    eviction.claim(tmp_path / one.artifacts)
+    assert eviction.check(tmp_path / one.artifacts)
 
 
 def logits(pair, weights, x):

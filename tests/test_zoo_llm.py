@@ -102,7 +102,7 @@ def test_a_pair_opens_with_two_models_that_differ(post):
         assert torch.equal(pair.module.state_dict()[name], pair.post[name])
     changed = [name for name in pair.post if not torch.equal(pair.pre[name], pair.post[name])]
     assert len(changed) > len(pair.post) / 2
-    assert pair.transform.context == 256
+    assert pair.transform.context == (64 if post in embedded.SAFETY else 256)
     skeleton = EmbeddedLlm(post).skeleton()
     assert {p.device.type for p in skeleton.parameters()} == {"meta"}
     assert set(skeleton.state_dict()) == set(pair.post)
@@ -123,9 +123,10 @@ def test_the_pairs_share_the_model_that_two_are_trained_from():
 
 
 def test_an_unknown_model_is_named_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"model.post=base: must be one of dpo, far, sft, small_sft"
-    ):
+    known = (
+        "dpo, far, safety_benign, .*, sft, small_compares, small_counts, small_groups, small_sft"
+    )
+    with pytest.raises(ValueError, match=f"model.post=base: must be one of {known}$"):
         EmbeddedLlm("base")
 
 

@@ -360,7 +360,7 @@ class TestShipped:
         readme = (ZOO / "README.md").read_text()
         noted = dict(re.findall(r"`([\w.]+)` \| .*`([0-9a-f]{64})`", readme))
         files = [p for p in ZOO.iterdir() if p.suffix in {".safetensors", ".npz", ".json"}]
-        assert len(files) == 17
+        assert len(files) == 21
         for path in files:
             assert noted[path.name] == hashlib.sha256(path.read_bytes()).hexdigest(), path.name
 

@@ -34,15 +34,17 @@ class Channel(Merge):
 
     With `groups`, every row has at most so many: the grouping of least squared error, by trying all
     for up to six experts, beyond that by Ward's method. With `budget`, Ward's method joins groups
-    over the whole model in order of their cost, n_a n_b / (n_a + n_b) ||m_a - m_b||^2 for each
-    number that it saves, until no more than the budget is kept. The paper leaves open how many
-    groups there are, by which similarity, and how a group is merged.
+    in order of their cost, n_a n_b / (n_a + n_b) ||m_a - m_b||^2 for each number that it saves,
+    until no more than the budget is kept: over the whole model, or in every matrix by itself. Over
+    the model the matrices of small deltas are shared first, whatever hangs on them. The paper
+    leaves open how many groups there are, by which similarity, and how a group is merged.
 
     Args:
         groups: groups of a row, at least 1; as many as experts keep them apart. Null where `budget`
             is set.
         budget: share of the numbers of all matrices that is kept, of those of separate experts, in
             [1/N, 1]. Null where `groups` is set.
+        spread: "model", or "tensor" for the same share of every matrix; where `budget` is set.
         granularity: "channel", or "head" to group the rows of an attention head of queries, keys or
             values as one; other tensors are grouped by channel.
         head: rows of an attention head, where `granularity` is head; else null.
@@ -52,7 +54,7 @@ class Channel(Merge):
     Raises:
         ValueError: a field is out of range, or not exactly one of groups and budget is set.
 
-    >>> merge = Channel(groups=2, budget=None, granularity="channel", head=None,
+    >>> merge = Channel(groups=2, budget=None, spread="model", granularity="channel", head=None,
     ...                 similarity="distance", weight=1.0)
     >>> [d.tolist() for d in merge([torch.tensor([[x]]) for x in (1.0, 3.0, 9.0)])]
     [[[2.0]], [[2.0]], [[9.0]]]
@@ -60,6 +62,7 @@ class Channel(Merge):
 
     groups: int | None
     budget: float | None
+    spread: str
     granularity: str
     head: int | None
     similarity: str
@@ -74,6 +77,7 @@ class Channel(Merge):
                 f"merge.groups={self.groups} merge.budget={self.budget}: set one and leave the"
                 " other null"
             )
+        one_of("spread", self.spread, ("model", "tensor"))
         one_of("granularity", self.granularity, ("channel", "head"))
         one_of("similarity", self.similarity, ("distance", "cosine"))
         number("weight", self.weight)
@@ -86,11 +90,14 @@ class Channel(Merge):
             raise ValueError(
                 f"merge.head={self.head}: goes with merge.granularity=head, the rows of one head"
             )
+        if self.spread == "tensor" and self.budget is None:
+            raise ValueError("merge.spread=tensor: goes with merge.budget, which it spreads")
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The tensor's name where heads matter, a sum over the model where there is a budget."""
-        return (*(("name",) if self.head else ()), *(("total",) if self.budget else ()))
+        """The tensor's name where heads matter, a sum over the model where it has a budget."""
+        over = self.budget is not None and self.spread == "model"
+        return (*(("name",) if self.head else ()), *(("total",) if over else ()))
 
     def check(self, experts: Sequence[str]) -> None:
         """Raise `ValueError` where the budget is less than one model for all."""
@@ -107,7 +114,7 @@ class Channel(Merge):
         if deltas[0].ndim < 2 or not deltas[0].numel():
             return [delta.clone() for delta in deltas]
         rows = self._rows(deltas, name)
-        same = self._same(rows, total)
+        same = self._same(rows, self._total(deltas, name, total))
         shares = self.weight * same / same.sum(2, keepdim=True)
         found = []
         for own in shares.unbind(1):
@@ -122,8 +129,8 @@ class Channel(Merge):
         count = len(deltas)
         if deltas[0].ndim < 2 or not deltas[0].numel():
             return float(deltas[0].numel() * count)
-        rows = self._rows(deltas, needs.get("name", ""))
-        same = self._same(rows, needs.get("total"))
+        rows = self._rows(deltas, name := needs.get("name", ""))
+        same = self._same(rows, self._total(deltas, name, needs.get("total")))
         groups = float((1 / same.sum(2)).sum())
         bits = (count - 1).bit_length() * count * len(same)
         return round(groups) * rows[0].shape[1] + bits / 16
@@ -137,6 +144,10 @@ class Channel(Merge):
         rows = self._rows(deltas, name)
         costs, _ = ward(self._products(rows))
         return (costs / rows[0].shape[1]).float(), rows[0].shape[1]
+
+    def _total(self, deltas: Sequence[Tensor], name: str, over: Total | None) -> Total | None:
+        """Return what adds up over all that shares a budget."""
+        return over if self.spread == "model" else lambda part: part(deltas, name=name)
 
     def _rows(self, deltas: Sequence[Tensor], name: str) -> list[Tensor]:
         """Return every expert's rows, those of a head as one, (units, entries)."""

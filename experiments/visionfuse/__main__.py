@@ -29,6 +29,8 @@ from deltalab.data.images import packaged
 from deltalab.visionfuse import seen
 from experiments.visionfuse.world import ENCODERS, SEES, answer, drawn, prompt, table, told, words
 
+PLACE = Path("results/models/visionfuse")
+"""Beside the store of artefacts, which holds its own files alone."""
 SIZE = {
     "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": False,
@@ -175,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the directories of all seeds; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.visionfuse", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, default=Path("results/artifacts/visionfuse"))
+    parser.add_argument("--out", type=Path, default=PLACE)
     parser.add_argument("--seeds", type=int, default=5, help="so many, from 0")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

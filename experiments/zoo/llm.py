@@ -35,7 +35,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.zoo.llm", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    work = ROOT / "results" / "artifacts" / "zoo_llm"
+    work = ROOT / "results" / "models" / "zoo_llm"
     add("--work", type=Path, default=work, help="finished stages and checkpoints")
     add("--out", type=Path, default=ROOT / "deltalab" / "zoo" / "llm", help="what ships")
     add("--results", type=Path, default=ROOT / "results" / "zoo", help="tables and curves")

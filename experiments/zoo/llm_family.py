@@ -78,7 +78,7 @@ def tuned(start: dict[str, Tensor], tokenizer: Any, name: str, seed: int) -> dic
         return encoded_problem(tokenizer, drawn(rng, name, "train"))
 
     model = opened(start, tokenizer)
-    place = ROOT / "results" / "artifacts" / f"{name}.ck"
+    place = ROOT / "results" / "models" / f"{name}.ck"
     train(model, draw, PHASE, f"{seed}:{name}", lambda step, loss: None, place)
     return as_shipped(model)
 
