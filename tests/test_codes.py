@@ -13,7 +13,7 @@ from torch import Tensor
 from deltalab.apply import coded
 from deltalab.apply.editing import edited_tensor
 from deltalab.apply.turning import seen
-from deltalab.codes import KINDS, Code, files, packing
+from deltalab.codes import KINDS, Code, packing
 from deltalab.codes.grid import Grid
 from deltalab.codes.indexed import Indexed, entropy
 from deltalab.codes.kept import Kept
@@ -33,6 +33,7 @@ from deltalab.edits.multibit import Multibit
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
 from deltalab.linear.delta import difference
+from deltalab.packing import files
 from deltalab.rng import Rng
 
 SHAPES = [(24, 40), (40, 24), (7,), (1,), (), (0, 3), (6, 4, 3, 3), (2, 5, 4), (3, 1), (1, 300)]
