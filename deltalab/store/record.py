@@ -157,7 +157,8 @@ class Outcome:
     config: Mapping[str, Any] = held("config", CONFIG, shows=Shows.NOWHERE, origin=True)
 
     def __post_init__(self) -> None:
-        for name, derive in _derived(type(self)):
+        own: Any = type(self)
+        for name, derive in _derived(own):
             if getattr(self, name) in (None, ""):
                 object.__setattr__(self, name, shown.within(derive(self)))
 
@@ -181,7 +182,7 @@ class Outcome:
 
 
 @cache
-def _derived(points: type) -> list[tuple[str, Callable[[Any], Any]]]:
+def _derived(points: Any) -> list[tuple[str, Callable[[Any], Any]]]:
     return [(each.name, each.derive) for each in fields_of(points) if each.derive is not None]
 
 
