@@ -4,6 +4,7 @@ import statistics
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -500,8 +501,17 @@ def shell(*command: object, cwd: Path | None = None, **env: str) -> subprocess.C
     )
 
 
-def reporting(*arguments: object, **more: Any) -> subprocess.CompletedProcess:
-    return shell(sys.executable, "-m", "deltalab.report.command", *arguments, **more)
+@pytest.fixture
+def reporting(checkout: Path, capsys, monkeypatch) -> Callable[..., subprocess.CompletedProcess]:
+    """Run the command in the checkout, without another process for each report."""
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        code = main(arguments)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture
@@ -517,33 +527,36 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_report_overwrites_nothing_that_git_tracks(checkout: Path) -> None:
+def test_a_report_overwrites_nothing_that_git_tracks(checkout: Path, reporting) -> None:
     for arguments in (["results=results"], ["results=results", "experiment=demo"], []):
-        run = reporting(*arguments, cwd=checkout)
+        run = reporting(*arguments)
         assert run.returncode == 0, run.stderr
         assert "wrote results/report/index.html" in run.stdout
     assert shell("git", "status", "--porcelain", cwd=checkout).stdout == ""
     assert "demo.md" in (checkout / "results" / "report" / "index.html").read_text()
     assert (checkout / "results" / "report" / "demo.md").is_file()
-    told = reporting("results=results", "into=results", cwd=checkout)
+    told = reporting("results=results", "into=results")
     assert "wrote results/index.html" in told.stdout
     assert "results/index.html" in shell("git", "status", "--porcelain", cwd=checkout).stdout
 
 
-def test_one_tracked_figure_is_enough_and_an_untracked_file_is_not(checkout: Path) -> None:
+def test_one_tracked_figure_is_enough_and_an_untracked_file_is_not(
+    checkout: Path, reporting
+) -> None:
     other = save(checkout / "other", [record("keep", 0.0)])
-    assert "wrote other/index.html" in reporting("results=other", cwd=checkout).stdout
+    assert "wrote other/index.html" in reporting("results=other").stdout
     shell("git", "add", "-f", other / "demo_term.svg", cwd=checkout)
-    assert "wrote other/report/index.html" in reporting("results=other", cwd=checkout).stdout
+    assert "wrote other/report/index.html" in reporting("results=other").stdout
     shell("git", "add", "-f", other / "report", cwd=checkout)
-    run = reporting("results=other", cwd=checkout)
+    run = reporting("results=other")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "git tracks the report there and in other/report; name another" in run.stderr
 
 
-def test_without_git_a_checkout_is_not_overwritten(checkout: Path) -> None:
+def test_without_git_a_checkout_is_not_overwritten(checkout, reporting, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
     for _ in range(2):
-        run = reporting("results=results", cwd=checkout, PATH="/nowhere")
+        run = reporting("results=results")
         assert run.returncode == 0, run.stderr
         assert "wrote results/report/index.html" in run.stdout
     assert (checkout / "results" / "index.html").read_text() == "committed\n"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist, fmean, variance
+from statistics import NormalDist, fmean
 from typing import Any
 
 TAIL = NormalDist().cdf(-2.0)
@@ -102,6 +102,18 @@ def over_draws(changes: Sequence[float], errors: Sequence[float]) -> Mean:
         return Mean(changes[0], math.sqrt(examples))
     error, freedom = _joined([variance(changes) / draws, examples], [draws - 1, math.inf])
     return Mean(fmean(changes), error, freedom)
+
+
+def variance(values: Sequence[float]) -> float:
+    """Return the variance of a sample, s^2 = sum (x - mean)^2 / (n - 1), 0 of a single value.
+
+    The standard library's own computes with fractions, at ten times the cost.
+
+    >>> variance([1.0, 3.0]), variance([0.5])
+    (2.0, 0.0)
+    """
+    middle = fmean(values)
+    return math.fsum((v - middle) ** 2 for v in values) / max(1, len(values) - 1)
 
 
 def two_way(values: Any) -> Mean:

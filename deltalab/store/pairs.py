@@ -88,7 +88,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     {'model._target_': 'Vit'}
     """
     found: dict[str, Any] = {}
-    for name, value in flatten({name: config.get(name) for name in MEASURED}):
+    for name, value in flatten({name: config[name] for name in MEASURED if name in config}):
         parts = name.split("/")
         if parts[-1] == "_target_":
             value = str(value).rpartition(".")[2]  # the class, wherever it lives
@@ -104,9 +104,10 @@ def identity(config: Mapping[str, Any]) -> str:
     >>> identity(small) != identity(large), identity({})
     (True, '')
     """
-    found = settings(config)
+    if not (found := settings(config)):
+        return ""
     text = json.dumps(found, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8] if found else ""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def shared(config: Any) -> dict[str, Any]:

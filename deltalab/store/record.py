@@ -7,8 +7,9 @@ in it needs more than the standard library.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass
+from functools import cache
 from typing import Any
 
 from deltalab.store import pairs, shown
@@ -156,9 +157,10 @@ class Outcome:
     config: Mapping[str, Any] = held("config", CONFIG, shows=Shows.NOWHERE, origin=True)
 
     def __post_init__(self) -> None:
-        for each in fields_of(type(self)):
-            if each.derive is not None and getattr(self, each.name) in (None, ""):
-                object.__setattr__(self, each.name, shown.within(each.derive(self)))
+        own: Any = type(self)
+        for name, derive in _derived(own):
+            if getattr(self, name) in (None, ""):
+                object.__setattr__(self, name, shown.within(derive(self)))
 
     @property
     def label(self) -> str:
@@ -177,6 +179,11 @@ class Outcome:
         if self.status != "error":
             return None
         return f"{self.kind_of_failure or 'Error'}: {self.message or ''}"
+
+
+@cache
+def _derived(points: Any) -> list[tuple[str, Callable[[Any], Any]]]:
+    return [(each.name, each.derive) for each in fields_of(points) if each.derive is not None]
 
 
 def table() -> tuple[Field, ...]:

@@ -1,5 +1,6 @@
 """Points of a family taken apart: its methods, the setting of each, and the points of experts."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from deltalab.data.splits import Half, places
+from deltalab.data.splits import Half
 from deltalab.store.record import Outcome, label
 from deltalab.store.terms import terms_of
-from experiments.paper.evidence import CHANGE, Documents
+from experiments.paper.evidence import CHANGE, Documents, halves
 from experiments.paper.found import pairs, scored
 
 NAMED = {"regmean": "gram", "fisher": "normalise", "adamerging": "scope"}
@@ -103,7 +104,8 @@ class Family:
             kept = self.documents.get(point.key, {}).get(f"{expert}/{CHANGE}")
             if kept is None:
                 raise ValueError(f"{point.merge}: no documents of {point.key} to choose by")
-            each.append(float(np.nanmean(np.asarray(kept, dtype=float)[places(len(kept), half)])))
+            own = np.asarray(kept, dtype=float)[halves(len(kept), half)]
+            each.append(float(own.mean() if math.isfinite(own.sum()) else np.nanmean(own)))
         return sum(each) / len(each)
 
     def of(self, point: Outcome, expert: str) -> Outcome:

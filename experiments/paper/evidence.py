@@ -79,7 +79,7 @@ class Evidence:
         unit = max(abs(weight) for weight, _ in sides)
         if (table := self._table(metric, sides)) is not None:
             self.used.add("documents")
-            table = table if half is None else table[:, _places(table.shape[1], half)]
+            table = table if half is None else table[:, halves(table.shape[1], half)]
             found, count = two_way(table), table.shape[1]
         elif half is not None:
             raise ValueError(f"{metric}: no documents to halve")
@@ -156,7 +156,8 @@ class Evidence:
 
 
 @cache
-def _places(count: int, half: Half) -> Any:
+def halves(count: int, half: Half) -> Any:
+    """Return the places of a half of so many documents, as an array that indexes them."""
     return np.asarray(places(count, half))
 
 

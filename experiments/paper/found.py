@@ -13,7 +13,7 @@ from typing import Any
 
 from deltalab.report.outcomes import by_pair, pair_names
 from deltalab.report.tables import is_lenient, is_score
-from deltalab.statistics.means import Mean, holm
+from deltalab.statistics.means import Mean, holm, variance
 from deltalab.store.record import Outcome
 
 NEAR = 0.02
@@ -214,7 +214,7 @@ def mean(values: Sequence[float]) -> float:
 
 def spread(values: Sequence[float]) -> float:
     """Return their standard deviation, 0 of a single one."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    return math.sqrt(variance(values))
 
 
 def cell(values: Sequence[float], metric: str = "") -> str:

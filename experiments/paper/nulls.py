@@ -219,5 +219,6 @@ DECLARED: dict[Find, Declared] = {
             "recalibrated": ("exactly half is made good", restored(recalibrated=-0.2)),
         },
         count=800,
+        runs=200,
     ),
 }  # fmt: skip
