@@ -25,7 +25,7 @@ from deltalab.run.point import (
     spent,
 )
 from deltalab.store import eviction, locks, records, unfinished
-from deltalab.store.record import SCHEMA, completed, written
+from deltalab.store.record import SCHEMA, completed, label, written
 from deltalab.weights import finite
 
 
@@ -123,6 +123,9 @@ def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> recor
     hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
     if settings.get("values", "exact") != "exact":
         hyper["values"] = settings["values"]
+    if budget := settings.get("budget"):
+        own = {k: v for k, v in budget.items() if k != "_target_" and v is not None}
+        hyper["budget"] = label(budget["_target_"].rpartition(".")[2].lower(), own)
     kept = ("data", "draws", "label")
     config = {k: v for k, v in settings.items() if k not in BESIDE or k in kept}
     return written(
