@@ -91,7 +91,7 @@ CLAIMS = {
     ),
     "importance": Claim(
         "ImPart at one bit loses at most a fifth of what it does with the same rate everywhere",
-        IMPART, Way("impart", {"importance": False}, 1.0), 0.2,
+        IMPART, Way("impart", {"importance": False}), 0.2,
     ),
     "rescale": Claim(
         "ImPart at one bit loses less than without the rescale",
