@@ -25,7 +25,7 @@ from deltalab.run.point import (
     spent,
 )
 from deltalab.store import eviction, locks, records, unfinished
-from deltalab.store.record import SCHEMA, completed, written
+from deltalab.store.record import SCHEMA, completed, label, written
 from deltalab.weights import finite
 
 
@@ -118,11 +118,24 @@ def evaluate(point: Point) -> tuple[records.Record, dict[str, list[float]]]:
     return written(**audit.said(pair), **found, **spent(clock)), documents
 
 
+def described(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an edit as records tell them: with `values`, and its budget.
+
+    >>> spread = {"_target_": "deltalab.budgets.thirds.Thirds", "step": 0.1}
+    >>> described({"edit": {"_target_": "deltalab.edits.dare.Dare", "p": 0.5}, "budget": spread})
+    {'p': 0.5, 'budget': 'thirds step=0.1'}
+    """
+    found = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
+    if settings.get("values", "exact") != "exact":
+        found["values"] = settings["values"]
+    if budget := settings.get("budget"):
+        own = {k: v for k, v in budget.items() if k != "_target_"}
+        found["budget"] = label(budget["_target_"].rpartition(".")[2].lower(), own)
+    return found
+
+
 def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> records.Record:
     """Return the fields of a record that are known before anything is computed."""
-    hyper = {k: v for k, v in settings["edit"].items() if k not in ("_target_", "select")}
-    if settings.get("values", "exact") != "exact":
-        hyper["values"] = settings["values"]
     kept = ("data", "draws", "label")
     config = {k: v for k, v in settings.items() if k not in BESIDE or k in kept}
     return written(
@@ -135,7 +148,7 @@ def header(point: Point, settings: Mapping[str, Any], choices: Choices) -> recor
         setup=pair_id(point.parts),
         objective=choices.objective,
         edit=choices.edit,
-        settings=hyper,
+        settings=described(settings),
         **experts.header(settings),
         seed=point.seed,
         salt=point.salt,

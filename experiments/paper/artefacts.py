@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from deltalab.store.record import Outcome
+from experiments.compression.study import compression
 from experiments.merging import study
 from experiments.paper import (
     alpha,
@@ -132,6 +133,18 @@ ARTEFACTS = {
         folder="merging",
         lighter=study.lighter,
         documents=("objective/change", "/accuracy"),
+    ),
+    "compression": Artefact(
+        "Compression: loss change over true bits",
+        "At equal true bits mixed precision of singular vectors loses less than signs and low rank,"
+        " signs with a low rank of their rest less than signs, few levels less than DARE; each part"
+        " of ImPart, Delta-DCT, D-QRELO and DBMS is worth its place, and so is spreading bits by"
+        " the predicted loss change.",
+        compression,
+        folder="compression",
+        documents=("objective/change",),
+        original="models of 7B parameters and more",
+        paper_scale=False,
     ),
     "sotu": Artefact(
         "SoTU: a stream of tasks on randomly masked deltas",

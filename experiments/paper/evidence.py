@@ -88,12 +88,24 @@ class Evidence:
         variance = max(found.error**2 + 2 * (unit / count) ** 2, least * (1 - least) / count)
         return Mean(found.value, math.sqrt(variance), found.freedom)
 
-    def change(self, *sides: Side, rule: str | None = None) -> Mean:
+    def change(self, *sides: Side, rule: str | None = None, half: Half | None = None) -> Mean:
         """Return a weighted sum of mean loss changes, or of a rule's terms for them.
 
         A term is an account of the change on the same examples: its error is the change's.
+
+        Args:
+            sides: weights and points.
+            rule: of the terms; None: the measured change.
+            half: of the examples, for measured changes alone; None: all.
+
+        Raises:
+            ValueError: a half of examples that were not kept.
         """
         parts = [(w, points) for w, points in sides if points]
+        if half is not None:
+            if (table := self._table(CHANGE, parts)) is None:
+                raise ValueError(f"{CHANGE}: no documents to halve")
+            return two_way(table[:, _places(table.shape[1], half)])
         value = sum(w * np.mean([_account(p, rule) for p in points]) for w, points in parts)
         if (table := self._table(CHANGE, parts)) is not None:
             found = two_way(table)

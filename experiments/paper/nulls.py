@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from deltalab.store.record import Outcome
+from experiments.compression import patterns as coded
+from experiments.compression.study import compression
 from experiments.merging import study
 from experiments.merging.patterns import NULLS, merges
 from experiments.paper import (
@@ -182,6 +184,12 @@ DECLARED: dict[Find, Declared] = {
                              accounts(second=0.2)),
             "adaptive": ("the term errs as second order does, in one pair", accounts(term=0.02)),
         },
+    ),
+    compression: Declared(
+        "every claim by a third and more, on five pairs of 50 examples a half",
+        coded.codes(),
+        coded.NULLS,
+        runs=60,
     ),
     sotu: Declared(
         "seven points above all others on 2,000 images, a fifth of what sequential fine-tuning"
