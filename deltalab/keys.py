@@ -145,7 +145,7 @@ def _readers(model: Mapping[str, Any], edit: Mapping[str, Any]) -> tuple[str, ..
         return ALWAYS
     for expert in (model.get("experts") or {}).values():
         return _readers(expert["model"], edit)  # all experts have their base's layout
-    place = hub.described(str(model["post"]), "model.post", model.get("post_revision"))
+    place = _described(model)
     content = configs.content((place if place.is_dir() else place.parent) / "config.json")
     return (*ALWAYS, "turned") if orientation.patterns(content) else ALWAYS
 
@@ -285,12 +285,20 @@ def _tokenizer(value: Any, where: str, given: Mapping[str, Any], full: bool) -> 
     return contents.of_paths(contents.beside(place), full)
 
 
+def _described(model: Mapping[str, Any]) -> Path:
+    """Return where the configuration of the tuned model is: of an adapter, beside its base."""
+    place = hub.described(str(model["post"]), "model.post", model.get("post_revision"))
+    if not contents.is_adapter(place):
+        return place
+    return hub.described(str(model["pre"]), "model.pre", model.get("pre_revision"))
+
+
 def _dtype(value: Any, where: str, given: Mapping[str, Any], full: bool) -> Any:
     """`auto` is the dtype that it stands for, whose key it shares."""
     if value != "auto":
         return value
     try:
-        place = hub.described(str(given["post"]), "model.post", given.get("post_revision"))
+        place = _described(given)
     except (OSError, ValueError):  # the model's own content says what is wrong with it
         return value
     return contents.dtype_of(place) or value

@@ -175,7 +175,8 @@ def check_code(name: str) -> None:
         given = needs(edit, delta)
         if (code := edit.encode(delta, post=post, **given)) is None:
             continue
-        stored = editing.edited_tensor(pre, post, edit, "eager", **given)
+        stored, _, bits = editing.audited_tensor(pre, post, edit, "eager", **given)
+        assert bits == code.bits, "its size is told otherwise than its code has it"
         exact = Patched.exact(code, pre, stored)
         again = Code.of(exact.kind, exact.shape, exact.arrays, exact.settings)
         assert torch.equal(again.onto(pre, torch.bfloat16), stored)

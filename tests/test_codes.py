@@ -11,11 +11,12 @@ from test_edits import CONF, NAMES, built, call, needs, tensor
 from torch import Tensor
 
 from deltalab.apply import coded
-from deltalab.apply.editing import edited_tensor
+from deltalab.apply.audit import TERMS
+from deltalab.apply.editing import audited_tensor, edited_tensor
 from deltalab.apply.turning import seen
 from deltalab.codes import KINDS, Code, packing
 from deltalab.codes.grid import Grid
-from deltalab.codes.indexed import Indexed, entropy
+from deltalab.codes.indexed import Indexed, entropy, spread
 from deltalab.codes.kept import Kept
 from deltalab.codes.lowrank import LowRank
 from deltalab.codes.nested import Patched, Sum
@@ -122,6 +123,39 @@ def test_decoding_gives_the_edited_delta(edit: Edit) -> None:
         delta = difference(pre, post)
         given = needs(edit, delta)
         assert torch.equal(edit.encode(delta, post=post, **given).decode(pre), edit(delta, **given))
+
+
+@pytest.mark.parametrize("edit", settings(), ids=str)
+def test_the_size_is_told_as_the_code_has_it(edit: Edit) -> None:
+    """Sliced, compiled or whole, of entries of all widths, and of matrices that are seen turned."""
+    for shape, dtypes, turned in product(SHAPES, PAIRS[3:5], (False, True)):
+        if turned and len(shape) != 2:
+            continue
+        pre, post = sides(shape, dtypes)
+        _, _, mine, given, delta = encoded(edit, pre, post, turned)
+        wanted = mine.encode(delta, post=post, **given).bits
+        for kernel in ("eager", "compiled"):
+            _, sums, bits = audited_tensor(pre, post, mine, kernel, **given)
+            assert bits == wanted
+            assert len(sums) == TERMS
+
+
+@pytest.mark.parametrize("keep", [0.0, 1e-5, 1e-3, 0.02, 0.2, 0.9])
+def test_gaps_are_counted_across_the_pieces_of_a_compiled_pass(keep: float) -> None:
+    """Long and short ones, pieces without any, and entries that are no multiple of a word."""
+    pre = tensor((1061, 2003))
+    post = pre + 0.01 * tensor(pre.shape, seed=1)
+    post[400:1000] = pre[400:1000]
+    delta = difference(pre, post)
+    for edit in (Ties(keep=keep, scope="model"), DropOnly(p=1 - keep)):
+        given = needs(edit, delta)
+        wanted = edit.encode(delta, post=post, **given)
+        _, _, bits = audited_tensor(pre, post, edit, "compiled", **given)
+        assert bits == wanted.bits
+    index = np.flatnonzero((delta.abs() > 0.02).numpy())
+    gaps = np.diff(index, prepend=-1) - 1
+    shares = [float((gaps // ((1 << w) - 1)).sum()) for w in range(1, 9)]
+    assert spread(delta.abs() > 0.02) == (len(index), *shares)
 
 
 @pytest.mark.parametrize("name", ENCODED)

@@ -185,7 +185,9 @@ def test_adapters_are_called_that(run, tmp_path, caplog):
                     save, "model=hf_llm", f"model.pre={pre}", f"model.post={post}", "out=x", *more
                 )
                 assert code == 2
-                assert f"model.post={post}: an adapter; merge it into its model" in said
+                read = post.is_dir() and config  # that it is one of LoRA is all that it says
+                why = "an adapter that cannot be read: r=None" if read else "an adapter; merge it"
+                assert f"model.post={post}: {why}" in said
                 assert len(said.splitlines()) == 1
     with caplog.at_level(logging.WARNING):
         (pre / "adapter_config.json").write_text("{}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from deltalab.codes import Code
@@ -51,6 +52,13 @@ class Narrowed(Edit):
     def __call__(self, delta: Tensor, *args: Any, **needs: Any) -> Tensor:
         """Return the edited delta as it is held."""
         return self.encode(delta, **needs).decode().to(delta.device)
+
+    def outlined(
+        self, delta: Tensor, dtype: torch.dtype, *args: Any, **needs: Any
+    ) -> tuple[Tensor, Code | None]:
+        """Return the edited delta as it is held, and the code."""
+        code = self.encode(delta, **needs)
+        return code.decode().to(delta.device), code
 
     def encode(self, delta: Tensor, *args: Any, **needs: Any) -> Code:
         """Return the code, narrowed."""

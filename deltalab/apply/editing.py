@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltalab.apply.audit import TERMS, Audit, summed, terms
 from deltalab.apply.extras import SLICED, Extras, handed, thresholds
-from deltalab.codes import Bits
+from deltalab.codes import Bits, Code
 from deltalab.edits import Edit, Unit
 from deltalab.edits.discard import Discard
 from deltalab.edits.keep import Keep
@@ -45,7 +45,6 @@ def edited_tensor(
     edit: Edit,
     kernel: str = "auto",
     out: Tensor | None = None,
-    sums: list[float] | None = None,
     **needs: Any,
 ) -> Tensor:
     """Return one edited tensor, W_pre + F(W_post - W_pre), in W_post's dtype.
@@ -58,7 +57,6 @@ def edited_tensor(
             the same.
         out: where to put the result, contiguous, of post's shape, dtype and device; None for a new
             tensor.
-        sums: a list to fill with what the `audit.terms` of all entries add up to; None for none.
         needs: the keyword arguments that the edit declares, on whatever device.
 
     >>> from deltalab.edits.expo import Expo
@@ -67,22 +65,59 @@ def edited_tensor(
     """
     if out is None:
         out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
-    if isinstance(edit, Keep | Discard) and sums is None:
+    if isinstance(edit, Keep | Discard):
         return out.copy_(post if isinstance(edit, Keep) else pre)
-    needs = handed(needs, post.device)
-    body = _edited if sums is None else _audited
-    found = None
     with torch.no_grad():
-        if fused.wanted(edit, post.numel(), kernel, post.device.type):
-            found = fused.edited(pre, post, edit, _found(edit, needs), body, out)
-        if found is None and edit.unit == "tensor":
-            hat = _edited_delta(pre, post, edit, needs)
-            return edited_tensor(pre, post, _GIVEN, kernel, out, sums, grad=hat)
-        if found is None:
-            found = _in_slices(pre, post, edit, needs, body, out)
-    if sums is not None:
-        sums[:] = found
+        _passed(pre, post, edit, kernel, out, _edited, handed(needs, post.device))
     return out
+
+
+def audited_tensor(
+    pre: Tensor, post: Tensor, edit: Edit, kernel: str = "auto", **needs: Any
+) -> tuple[Tensor, list[float], Bits | None]:
+    """Return one edited tensor, what its `audit.terms` add up to, and what its code takes.
+
+    The last is that of `encode`, told without building the code where the edit can (`Edit.held`,
+    `Edit.outline`), and None where there is none. Arguments as for `edited_tensor`.
+
+    >>> from deltalab.edits.discard import Discard
+    >>> edited, sums, bits = audited_tensor(torch.zeros(2), torch.tensor([3.0, 4.0]), Discard())
+    >>> edited, sums, bits.payload
+    (tensor([0., 0.]), [2.0, 25.0, 25.0, 25.0, 0.0], 0)
+    """
+    out = torch.empty(post.shape, dtype=post.dtype, device=post.device)
+    needs = handed(needs, post.device)
+    with torch.no_grad():
+        sums, code = _passed(pre, post, edit, kernel, out, _audited, needs)
+        if code is None and post.numel():
+            code = edit.outline(tuple(post.shape), post.dtype, tuple(sums[TERMS:]), **needs)
+        if code is None and type(edit).encode is not Edit.encode:
+            code = edit.encode(difference(pre, post), post=post, **needs)
+    return out, sums[:TERMS], None if code is None else code.bits
+
+
+def _passed(
+    pre: Tensor,
+    post: Tensor,
+    edit: Edit,
+    kernel: str,
+    out: Tensor,
+    body: Body,
+    needs: dict[str, Any],
+) -> tuple[list[float], Code | None]:
+    """Edit one tensor into `out`; return the sums, and the code where the edit has told it."""
+    found = None
+    if fused.wanted(edit, post.numel(), kernel, post.device.type):
+        found = fused.edited(pre, post, edit, _found(edit, needs), body, out)
+    if found is None and edit.unit == "tensor":
+        delta, code = _whole_delta(pre, post), None
+        if body is _edited:
+            hat = edit(delta, **needs)
+        else:
+            hat, code = edit.outlined(delta, post.dtype, **needs)
+        given = {"grad": hat.contiguous()}
+        return _passed(pre, post, _GIVEN, kernel, out, body, given)[0], code
+    return (_in_slices(pre, post, edit, needs, body, out) if found is None else found), None
 
 
 def edited_files(
@@ -126,14 +161,15 @@ def _edited(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Ten
 
 
 def _audited(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The same, and after the result the terms of its audit."""
+    """The same, and after the result the terms of its audit and what its code holds."""
     delta = difference(pre, post)
     hat = edit(delta, **needs)
+    held = edit.held(delta, **needs)
     if isinstance(edit, Keep | Discard):
         out = post if isinstance(edit, Keep) else pre.to(post.dtype)
     else:
         out = stored(pre, post, delta, hat)
-    return out, *terms(pre, post, delta, hat, out)
+    return out, *terms(pre, post, delta, hat, out), *([] if held is None else [held])
 
 
 @dataclass(frozen=True)
@@ -155,7 +191,7 @@ def _in_slices(
     """Edit slice by slice, the same bits in bounded memory, and return the sums of all terms."""
     a, b, into = pre.reshape(-1), post.reshape(-1), out.view(-1)
     width = 1 if edit.unit == "entry" else prod(post.shape[1:]) if post.ndim > 1 else None
-    sums = [0.0] * TERMS
+    sums: list[float] = []
     for part in _slices(post, width) if post.numel() else []:
         flat = post.shape if post.ndim < 1 else (-1,)
         shape = flat if edit.unit == "entry" or post.ndim < 2 else (-1, width or 1)
@@ -164,18 +200,18 @@ def _in_slices(
         made, *terms = made if isinstance(made, tuple) else (made,)
         into[part] = made.reshape(-1)
         if terms:
-            sums = [one + other for one, other in zip(sums, summed(terms), strict=True)]
-    return sums
+            now = summed(terms)
+            sums = [one + other for one, other in zip(sums or [0.0] * len(now), now, strict=True)]
+    return sums or [0.0] * TERMS
 
 
-def _edited_delta(pre: Tensor, post: Tensor, edit: Edit, needs: dict[str, Any]) -> Tensor:
-    """Return the edited delta of an edit that sees the whole tensor."""
+def _whole_delta(pre: Tensor, post: Tensor) -> Tensor:
+    """Return the delta for an edit that sees the whole tensor."""
     delta = torch.empty(post.shape, dtype=torch.float32, device=post.device)
     a, b, into = pre.reshape(-1), post.reshape(-1), delta.view(-1)
     for part in _slices(post, 1):
         into[part] = difference(a[part], b[part])
-    hat: Tensor = edit(delta, **needs)
-    return hat.contiguous()
+    return delta
 
 
 def _slices(tensor: Tensor, width: int | None) -> list[slice]:
@@ -227,12 +263,11 @@ def edited(
         old, new = pre[name], post[name]
         needs = extras.for_tensor(name, deltas)
         mine = extras.seen(edit, name, deltas)
-        sums: list[float] | None = None if audit is None else []
-        made = edited_tensor(
-            old.to(device), new.to(device), mine, kernels[name], sums=sums, **needs
-        )
-        if audit is not None and sums is not None:
-            audit.add(name, new.numel(), sums, _bits(mine, old.to(device), new.to(device), needs))
+        sides = old.to(device), new.to(device)
+        if audit is None:
+            return edited_tensor(*sides, mine, kernels[name], **needs).to(new.device)
+        made, sums, bits = audited_tensor(*sides, mine, kernels[name], **needs)
+        audit.add(name, new.numel(), sums, bits)
         return made.to(new.device)
 
     return LazyWeights(touched, load, touched.meta)
@@ -248,13 +283,6 @@ def _kernels(
     alike = {n: (a.dtype, b.dtype, len(b.shape) > 1) for n, (a, b) in metas.items()}
     large = {alike[n] for n, (_, b) in metas.items() if prod(b.shape) >= fused.SMALLEST}
     return {name: "compiled" if kind in large else kernel for name, kind in alike.items()}
-
-
-def _bits(edit: Edit, pre: Tensor, post: Tensor, needs: dict[str, Any]) -> Bits | None:
-    """Return what the code of one edited tensor takes, None where there is none."""
-    delta = difference(pre, post)
-    code = edit.encode(delta, post=post, **handed(needs, post.device))
-    return None if code is None else code.bits
 
 
 def _moved(weights: Weights, names: Iterable[str], device: Any) -> LazyWeights:

@@ -17,16 +17,17 @@ from typing import Any
 from torch import Tensor
 
 from deltalab.models import hub
+from deltalab.models.adapted import Adapted
 from deltalab.models.checkpoints import opened
 from deltalab.quantised import told as quantised
 from deltalab.quantised.decoded import Dequantised
-from deltalab.weights import configs, orientation, pickles
+from deltalab.weights import configs, contents, orientation, pickles
 from deltalab.weights.headers import BITS
 from deltalab.weights.mapping import Checkpoint
 from deltalab.weights.shards import DTYPES, Entry, entries
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-_UNCOPIED = ("README.md", "deltalab.json", ".gitattributes")
+_UNCOPIED = ("README.md", "deltalab.json", ".gitattributes", contents.ADAPTER)
 INDEX = "model.safetensors.index.json"
 
 
@@ -54,32 +55,38 @@ class Side:
         files: what becomes of each of its files.
         index: the index to write, empty for none; None where that of the source fits.
         decoded: whether its weights were quantised.
+        base: where the base is, whose configuration goes with an adapter; else None.
     """
 
     entries: dict[str, Entry]
     files: dict[Path, Written]
     index: dict[str, object] | None
     decoded: bool
+    base: Path | None = None
 
 
-def read(path: Path, setting: str, dequantize: bool | None = None) -> Side:
+def read(
+    path: Path, setting: str, dequantize: bool | None = None, onto: Path | None = None
+) -> Side:
     """Read the headers of a checkpoint.
 
     Args:
         path: as for `weights.Checkpoint`.
         setting: the setting that names it, for messages.
         dequantize: as for `checkpoints.opened`.
+        onto: likewise.
 
     Raises:
         ValueError: as `checkpoints.opened`.
     """
-    checkpoint = opened(path, setting, dequantize)
+    checkpoint = opened(path, setting, dequantize, onto)
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    decoded = isinstance(checkpoint, Dequantised)
-    side = Side({}, {}, None, decoded)
+    base = checkpoint.base if isinstance(checkpoint, Adapted) else None
+    decoded = isinstance(checkpoint if base is None else base, Dequantised)
+    side = Side({}, {}, None, decoded, None if base is None else base.path)
     for file in dict.fromkeys(checkpoint.shards.values()):
         name = file.relative_to(root)
-        if decoded or file.suffix in pickles.ENDINGS:
+        if decoded or base is not None or file.suffix in pickles.ENDINGS:
             _make(side, file, _renamed(name), checkpoint)
         else:
             side.entries.update(entries(file))
@@ -122,7 +129,7 @@ def _make(side: Side, file: Path, name: Path, checkpoint: Checkpoint) -> None:
 
 def _part(checkpoint: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
     """Return the function that gives a part of a flat tensor."""
-    if isinstance(checkpoint, Dequantised):
+    if isinstance(checkpoint, Dequantised | Adapted):
         return partial(checkpoint.part, name)
     return lambda start, stop: checkpoint[name].reshape(-1)[start:stop]
 
@@ -137,14 +144,14 @@ def copy_companions(post: Path, out: Path, side: Side) -> None:
         side: what was read of the checkpoint.
     """
     indices = [post] if _is_index(post) else []
-    if post.is_dir():
-        files = [f for f in sorted(post.iterdir()) if f.is_file() and f.name not in _UNCOPIED]
+    for place in (p for p in (side.base, post) if p is not None and p.is_dir()):
+        files = [f for f in sorted(place.iterdir()) if f.is_file() and f.name not in _UNCOPIED]
         files = [f for f in files if not f.name.startswith(".")]
-        files += sorted(f for f in (post / hub.TEMPLATES).glob("*") if f.is_file())
+        files += sorted(f for f in (place / hub.TEMPLATES).glob("*") if f.is_file())
         for file in (f for f in files if f.suffix not in _WEIGHTS and not _is_index(f)):
             if side.decoded and file.name in quantised.BESIDE:
                 continue
-            target = out / file.relative_to(post)
+            target = out / file.relative_to(place)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
         indices = [f for f in files if f.name.endswith(".safetensors.index.json")]

@@ -65,7 +65,8 @@ def offline(
     """Return the provider of what an edit may ask for where there are checkpoints and no model.
 
     Args:
-        post: the tuned checkpoint, whose configuration tells which matrices are stored (in, out).
+        post: where the tuned checkpoint's configuration is, which tells which matrices are stored
+            (in, out).
         edit: the edit.
         seed: of the random numbers.
         salt: likewise.
@@ -124,7 +125,7 @@ def stream(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
-    extras = offline(post, edit, seed, salt, share)
+    extras = offline(contents.around(pre, post), edit, seed, salt, share)
     plan = planned(pre, post, select, mismatch, dequantize)
     hashing = Hashing((pre, post))
     manifest: dict[str, Any] = {
@@ -163,7 +164,7 @@ def planned(
         ValueError: the sides differ and `mismatch` does not allow it, or one holds no weights.
     """
     olds = layout.read(pre, "model.pre", dequantize).entries
-    side = layout.read(post, "model.post", dequantize)
+    side = layout.read(post, "model.post", dequantize, onto=pre)
     news = side.entries
     ties, old_ties = tied(news), tied(olds)
     chosen = {name for name, new in news.items() if selected(select, name, new.shape)}

@@ -233,6 +233,15 @@ class Code:
         return value
 
 
+def blank(count: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Return a flat array of a code that is told without its numbers: on the meta device.
+
+    >>> blank(3).numel(), blank(3).device.type
+    (3, 'meta')
+    """
+    return torch.empty(count, dtype=dtype, device="meta")
+
+
 def signed_zeros(pre: Tensor, post: Tensor) -> bool:
     """Whether some entry is zero in both, where an edit may store either's sign."""
     return bool(((pre == 0) & (post == 0)).any())

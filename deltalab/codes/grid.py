@@ -1,12 +1,13 @@
 """Few different magnitudes: their table, an index of some bits an entry, and the signs."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, packing
+from deltalab.codes import Code, blank, packing
 from deltalab.codes.raw import flat
 
 MOST = 1 << 16
@@ -42,6 +43,18 @@ class Grid(Code):
             place = torch.searchsorted(arrays["levels"], values.abs(), out_int32=True)
             arrays["index"] = packing.pack(place, width)
         return cls(tuple(hat.shape), arrays, {})
+
+    @classmethod
+    def outline(cls, shape: tuple[int, ...], levels: int) -> "Grid":
+        """Return the code of so many levels without its numbers."""
+        count = prod(shape)
+        arrays = {
+            "levels": blank(levels, torch.float32),
+            "signs": blank(packing.size(count, 1)),
+        }
+        if width := _width(levels):
+            arrays["index"] = blank(packing.size(count, width))
+        return cls(shape, arrays, {})
 
     def decode(self, pre: Tensor | None = None) -> Tensor:
         """Look up the levels."""

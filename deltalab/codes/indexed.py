@@ -1,18 +1,21 @@
 """Entries kept at places that only the delta tells: the places are held beside the values."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from math import prod
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, Setting, packing
+from deltalab.codes import Code, Setting, blank, packing
 from deltalab.codes.kept import Holding, held
 from deltalab.codes.raw import Zero, flat
 
 _WIDTHS = range(1, 9)
+_LONG = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +57,39 @@ class Indexed(Holding):
         if not len(values):
             return Zero(shape, {}, {})
         gaps = np.diff(index.numpy(), prepend=-1) - 1
-        sizes = {w: (len(gaps) + int((gaps // ((1 << w) - 1)).sum())) * w for w in _WIDTHS}
-        width = min(_WIDTHS, key=lambda w: sizes[w])
+        width, words = _width(len(mask), _spread(gaps))
         settings: dict[str, Setting] = {"scale": scale, "holds": holds}
-        if sizes[width] >= len(mask):
+        if not width:
             arrays = {"values": values, "mask": packing.pack(mask, 1)}
             return cls(shape, arrays, {**settings, "width": 0, "words": 0})
-        words = _words(gaps, (1 << width) - 1)
-        arrays = {"values": values, "gaps": packing.pack(torch.from_numpy(words), width)}
-        return cls(shape, arrays, {**settings, "width": width, "words": len(words)})
+        made = _words(gaps, (1 << width) - 1)
+        arrays = {"values": values, "gaps": packing.pack(torch.from_numpy(made), width)}
+        return cls(shape, arrays, {**settings, "width": width, "words": words})
+
+    @classmethod
+    def outline(
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        spread: Sequence[float],
+        scale: float = 1.0,
+    ) -> "Indexed | Zero":
+        """Return the code of entries of W_post without them.
+
+        Args:
+            shape: of the delta.
+            dtype: of W_post.
+            spread: as `spread` tells of the places.
+            scale: of these entries.
+        """
+        count = int(spread[0])
+        if not count:
+            return Zero(shape, {}, {})
+        width, words = _width(prod(shape), spread)
+        bits = packing.size(words, width) if width else packing.size(prod(shape), 1)
+        arrays = {"values": blank(count, dtype), "gaps" if width else "mask": blank(bits)}
+        settings: dict[str, Setting] = {"scale": scale, "holds": "weights"}
+        return cls(shape, arrays, {**settings, "width": width, "words": words})
 
     def places(self) -> Tensor:
         """Read the places."""
@@ -82,6 +109,45 @@ class Indexed(Holding):
     def _saved(self) -> float:
         places = next(a.numel() for name, a in self.arrays.items() if name in ("gaps", "mask"))
         return 8 * places - self.count * entropy(self.arrays["values"].numel() / self.count)
+
+
+def spread(places: Tensor) -> tuple[float, ...]:
+    """Return how many entries are kept, and of the gaps g before them sum floor(g / M), by width.
+
+    Args:
+        places: boolean.
+
+    Returns:
+        Nine whole numbers: the count, then for M = 2^w - 1, w from 1 to 8.
+
+    >>> spread(torch.tensor([False, False, False, True, True]))
+    (2.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    """
+    index = np.flatnonzero(flat(places).numpy())
+    return _spread(np.diff(index, prepend=-1) - 1)
+
+
+def _spread(gaps: "np.ndarray[Any, Any]") -> tuple[float, ...]:
+    """Return what `spread` tells, of gaps: most are short and looked up."""
+    short = np.bincount(np.minimum(gaps, _LONG), minlength=_LONG + 1)[:_LONG]
+    long = gaps[gaps >= _LONG]
+    shares = (
+        float((np.arange(_LONG) // ((1 << w) - 1)) @ short + (long // ((1 << w) - 1)).sum())
+        for w in _WIDTHS
+    )
+    return float(len(gaps)), *shares
+
+
+def _width(count: int, spread: Sequence[float]) -> tuple[int, int]:
+    """Return the best width and the number of words; zeros where a mask takes no more.
+
+    Args:
+        count: of all entries.
+        spread: of the kept ones.
+    """
+    words = {w: int(spread[0] + spread[w]) for w in _WIDTHS}
+    width = min(_WIDTHS, key=lambda w: w * words[w])
+    return (0, 0) if width * words[width] >= count else (width, words[width])
 
 
 def _words(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, Setting, signed_zeros
+from deltalab.codes import Code, Setting, blank, signed_zeros
 from deltalab.codes.raw import flat
 from deltalab.linear.delta import difference
 from deltalab.rng import Rng
@@ -139,15 +139,32 @@ class Kept(Holding):
             p: probability of an entry to be dropped.
             scale: of the others.
         """
+        draft = cls(tuple(delta.shape), {}, cls._drawing(rng, p, scale))
+        values, holds = held(delta, post, draft.places())
+        return cls(draft.shape, {"values": values}, {**draft.settings, "holds": holds})
+
+    @classmethod
+    def outline(
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        count: int,
+        rng: Any,
+        p: float,
+        scale: float = 1.0,
+    ) -> "Kept":
+        """Return the code of so many entries of W_post without them."""
+        settings = {**cls._drawing(rng, p, scale), "holds": "weights"}
+        return cls(shape, {"values": blank(count, dtype)}, settings)
+
+    @staticmethod
+    def _drawing(rng: Any, p: float, scale: float) -> dict[str, Setting]:
         turned = not isinstance(rng, Rng)
         drawn = rng.rng if turned else rng
-        settings: dict[str, Setting] = {
+        return {
             "p": p, "seed": drawn.seed, "name": drawn.name, "start": drawn.start,
             "salt": drawn.salt, "turned": int(turned), "scale": scale,
         }  # fmt: skip
-        draft = cls(tuple(delta.shape), {}, settings)
-        values, holds = held(delta, post, draft.places())
-        return cls(draft.shape, {"values": values}, {**settings, "holds": holds})
 
     def places(self) -> Tensor:
         """Draw the places again."""

@@ -1,12 +1,13 @@
 """A delta as it is, and one that is zero."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, signed_zeros
+from deltalab.codes import Code, blank, signed_zeros
 from deltalab.linear.delta import difference
 
 
@@ -30,6 +31,11 @@ class Raw(Code):
         held = delta if post is None else post
         holds = "delta" if post is None else "weights"
         return cls(tuple(delta.shape), {"values": flat(held)}, {"holds": holds})
+
+    @classmethod
+    def outline(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "Raw":
+        """Return the code of W_post's entries without them."""
+        return cls(shape, {"values": blank(prod(shape), dtype)}, {"holds": "weights"})
 
     def decode(self, pre: Tensor | None = None) -> Tensor:
         """Return the delta."""

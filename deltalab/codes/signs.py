@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, packing
+from deltalab.codes import Code, blank, packing
 from deltalab.codes.raw import flat
 
 _SLICE = 1 << 15
@@ -41,6 +41,16 @@ class Signs(Code):
         """
         signs = packing.pack(flat(delta < 0), 1)
         return cls(tuple(delta.shape), {"signs": signs, "scale": flat(scale)}, {"axis": axis})
+
+    @classmethod
+    def outline(cls, shape: tuple[int, ...], axis: str) -> "Signs":
+        """Return the code of a tensor of this shape without its numbers."""
+        scales = {"tensor": 1, "row": shape[0], "column": prod(shape[1:])}[axis]
+        arrays = {
+            "signs": blank(packing.size(prod(shape), 1)),
+            "scale": blank(scales, torch.float32),
+        }
+        return cls(shape, arrays, {"axis": axis})
 
     def decode(self, pre: Tensor | None = None) -> Tensor:
         """Return the scales with their signs."""

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from deltalab.codes import Code
@@ -178,6 +179,60 @@ class Edit(Protocol):
                 there are none that belong to the delta.
         """
         return None
+
+    def held(self, delta: Tensor, *args: Any, **needs: Any) -> Tensor | None:
+        """Return which entries the code holds, so that its size is told without building it.
+
+        Asked of edits that run in slices or compiled, beside the call; None where the size does
+        not depend on it.
+
+        Args:
+            delta: as for the call.
+            args: none.
+            needs: as for the call.
+
+        Returns:
+            Of the delta's shape: boolean where it counts how many there are, int8 where it counts
+            what lies between them too.
+        """
+        return None
+
+    def outline(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        held: tuple[float, ...],
+        *args: Any,
+        **needs: Any,
+    ) -> Code | None:
+        """Return the code without its numbers, on the meta device; None where that is not known.
+
+        Its bits are exactly those of what `encode` returns.
+
+        Args:
+            shape: of the delta.
+            dtype: of W_post, which is given to `encode`.
+            held: what `held` adds up to over all entries: one number for a boolean tensor, those
+                of `codes.indexed.spread` for one of int8, none for None.
+            args: none.
+            needs: as for the call.
+        """
+        return None
+
+    def outlined(
+        self, delta: Tensor, dtype: torch.dtype, *args: Any, **needs: Any
+    ) -> tuple[Tensor, Code | None]:
+        """Return the edited delta, and its code without numbers where the call finds it anyway.
+
+        Asked instead of the call, of edits that see the whole tensor.
+
+        Args:
+            delta: as for the call.
+            dtype: of W_post, which is given to `encode`.
+            args: none.
+            needs: as for the call.
+        """
+        return self(delta, **needs), self.outline(tuple(delta.shape), dtype, (), **needs)
 
     def with_share(self, share: Any) -> "Edit":
         """Return the edit of a tensor whose `spends` a budget has set."""

@@ -1,7 +1,8 @@
 """BitDelta: one bit an entry and one scale a matrix (arXiv 2402.10193; arXiv 2410.13841, 7-9)."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -105,6 +106,21 @@ class BitDelta(Edit):
             return self.along(delta, gram).encode(delta, rng=rng)
         scale = self.multiple * mean_magnitude(delta, self.axis)
         return Signs.of_delta(delta, scale, self.axis)
+
+    def outline(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        held: tuple[float, ...],
+        *args: Any,
+        **needs: Any,
+    ) -> Code | None:
+        """Return the code by the shape, where the axis does not depend on the data."""
+        if self.magnitudes != "mean" or self.axis in _BEST:
+            return None
+        if len(shape) < 2 or not prod(shape):
+            return Raw.outline(shape, dtype)
+        return Signs.outline(shape, self.axis)
 
     def along(self, delta: Tensor, gram: Tensor | None) -> "BitDelta":
         """Return the edit with the axis that is best for a delta."""

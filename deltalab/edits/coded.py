@@ -4,9 +4,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from deltalab.codes import Setting
+from deltalab.codes import Code, Setting
 from deltalab.codes.raw import Raw
 from deltalab.edits import Edit
 from deltalab.rng import Rng
@@ -20,6 +21,15 @@ class Coded(Edit):
         code = self.encode(delta, **needs)
         assert code is not None
         return code.decode().to(delta.device)
+
+    def outlined(
+        self, delta: Tensor, dtype: torch.dtype, *args: Any, **needs: Any
+    ) -> tuple[Tensor, Code | None]:
+        """Return the edited delta and the code that it was made from."""
+        code = self.encode(delta, **needs)
+        assert code is not None
+        told = Raw.outline(code.shape, dtype) if isinstance(code, Raw) else code
+        return code.decode().to(delta.device), told
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -51,6 +51,18 @@ class Dare(Edit):
         """Return the entries that are kept; for k other than 0, where all are, there is no code."""
         return Kept.drawn(delta, post, rng, self.p, 1 / (1 - self.p)) if self.k == 0 else None
 
+    def held(self, delta: Tensor, *, rng: Rng) -> Tensor | None:
+        """Return the entries that are kept, where there is a code."""
+        return ~rng.below(delta, self.p) if self.k == 0 else None
+
+    def outline(
+        self, shape: tuple[int, ...], dtype: torch.dtype, held: tuple[float, ...], *, rng: Rng
+    ) -> Kept | None:
+        """Return the code by how many entries are kept."""
+        if not held:
+            return None
+        return Kept.outline(shape, dtype, int(held[0]), rng, self.p, 1 / (1 - self.p))
+
     def line(self) -> Line | None:
         """At fixed p and mask the shift is (1 - k) (p - M) / (1 - p) D: all k lie on one line."""
         if -1 <= self.k <= 1:

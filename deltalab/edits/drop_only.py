@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from deltalab.codes.kept import Kept
@@ -59,6 +60,16 @@ class DropOnly(Edit):
     def encode(self, delta: Tensor, *, rng: Rng, post: Tensor | None = None) -> Kept:
         """Return the entries that are kept."""
         return Kept.drawn(delta, post, rng, self.p)
+
+    def held(self, delta: Tensor, *, rng: Rng) -> Tensor:
+        """Return the entries that are kept."""
+        return ~rng.below(delta, self.p)
+
+    def outline(
+        self, shape: tuple[int, ...], dtype: torch.dtype, held: tuple[float, ...], *, rng: Rng
+    ) -> Kept:
+        """Return the code by how many entries are kept."""
+        return Kept.outline(shape, dtype, int(held[0]), rng, self.p)
 
     def moments(self) -> Moments:
         """The shift is -M D: those of a Bernoulli number with its sign turned."""

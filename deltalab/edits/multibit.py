@@ -66,6 +66,13 @@ class Multibit(Edit):
             return Raw.holding(delta, post)
         return Grid.of_delta(*self._quantised(delta))
 
+    def outlined(self, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Code]:
+        """Return the edited delta and its code without numbers, by how many blocks there are."""
+        if delta.ndim < 2 or delta.numel() == 0:
+            return delta.clone(), Raw.outline(tuple(delta.shape), dtype)
+        hat, means = self._quantised(delta)
+        return hat, Grid.outline(tuple(delta.shape), len(means))
+
     def _quantised(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the edited delta and the means of all blocks."""
         magnitude = delta.abs()

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from deltalab.codes import Code
-from deltalab.codes.indexed import Indexed
+from deltalab.codes.indexed import Indexed, spread
 from deltalab.codes.raw import Raw
 from deltalab.edits import Edit, one_of, within
 from deltalab.weights.threshold import Threshold, kept_count, tensor_threshold
@@ -61,6 +61,38 @@ class Ties(Edit):
         if self.keep == 1:
             return delta.clone()
         return torch.where(self._limit(delta, quantile).survivors(delta), delta, 0.0)
+
+    def held(
+        self, delta: Tensor, *, quantile: Callable[[float], Threshold] | None
+    ) -> Tensor | None:
+        """Return the entries that are kept, of which the places are held too."""
+        if self.keep == 1:
+            return None
+        return self._limit(delta, quantile).survivors(delta).to(torch.int8)
+
+    def outline(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        held: tuple[float, ...],
+        *args: Any,
+        **needs: Any,
+    ) -> Code | None:
+        """Return the code by how the kept entries are spread."""
+        if self.keep == 1:
+            return Raw.outline(shape, dtype)
+        return Indexed.outline(shape, dtype, held)
+
+    def outlined(
+        self, delta: Tensor, dtype: torch.dtype, *, quantile: Callable[[float], Threshold] | None
+    ) -> tuple[Tensor, Code | None]:
+        """Return the edited delta and its code without numbers, by one search for the largest."""
+        mask = self.held(delta, quantile=quantile)
+        if mask is None:
+            return delta.clone(), self.outline(tuple(delta.shape), dtype, ())
+        kept = mask.view(torch.bool)
+        told = self.outline(tuple(delta.shape), dtype, spread(kept))
+        return torch.where(kept, delta, 0.0), told
 
     def _limit(self, delta: Tensor, quantile: Callable[[float], Threshold] | None) -> Threshold:
         if self.scope == "tensor":

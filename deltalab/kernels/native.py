@@ -30,6 +30,9 @@ Place = tuple[int, int]
 """A file descriptor and the position in it of the first byte."""
 PIECE = 1 << 20
 """Entries that a thread takes at once: a millisecond or so of work."""
+SPREAD = 11
+"""Numbers that tell the spread of a piece: the nine of `codes.indexed.spread`, and the gaps at both
+ends, of which the nine hold neither."""
 _PAGE = 1 << 32
 _compiling = Lock()
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -73,7 +76,8 @@ def edit(
 
     def run(stage: int, sums: Any, piece: tuple[int, int]) -> float:
         begin, size = piece
-        own = terms[begin] = _doubles([0.0] * (width if stage < program.columns else program.terms))
+        count = program.terms + (SPREAD - 1) * program.spread
+        own = terms[begin] = _doubles([0.0] * (width if stage < program.columns else count))
         a, b, *grad, made = (t.data_ptr() + begin * t.itemsize for t in (*tensors, out))
         slope, keys = grad[0] if grad else None, _keys(program, rng and rng.at(begin))
         more = keys, numbers, sums, whole, own, width
@@ -91,7 +95,22 @@ def edit(
         _stages(program, whole, rng, run, width)
     # a sum that is no number makes entries that are none
     each = [list(terms[begin]) for begin in sorted(terms)]  # of the last stage
-    return [sum(piece[index] for piece in each) for index in range(program.terms)]
+    plain = program.terms - program.spread
+    sums = [sum(piece[index] for piece in each) for index in range(plain)]
+    return [*sums, *_joined([piece[plain:] for piece in each])] if program.spread else sums
+
+
+def _joined(pieces: list[list[float]]) -> list[float]:
+    """Return the spread of a tensor from those of its pieces, whose gaps go on into the next."""
+    total, since = [0.0] * (SPREAD - 2), 0.0
+    for *found, first, after in pieces:
+        if found[0]:
+            gap = int(since + first)
+            total = [one + other for one, other in zip(total, found, strict=True)]
+            total[1:] = [n + gap // ((1 << w) - 1) for w, n in enumerate(total[1:], start=1)]
+            since = 0.0
+        since += after
+    return total
 
 
 def edit_files(

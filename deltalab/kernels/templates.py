@@ -73,6 +73,47 @@ static void squares(const float *restrict x, int64_t count, double *restrict lan
         for (int64_t j = 0; j < LANES; j++)
             lane[j] = ADDED(x[i + j], lane[j]);
 }
+
+/* Of entries that are held, and gaps of others before them: `spread` counts short gaps by length,
+   and leaves in `to` how many gaps there are, sums of floor(g / M) over long ones for M = 2^w - 1,
+   w from 1 to 8, the first gap, and how many others follow the last. */
+enum { SHORT = 256, SPREAD = 11 };
+static void spread(const int8_t *restrict x, int64_t count, int64_t *restrict gaps,
+                   double *restrict to)
+{
+    int64_t since = to[10], held = to[0];
+    for (int64_t i = 0; i < count; i += 64) {
+        uint64_t mask = 0, eight, done = 0;
+        for (int64_t j = 0; j < 64; j += 8) {
+            memcpy(&eight, x + i + j, 8);
+            mask |= (eight * 0x0102040810204080 >> 56) << j;
+        }
+        while (mask) {
+            int64_t at = __builtin_ctzll(mask), gap = since + at - done;
+            mask &= mask - 1, since = 0, done = at + 1;
+            if (held++ == 0)
+                to[9] = gap;
+            else if (gap < SHORT)
+                gaps[gap + SHORT * (held & 3)]++;
+            else
+                for (int64_t w = 1; w <= 8; w++)
+                    to[w] += gap / ((1 << w) - 1);
+        }
+        since += (count - i < 64 ? count - i : 64) - done;
+    }
+    to[0] = held, to[10] = since;
+}
+
+static void spread_short(const int64_t *restrict gaps, double *restrict to)
+{
+    for (int64_t gap = 1; gap < SHORT; gap++) {
+        int64_t each = 0;
+        for (int64_t j = 0; j < 4; j++)
+            each += gaps[gap + SHORT * j];
+        for (int64_t w = 1; w <= 8; w++)
+            to[w] += each * (gap / ((1 << w) - 1));
+    }
+}
 """
 TOTAL = """
 static double stage_{stage}({signature})
@@ -152,6 +193,9 @@ static double stage_{stage}({signature})
             }}
             for (int64_t j = size; j % LANES; j++) {{
 {filled}
+            }}
+            for (int64_t j = size; j % 64; j++) {{
+{cleared}
             }}
 {added}
         }}

@@ -22,7 +22,7 @@ from deltalab.rng import Draws, mix
 
 Body = Callable[[Tensor, Tensor, Any, dict[str, Any]], Tensor | tuple[Tensor, ...]]
 """A function of (pre, post, edit, needs): the result, and after it terms to add up: how many are
-true, or the squares."""
+true, or the squares; of one of int8, which comes last, the spread (`codes.indexed.spread`)."""
 _SAMPLES = {False: ((15,), (14,)), True: ((5, 3), (2, 7))}
 _KEYS = 16
 _PAGE = 1 << 32
@@ -33,6 +33,7 @@ _TYPES = {
     torch.bfloat16: "bfloat16",
     torch.int64: "int64_t",
     torch.int32: "int32_t",
+    torch.int8: "int8_t",
     torch.bool: "bool",
 }
 _NARROW = (torch.float16, torch.bfloat16)
@@ -65,6 +66,7 @@ class Program:
         streams: the random streams it reads: the forks on the way to each, and its number.
         totals: how many sums over the whole tensor it takes first.
         terms: how many sums it takes as it edits.
+        spread: whether the last of them is a spread, which takes as many numbers as `SPREAD` says.
         rows: whether it takes sums over each row, and so is to be run on whole rows.
         columns: whether it takes sums over each column first, in a stage of their own.
     """
@@ -75,6 +77,7 @@ class Program:
     streams: tuple[tuple[tuple[str, ...], int], ...]
     totals: int
     terms: int = 0
+    spread: bool = False
     rows: bool = False
     columns: bool = False
 
@@ -147,8 +150,10 @@ def _written(
         raise Untranslatable(f"a result of {result.dtype} in {tuple(result.shape)}")
     source = writer.program(writer.operand(result, post.dtype), dtypes, terms)
     numbers, taken = tuple(writer.numbers), tuple(streams.taken)
-    sums = len(writer.totals), len(terms), bool(writer.sums), bool(writer.columns)
-    return Program(source, dtypes, numbers, taken, *sums)
+    sums = len(writer.totals), len(terms)
+    spread = bool(terms) and terms[-1].dtype == torch.int8
+    wide = spread, bool(writer.sums), bool(writer.columns)
+    return Program(source, dtypes, numbers, taken, *sums, *wide)
 
 
 class _Streams(Draws):
@@ -334,10 +339,20 @@ class _Writer:
         Blocks of more are pushed out of the cache by the kernel, where it clears fresh memory.
         """
         found: dict[str, list[str]] = {
-            part: [] for part in ("blocks", "counts", "terms", "filled", "added", "totals")
+            part: []
+            for part in ("blocks", "counts", "terms", "filled", "cleared", "added", "totals")
         }
         for index, term in enumerate(terms):
             value = self.operand(term, term.dtype)
+            if term.dtype == torch.int8:
+                if index + 1 < len(terms):
+                    raise Untranslatable("a spread before other terms")
+                found["blocks"].append("int8_t held[256]; int64_t gaps[4 * SHORT] = {0};")
+                found["terms"].append(f"held[j] = {value};")
+                found["cleared"].append("held[j] = 0;")
+                found["added"].append(f"spread(held, size, gaps, terms + {index});")
+                found["totals"].append(f"spread_short(gaps, terms + {index});")
+                continue
             if term.dtype == torch.bool:
                 found["counts"].append(f"int32_t held_{index} = 0;")
                 found["terms"].append(f"held_{index} += {value};")
@@ -352,6 +367,7 @@ class _Writer:
             else:
                 raise Untranslatable(f"a sum of {term.dtype}")
         depths = {"blocks": 1, "counts": 3, "terms": 4, "filled": 4, "added": 3, "totals": 1}
+        depths["cleared"] = 4
         return {part: _lines(code, depths[part]) for part, code in found.items()}
 
     def by_rows(self) -> str:

@@ -9,29 +9,36 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from deltalab.models.adapted import Adapted
 from deltalab.quantised import told as quantised
 from deltalab.quantised.decoded import Dequantised
+from deltalab.weights import contents
 from deltalab.weights.mapping import Checkpoint
 
 log = logging.getLogger(__name__)
 _ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_\w|"
                       r"hada_w\d_\w|ia3_l|prompt_embeddings|boft_R|oft_r)(\.|$)")  # fmt: skip
 _MERGE = "an adapter; merge it into its model and save that"
-_MODEL = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
-def opened(path: Path, setting: str, dequantize: bool | None = None) -> Checkpoint:
+def opened(
+    path: Path, setting: str, dequantize: bool | None = None, onto: Path | None = None
+) -> Checkpoint:
     """Return a checkpoint that holds a model's weights.
 
     Args:
         path: as for `weights.Checkpoint`.
         setting: the setting that names it, for messages.
         dequantize: whether quantised weights are decoded; None where no setting asks for it.
+        onto: the base that a directory with a LoRA adapter is put onto; None: adapters are refused.
 
     Raises:
-        ValueError: it is an adapter, or quantised and not to be decoded, or not known how.
+        ValueError: it is an adapter that is put onto no base, or is not known how; or quantised and
+            not to be decoded, or likewise.
         FileNotFoundError: as for `weights.Checkpoint`.
     """
+    if onto is not None and contents.is_adapter(path):
+        return Adapted(opened(onto, "model.pre", dequantize), path, setting)
     check_no_adapter(path, setting)
     found = Checkpoint(path)
     if name := next((n for n in found if _ADAPTER.search(n)), None):
@@ -64,23 +71,27 @@ def _quantised(path: Path, setting: str, sign: str, hint: bool = False) -> Value
     )
 
 
-def check_local(source: str, setting: str, dequantize: bool | None = None) -> None:
+def check_local(
+    source: str, setting: str, dequantize: bool | None = None, onto: str | None = None
+) -> None:
     """Raise `ValueError` as `opened` does, where a source is a local path with weights in it.
 
     For plans, which need no weights: what a run would refuse is refused by its plan.
     """
     if (path := Path(source).expanduser()).exists():
+        base = None if onto is None else Path(onto).expanduser()
+        if contents.is_adapter(path) and base is not None and not base.exists():
+            return  # of a base on the hub nothing is known here
         with suppress(FileNotFoundError):
-            opened(path, setting, dequantize)
+            opened(path, setting, dequantize, base)
 
 
 def check_no_adapter(path: Path, setting: str) -> None:
     """Raise `ValueError` where there is an adapter in place of a model; warn where beside one."""
     if path.is_file() and path.name.startswith("adapter_model."):
         raise ValueError(f"{setting}={path}: {_MERGE}")
-    if not (path / "adapter_config.json").is_file():
+    if not (path / contents.ADAPTER).is_file():
         return
-    files = {file.name for pattern in _MODEL for file in path.glob(pattern)}
-    if not any(name for name in files if not name.startswith("adapter_")):
-        raise ValueError(f"{setting}={path}: {_MERGE} (adapter_config.json)")
+    if contents.is_adapter(path):
+        raise ValueError(f"{setting}={path}: {_MERGE} ({contents.ADAPTER})")
     log.warning("%s=%s: there is an adapter beside the model, which is not applied", setting, path)

@@ -30,7 +30,8 @@ class HfPair:
 
     Args:
         pre: a directory, a safetensors file, or a hub id.
-        post: a directory or a hub id, post-trained from `pre`.
+        post: a directory or a hub id, post-trained from `pre`; or the directory of a LoRA adapter
+            of `pre` in PEFT's layout, whose configuration is then that of `pre`.
         dtype: the dtype in which the model is evaluated; `auto`: the post-trained model's own, by
             its config.json, else by its files.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
@@ -116,9 +117,11 @@ class HfPair:
         """
         code = self.trust_remote_code
         check_local(self.pre, "model.pre", self.dequantize)
-        check_local(self.post, "model.post", self.dequantize)
+        check_local(self.post, "model.post", self.dequantize, self.pre)
         try:
             post = hub.described(self.post, "model.post", self.post_revision, code)
+            if contents.is_adapter(post):
+                post = hub.described(self.pre, "model.pre", self.pre_revision, code)
             config = configuration(post, "model.post", code, self.dequantize)
             dtype = self._own(post)
         except hub.Absent:
@@ -139,15 +142,16 @@ def _open(spec: HfPair) -> ModelPair:
     device = device_of(spec.device)
     pre, post = spec.checkpoints
     code = spec.trust_remote_code
-    config = configuration(post, "model.post", code, spec.dequantize)
-    if line := differences(pre, post, config, code):
+    home = contents.around(pre, post)
+    config = configuration(home, "model.post", code, spec.dequantize)
+    if line := differences(pre, home, config, code):
         log.warning(line)
     sides = (
         opened(pre, "model.pre", spec.dequantize),
-        opened(post, "model.post", spec.dequantize),
+        opened(post, "model.post", spec.dequantize, onto=pre),
     )
-    encoder = _encoder(spec, pre, post, config)
-    module = architecture(config, spec._own(post), device, spec.attn, code)
+    encoder = _encoder(spec, pre, post if vocabulary.has_tokenizer(post) else home, config)
+    module = architecture(config, spec._own(home), device, spec.attn, code)
     base = None
     if (place := spec.other_base) is not None:
         base = opened(place, "model.base", spec.dequantize)
@@ -155,7 +159,7 @@ def _open(spec: HfPair) -> ModelPair:
             other = vocabulary.opened(place, "model.base", code)
             vocabulary.check_same(other, encoder.tokenizer)
     pair = filled(module, *sides, spec.mismatch, encoder, base=base)
-    generation(module, post)
+    generation(module, home)
     if line := vocabulary.beyond(encoder.tokenizer, module.get_input_embeddings().weight.shape[0]):
         log.warning(line)
     return pair

@@ -91,7 +91,7 @@ def pack(
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(stream.MISMATCH)}")
     if type(edit).encode is Edit.encode:
         raise ValueError(f"edit: {no_code(edit)}")
-    extras = stream.offline(post, edit, seed, salt, share)
+    extras = stream.offline(contents.around(pre, post), edit, seed, salt, share)
     plan = stream.planned(pre, post, select, mismatch, dequantize)
     bases = layout.read(pre, "model.pre", dequantize).entries
     hashing = Hashing((pre,))

@@ -65,7 +65,7 @@ def write(
     """
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another file or remove it")
-    extras = stream.offline(post, edit, seed, salt, share)
+    extras = stream.offline(contents.around(pre, post), edit, seed, salt, share)
     plan = stream.planned(pre, post, select, "error")
     olds = layout.read(pre, "model.pre").entries
     deltas = stream.ranked(plan, edit, extras)

@@ -16,6 +16,7 @@ from deltalab.weights import configs, headers
 ENDINGS = (".bin", ".pt", ".pth")
 """Of PyTorch's own files, which are pickles (`deltalab.weights.pickles`)."""
 MANIFEST = "deltalab.json"
+ADAPTER = "adapter_config.json"
 """What `deltalab-apply` says of a checkpoint that it wrote, beside it."""
 BESIDE = (".json", ".jinja", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab")
 """Endings of the files beside a model's weights that say how it computes and how it reads text."""
@@ -60,6 +61,19 @@ def candidates(directory: Path) -> list[Path]:
         if kept := sorted(directory.glob(f"*.{ending}")):
             return kept
     return sorted(f for end in (*ENDINGS, ".gguf") for f in directory.glob(f"*{end}"))
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter in place of a model."""
+    if not (path / ADAPTER).is_file():
+        return False
+    files = {file for end in (".safetensors", *ENDINGS) for file in path.glob(f"*{end}")}
+    return all(file.name.startswith("adapter_") for file in files)
+
+
+def around(pre: Path, post: Path) -> Path:
+    """Return where the configuration of a tuned model is: of an adapter, beside its base."""
+    return pre if is_adapter(post) else post
 
 
 def files_of(path: Path) -> list[Path]:
