@@ -105,7 +105,7 @@ class Evidence:
         if half is not None:
             if (table := self._table(CHANGE, parts)) is None:
                 raise ValueError(f"{CHANGE}: no documents to halve")
-            return two_way(table[:, _places(table.shape[1], half)])
+            return two_way(table[:, halves(table.shape[1], half)])
         value = sum(w * np.mean([_account(p, rule) for p in points]) for w, points in parts)
         if (table := self._table(CHANGE, parts)) is not None:
             found = two_way(table)
