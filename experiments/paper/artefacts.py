@@ -163,6 +163,13 @@ ARTEFACTS = {
         "Safe Delta and IRR bring attack success down to the aligned model's and keep the task,"
         " where as many entries at random do not.",
         safety.safety,
+        folder="safety",
+        documents=(
+            "safety/attack_success",
+            "safety/attack_success@post",
+            "safety/task",
+            "safety/task@post",
+        ),
     ),
     "visionfuse": Artefact(
         "VisionFuse: two encoders before one merged language model",
