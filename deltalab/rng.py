@@ -10,10 +10,15 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+_Words = np.ndarray[Any, np.dtype[np.uint32]]
+_CACHED = 1 << 13
+"""Words that NumPy mixes at once."""
 _WORD = 1 << 32
 _HALF = 1 << 31
 
@@ -188,6 +193,44 @@ class Rng(Draws):
             position += count
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return flat.reshape(like.shape)
+
+    def kept(self, count: int, p: float) -> Tensor:
+        """Return where `below` is false for the first `count` elements, in two fifths of its time.
+
+        The same bits as of a flat tensor, by NumPy in place, whose words stay in the cache.
+
+        Args:
+            count: elements.
+            p: probability in [0, 1].
+
+        >>> rng, like = Rng(0, "w", start=2**32 - 5), torch.empty(9)
+        >>> torch.equal(rng.kept(9, 0.4), ~rng.below(like, 0.4))
+        True
+        """
+        out = np.empty(count, dtype=np.bool_)
+        x, y = (np.empty(min(count, _CACHED), dtype=np.uint32) for _ in range(2))
+        limit, begin = np.int32(int(p * (1 << 24) - (1 << 23))), 0
+        counters = np.arange(len(x), dtype=np.uint32)
+        while begin < count:
+            size = min(_CACHED, count - begin, _WORD - (self.start + begin) % _WORD)
+            _mixed(x[:size], y[:size], counters[:size], *self.words(0, begin))
+            np.right_shift(x[:size].view(np.int32), 8, out=y[:size].view(np.int32))
+            np.greater_equal(y[:size].view(np.int32), limit, out=out[begin : begin + size])
+            begin += size
+        return torch.from_numpy(out)
+
+
+def _mixed(x: _Words, y: _Words, counters: _Words, key0: int, key1: int) -> None:
+    """Put `mix` of the counters into `x`, with `y` for what is between."""
+    np.add(counters, np.uint32(key0 % _WORD), out=x)
+    for shift, times in ((17, _M1), (11, None), (0, _M2), (15, _M3), (14, None)):
+        if shift:
+            np.right_shift(x, shift, out=y)
+            np.bitwise_xor(x, y, out=x)
+        if shift == 11:
+            np.add(x, np.uint32(key1 % _WORD), out=x)
+        if times is not None:
+            np.multiply(x, np.uint32(times % _WORD), out=x)
 
 
 def _counters(count: int, device: torch.device) -> Tensor:

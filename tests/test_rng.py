@@ -167,3 +167,12 @@ def test_the_gpu_gives_the_same_bits() -> None:
     like, rng = torch.empty(N), Rng(0, "w", start=(1 << 32) - N // 2)
     assert torch.equal(rng.bits(like.cuda()).cpu(), rng.bits(like))
     assert torch.equal(rng.normal(like.cuda()).cpu(), rng.normal(like))
+
+
+def test_kept_is_where_below_is_false() -> None:
+    """At both ends of p, across slices, and across a page of indices."""
+    for start in (0, 77, 2**32 - 9000):
+        rng = Rng(3, "w", start=start)
+        for p in (0.0, 2.0**-24, 0.3, 1 - 2.0**-24, 1.0):
+            for count in (0, 1, 20_001):
+                assert torch.equal(rng.kept(count, p), ~rng.below(torch.empty(count), p))

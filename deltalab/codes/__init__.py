@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+_SLICE = 1 << 15
 Setting = int | float | str
 KINDS = {
     "raw": "raw",
@@ -243,8 +244,18 @@ def blank(count: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def signed_zeros(pre: Tensor, post: Tensor) -> bool:
-    """Whether some entry is zero in both, where an edit may store either's sign."""
-    return bool(((pre == 0) & (post == 0)).any())
+    """Whether some entry is zero in both, where an edit may store either's sign.
+
+    >>> signed_zeros(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 0.0]))
+    True
+    """
+    if pre.dtype != post.dtype or pre.device.type != "cpu":
+        return bool(((pre == 0) & (post == 0)).any())
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pre.dtype.itemsize]
+    one, other = (side.contiguous().reshape(-1).view(word).numpy() for side in (pre, post))
+    parts = (slice(at, at + _SLICE) for at in range(0, len(one), _SLICE))
+    most = torch.iinfo(word).max  # all but the sign
+    return any(not bool(((one[part] | other[part]) & most).all()) for part in parts)
 
 
 def _is_kind(found: type, kind: str) -> bool:

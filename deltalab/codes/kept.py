@@ -12,8 +12,6 @@ from deltalab.codes.raw import flat
 from deltalab.linear.delta import difference
 from deltalab.rng import Rng
 
-_SLICE = 1 << 16
-"""Entries drawn at once, so that all stays in the cache."""
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -174,11 +172,7 @@ class Kept(Holding):
             self._setting("start", int),
             self._setting("salt", str),
         )
-        p = self._setting("p", float)
-        out = torch.empty(self.count, dtype=torch.bool)
-        for start in range(0, self.count, _SLICE):
-            part = out[start : start + _SLICE]
-            torch.logical_not(rng.at(start).below(part, p), out=part)
+        out = rng.kept(self.count, self._setting("p", float))
         if self.settings.get("turned"):
             return out.reshape(self.shape[::-1]).mT.reshape(-1)
         return out

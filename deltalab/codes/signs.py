@@ -74,7 +74,7 @@ class Signs(Code):
             own = scale[part] if by_row else scale
             per = self.count // self.shape[0]
             negative = signs[start * per : start * per + here.numel()].reshape(here.shape)
-            here.copy_(torch.where(negative, -own, own).add_(old[part]))
+            here.copy_(torch.where(negative, -own, own).add_(old[part].float()))
         return out.to(device)
 
     def is_exact(self, pre: Tensor, post: Tensor, delta: Tensor) -> bool:

@@ -71,12 +71,17 @@ class Adapted(Checkpoint):
         setting: the setting that names it, for messages.
 
     Raises:
+        FileNotFoundError: there are no tensors in its directory.
         ValueError: no LoRA adapter, one of a kind that is not known here, or of another base.
     """
 
     def __init__(self, base: Checkpoint, path: Path, setting: str) -> None:
         self.path, self.shards, self.base = base.path, base.shards, base
-        self._adapter, self._where = Checkpoint(path), f"{setting}={path}"
+        self._where = f"{setting}={path}"
+        try:
+            self._adapter = Checkpoint(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self._where}: an adapter without its tensors") from None
         said = configs.content(path / ADAPTER)
         self._check(said)
         self._full: dict[str, str] = {}

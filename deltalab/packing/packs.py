@@ -34,12 +34,11 @@ from deltalab.apply.work import Work
 from deltalab.codes import NAMES, Code
 from deltalab.codes.nested import Patched
 from deltalab.edits import Edit
-from deltalab.linear.delta import difference
 from deltalab.packing.files import Packed, Writer
 from deltalab.store import digests, files, records
 from deltalab.terminal import console
 from deltalab.weights import contents, finite, headers
-from deltalab.weights.shards import DTYPES, Entry, item, pieces, put, read
+from deltalab.weights.shards import DTYPES, Buffers, Entry, item, pieces, put, read
 
 _PART = 1 << 20
 """Entries of a part, where an edit needs no more at once."""
@@ -49,6 +48,7 @@ _MOST = 1 << 28
 """Bytes that a file beside the weights may have."""
 _CODE = (".py", ".so", ".pyc")
 """Endings of files that are never packed: they may be run."""
+_buffers = Buffers()
 _ALONE = ("lowrank",)
 """Kinds whose bits may depend on the number of threads: decoded one at a time, with all."""
 
@@ -186,7 +186,11 @@ def _code(
     """Return the code of one part, exact as it is stored."""
     old, new, (start, stop) = plan.pre[name], plan.post[name], piece
     shape = stream.shape_of(new.shape, stop - start, width)
-    pre, post = (read(entry, start, stop).reshape(shape) for entry in (old, new))
+    assert old.dtype is not None
+    held = _buffers.take("pre", old.dtype, stop - start)
+    pre, post = (
+        read(entry, start, stop, out).reshape(shape) for entry, out in ((old, held), (new, None))
+    )
     needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
     if not (finite.all_finite(pre) and finite.all_finite(post)):
         stream.blame(plan, name)
@@ -213,12 +217,16 @@ def _is_tame(pre: Tensor, code: Code) -> bool:
 
 
 def _delta(pre: Tensor, post: Tensor) -> Tensor:
-    """Return the delta, found slice by slice: fresh memory costs more than what is put there."""
-    delta = torch.empty(post.shape)
+    """Return the delta of finite entries, in memory that the thread uses again.
+
+    No code holds it where there is W_post. Slice by slice, with the bits of `difference`: a sum
+    with zero has no zero with a sign.
+    """
+    delta = _buffers.take("delta", torch.float32, pre.numel()).view(pre.shape)
     old, new, into = (tensor.reshape(-1) for tensor in (pre, post, delta))
     for start in range(0, len(into), editing.SLICE["cpu"]):
         part = slice(start, start + editing.SLICE["cpu"])
-        into[part] = difference(old[part], new[part])
+        torch.sub(new[part].float(), old[part].float(), out=into[part]).add_(0.0)
     return delta
 
 
