@@ -357,7 +357,7 @@ def test_small_tensors_do_not_compile() -> None:
         (Twin(rank=1, rate=None), (F32, (256, 256)), {"large", "matrix"}),
         (Ties(keep=0.5, scope="model"), (F32, (256, 256)), {"large"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_small_tensors_are_compiled_with_a_large_one(edit, large, compiled, monkeypatch) -> None:
     """With one of the same program alone: none is compiled for their sake; the bits are the same.
