@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -61,7 +61,7 @@ def random_pair() -> ModelPair:
     from transformers import AutoModelForCausalLM
 
     known = EmbeddedLlm("sft").open()
-    config = copy.deepcopy(known.module.config)
+    config: Any = copy.deepcopy(known.module.config)
     config.max_position_embeddings = 2048
     torch.manual_seed(0)
     module = AutoModelForCausalLM.from_config(config).float().eval()
@@ -232,7 +232,7 @@ def start(repeats: int = 3) -> None:
 
 def generate(pair: ModelPair, prompts: Sequence[str], tokens: int) -> int:
     """Generate greedily by transformers alone, in batches of prompts of like length."""
-    tokenizer, module = pair.transform.tokenizer, pair.module
+    tokenizer, module = pair.transform.tokenizer, cast(Any, pair.module)
     ordered = sorted(prompts, key=lambda text: -len(tokenizer.encode(text)))
     tokenizer.padding_side = "left"
     for first in range(0, len(ordered), BATCH):
