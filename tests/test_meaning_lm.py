@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from deltalab.data.text import Encoder
 from deltalab.data.tokens import Coded, padded
 from deltalab.evaluators.lm import hflm, requests, tasks
+from deltalab.inference import greedy
 from deltalab.loss import distill
 from deltalab.loss.answers import AnswerLoss, DpoLoss
 from deltalab.loss.objectives import measure
@@ -181,7 +182,7 @@ def said(found, settings, size=2, context=128):
     """Return what lm-eval's requests with these settings get from the live module, and lengths."""
     from lm_eval.api.instance import Instance
 
-    lengths, whole = [], found.module.generate
+    lengths, whole, continued = [], found.module.generate, greedy.continued
 
     def watched(*args, **given):
         out = whole(*args, **given)
@@ -189,12 +190,20 @@ def said(found, settings, size=2, context=128):
         assert out.shape[1] <= context
         return out
 
+    def followed(*args):
+        """What is decoded greedily, without `generate`."""
+        for group in continued(*args):
+            lengths.extend(len(text.tokens) for text in group)
+            assert all(len(text.row) + len(text.tokens) <= context for text in group)
+            yield group
+
     asked = [
         Instance("generate_until", {}, (t, copy.deepcopy(settings)), n) for n, t in enumerate(ASKED)
     ]
     live = hflm.wrapper(found.module, copy.deepcopy(found.transform.tokenizer), context, size)
     with live(found.module) as lm, pytest.MonkeyPatch.context() as patch:
         patch.setattr(found.module, "generate", watched)
+        patch.setattr(greedy, "continued", followed)
         return lm.generate_until(asked), max(lengths)
 
 

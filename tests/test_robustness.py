@@ -107,7 +107,7 @@ def test_models_that_seem_swapped_are_warned_of(caplog):
     spec = building.build({"_target_": "deltalab.models.zoo.EmbeddedVit", "post": "mnist", "task": "mnist"}, "model")  # fmt: skip  # noqa: E501
     data = {"_target_": "deltalab.data.images.Packaged", "task": "mnist", "split": "objective", "limit": 64}  # fmt: skip  # noqa: E501
     objective = building.build({"_target_": "deltalab.loss.objectives.Classification", "data": data}, "objective")  # fmt: skip  # noqa: E501
-    others = (objective, None, "error", None, None, {}, None)
+    others = (objective, None, "error", None, None, {})
     opening.opened(spec, *others)
     assert "swapped" not in caplog.text
 

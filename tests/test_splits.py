@@ -118,6 +118,7 @@ def evaluated(name, **fields):
     one = SimpleNamespace(
         edit=edit, select="all", seed=0, salt="", drawn={"select": "all", "seed": 0}, margin=0.02,
         objective_name="x", experts={}, calibration={}, parts={},
+        fitted=splits.tunes(edit.needs),
         riemann=instantiate(OmegaConf.load(CONF / "riemann" / "paper.yaml")),
         prediction=instantiate(OmegaConf.load(CONF / "prediction" / "on.yaml")),
     )  # fmt: skip

@@ -212,7 +212,7 @@ DECLARED: dict[Find, Declared] = {
         " less than the sum, EMR a tenth of the mean; terms within .1 %; 49 merges, ranked at .99",
         merges(),
         NULLS,
-        runs=100,
+        runs=200,
     ),
     safety.safety: Declared(
         "post 80 % attack success, aligned 2, Safe Delta 3 at 5 points of the task, random 50; IRR"
