@@ -279,6 +279,10 @@ def test_every_verdict_is_what_the_checks_say_of_the_committed_points(name, tmp_
     )
 
 
+def test_all_cards_lie_where_the_page_looks():
+    assert {artefact.folder for artefact in ARTEFACTS.values()} == set(reading.CARDS)
+
+
 def test_points_that_lack_what_a_check_needs_are_left_as_they_are():
     with pytest.raises(ValueError, match="how many nodes"):
         committed.judge("rules", RESULTS)
