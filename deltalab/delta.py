@@ -26,29 +26,17 @@ PACK = {"out": None, "mismatch": "error", "record": None}
 def main() -> None:
     """Entry point of the `deltalab-delta` command. Exit code 0 on success, 2 for a mistake."""
     from deltalab.store import shown
-    from deltalab.sweep import stopping
+    from deltalab.sweep.jobs import writing
     from deltalab.terminal import console
-    from deltalab.terminal.mistakes import fail, mistakes
 
     console.ready()
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__)
         return
-    try:
-        with stopping.ending():
-            for line in run(arguments):
-                print(shown.line(line))
-    except (Exception, stopping.Stopped) as error:
-        if stopping.is_stop(error):
-            console.fail("stopped; nothing was written")
-            sys.exit(143)
-        if isinstance(error, mistakes()):
-            fail(error)
-        raise
-    except KeyboardInterrupt:
-        console.fail("interrupted; nothing was written")
-        sys.exit(130)
+    with writing():
+        for line in run(arguments):
+            print(shown.line(line))
 
 
 def run(arguments: list[str]) -> list[str]:

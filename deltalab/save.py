@@ -23,27 +23,15 @@ OWN = {"out": None, "mismatch": "error", "kernel": "auto"}
 def main() -> None:
     """Entry point of the `deltalab-apply` command. Exit code 0 on success, 2 for a mistake."""
     from deltalab.store import shown
-    from deltalab.sweep import stopping
+    from deltalab.sweep.jobs import writing
     from deltalab.terminal import console
-    from deltalab.terminal.mistakes import fail, mistakes
 
     console.ready()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
-    try:
-        with stopping.ending():
-            manifest = save(sys.argv[1:])
-    except (Exception, stopping.Stopped) as error:
-        if stopping.is_stop(error):
-            console.fail("stopped; nothing was written")
-            sys.exit(143)
-        if isinstance(error, mistakes()):
-            fail(error)
-        raise
-    except KeyboardInterrupt:
-        console.fail("interrupted; nothing was written")
-        sys.exit(130)
+    with writing():
+        manifest = save(sys.argv[1:])
     edited = manifest["edited"]
     print(
         f"{edited['tensors']} tensors, {edited['parameters']} parameters edited:"

@@ -9,15 +9,16 @@ from torch import Tensor
 from deltalab.codes import Code
 from deltalab.codes.factorised import allocated, paper_widths, quantised
 from deltalab.codes.rounding import HOW
+from deltalab.compressors.rounded import Rounded
 from deltalab.edits import one_of, within
-from deltalab.edits.coded import Coded, untouched, whole_matrix
+from deltalab.edits.coded import untouched, whole_matrix
 from deltalab.linear.factor import Factors as Svd
 
 ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
-class DeltaCome(Coded):
+class DeltaCome(Rounded):
     """Round the singular vectors of the delta, those of large singular values to more bits.
 
     D = sum_i s_i u_i v_i'; u_i and v_i have b_i bits an entry, with levels that are symmetric about
@@ -59,16 +60,6 @@ class DeltaCome(Coded):
         one_of("bits", self.bits, ("paper", "allocate"))
         one_of("rounding", self.rounding, ROUNDINGS)
         one_of("scale", self.scale, HOW)
-
-    @property
-    def axes(self) -> bool:
-        """Where it looks at a layer's inputs."""
-        return self.rounding == "gptq"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The inputs' second moments where it looks at them."""
-        return ("svd", "gram") if self.rounding == "gptq" else ("svd",)
 
     def encode(
         self,

@@ -13,13 +13,14 @@ from deltalab.codes import Code
 from deltalab.codes.factorised import allocated, quantised
 from deltalab.codes.rounding import HOW
 from deltalab.compressors.delta_come import ROUNDINGS
+from deltalab.compressors.rounded import Rounded
 from deltalab.edits import one_of, whole, within
-from deltalab.edits.coded import Coded, untouched, whole_matrix
+from deltalab.edits.coded import untouched, whole_matrix
 from deltalab.linear.factor import Factors as Svd
 
 
 @dataclass(frozen=True)
-class DeltaMix(Coded):
+class DeltaMix(Rounded):
     """Round singular vectors to the bits that lose least, U to fit the rounded V.
 
     The bits of every component make the expected error of the layer's outputs least under the
@@ -63,16 +64,6 @@ class DeltaMix(Coded):
         within("widths", self.widths, "[1, 8]")
         one_of("rounding", self.rounding, ROUNDINGS)
         one_of("scale", self.scale, HOW)
-
-    @property
-    def axes(self) -> bool:
-        """Where it looks at a layer's inputs."""
-        return self.rounding == "gptq"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The inputs' second moments where it looks at them."""
-        return ("svd", "gram") if self.rounding == "gptq" else ("svd",)
 
     def encode(
         self,

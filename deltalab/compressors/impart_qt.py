@@ -12,8 +12,9 @@ from deltalab.codes.factorised import REFERENCE, quantised
 from deltalab.codes.rounding import HOW
 from deltalab.compressors.delta_come import ROUNDINGS
 from deltalab.compressors.impart import MASKS, probabilities
+from deltalab.compressors.rounded import Rounded
 from deltalab.edits import one_of, within
-from deltalab.edits.coded import Coded, seeded, untouched, whole_matrix
+from deltalab.edits.coded import seeded, untouched, whole_matrix
 from deltalab.linear.factor import Factors as Svd
 from deltalab.rng import Rng
 
@@ -21,7 +22,7 @@ CHARGES = ("paper", "code")
 
 
 @dataclass(frozen=True)
-class ImpartQt(Coded):
+class ImpartQt(Rounded):
     """Drop entries of singular vectors as ImPart does, and round the rest to 8, 3 and 2 bits.
 
     Two components in 4096 have 8 bits, 32 have 3 and all others 2, at least one each. The sparsity
@@ -68,16 +69,6 @@ class ImpartQt(Coded):
         one_of("charge", self.charge, CHARGES)
         one_of("rounding", self.rounding, ROUNDINGS)
         one_of("scale", self.scale, HOW)
-
-    @property
-    def axes(self) -> bool:
-        """Where it looks at a layer's inputs."""
-        return self.rounding == "gptq"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The inputs' second moments where it looks at them."""
-        return ("svd", "rng", *(["gram"] if self.rounding == "gptq" else []))
 
     def encode(
         self,

@@ -2,11 +2,39 @@
 
 import gc
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 SETTINGS = ("edit", "model", "select", "seed", "draws", "label", "nonfinite", "values", "budget")
 """Those of `deltalab` that decide what is written."""
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Run what such a command does, and end the process as it must where that fails.
+
+    Exit code 2 after a user's mistake, 143 and 130 after a signal; then nothing was written.
+    """
+    from deltalab.sweep import stopping
+    from deltalab.terminal import console
+    from deltalab.terminal.mistakes import fail, mistakes
+
+    try:
+        with stopping.ending():
+            yield
+    except (Exception, stopping.Stopped) as error:
+        if stopping.is_stop(error):
+            console.fail("stopped; nothing was written")
+            sys.exit(143)
+        if isinstance(error, mistakes()):
+            fail(error)
+        raise
+    except KeyboardInterrupt:
+        console.fail("interrupted; nothing was written")
+        sys.exit(130)
 
 
 @dataclass(frozen=True)
