@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from deltalab.apply import editing
 from deltalab.apply.coded import held
 from deltalab.apply.extras import Extras
+from deltalab.artifacts import Store
 from deltalab.calibration.providing import Calibration
 from deltalab.codes import Code
 from deltalab.edits import Edit
@@ -33,7 +34,6 @@ from deltalab.linear.delta import difference
 from deltalab.linear.factor import svd
 from deltalab.loss import distill, objectives
 from deltalab.loss.answers import answer_losses
-from deltalab.loss.artifacts import Store
 from deltalab.loss.engine import Changes, Engine
 from deltalab.loss.objectives import Loss
 from deltalab.loss.prediction import Predict

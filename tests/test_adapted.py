@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_adapters import llama
 from test_packs import given, refused
 
-from deltalab import delta, keys
-from deltalab.models import checkpoints
+from deltalab import checkpoints, delta, keys
 from deltalab.models.hf_llm import HfPair
 from deltalab.save import save as write
 from deltalab.weights import contents

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from deltalab.artifacts import Store
 from deltalab.data.tokens import IGNORED
 from deltalab.loss.answers import Answers, Dpo
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import change, measure
 from deltalab.loss.quadrature import Rule
 from deltalab.loss.riemann import terms

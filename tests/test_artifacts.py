@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from deltalab.loss.artifacts import Store
+from deltalab.artifacts import Store
 from deltalab.store import eviction, locks
 
 
@@ -125,7 +125,7 @@ def test_two_processes_never_leave_a_mixture(tmp_path):
 
 SLOW = """
 import sys, time, torch
-from deltalab.loss.artifacts import Store
+from deltalab.artifacts import Store
 
 def compute():
     with open(sys.argv[2], "a") as file:
@@ -205,7 +205,7 @@ def test_what_is_made_is_not_evicted(tmp_path):
 
 SHRUNK = """
 import sys, torch
-from deltalab.loss.artifacts import Store
+from deltalab.artifacts import Store
 
 store = Store(sys.argv[1], {})
 store.tensors("gradient", lambda: {"a": torch.ones(1 << 20)})

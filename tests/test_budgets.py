@@ -13,6 +13,7 @@ from test_edits import tensor
 from deltalab.api import objective
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras, Memo
+from deltalab.artifacts import Store
 from deltalab.budgets import Choice, Tensors
 from deltalab.budgets.knapsack import Knapsack, predicted
 from deltalab.budgets.shared import Shared
@@ -24,7 +25,6 @@ from deltalab.compressors.ultradelta import Ultradelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.keep import Keep
 from deltalab.edits.twin import Twin
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import measure
 from deltalab.plan.planning import signal_passes
 from deltalab.rng import Rng

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deltalab import cache
-from deltalab.loss.artifacts import Store
+from deltalab.artifacts import Store
 from deltalab.store import eviction
 
 

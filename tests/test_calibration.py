@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deltalab.artifacts import Store
 from deltalab.calibration import collecting
 from deltalab.calibration.providing import Calibration, check
 from deltalab.data import splits
 from deltalab.loss.answers import AnswerLoss
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import CrossEntropy
 from deltalab.weights.mapping import LazyWeights, ModelPair, meta
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from deltalab.apply import coded
 from deltalab.apply.audit import TERMS
 from deltalab.apply.editing import audited_tensor, edited_tensor
-from deltalab.apply.turning import seen
 from deltalab.codes import KINDS, Code, packing
 from deltalab.codes.grid import Grid
 from deltalab.codes.indexed import Indexed, entropy, spread
@@ -32,6 +31,7 @@ from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.keep import Keep
 from deltalab.edits.multibit import Multibit
 from deltalab.edits.ties import Ties
+from deltalab.edits.turning import seen
 from deltalab.edits.twin import Twin
 from deltalab.linear.delta import difference
 from deltalab.packing import files

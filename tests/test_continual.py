@@ -13,7 +13,6 @@ from torch import nn
 
 from deltalab.apply.extras import Extras
 from deltalab.apply.merging import Expert, Family
-from deltalab.apply.overlap import overlap
 from deltalab.data import splits
 from deltalab.edits.chain import Chain
 from deltalab.edits.dare import Dare
@@ -23,6 +22,7 @@ from deltalab.evaluators.continual import Continual, Stream, Task, follow, proje
 from deltalab.linear.heads import NearestMean, Ridge
 from deltalab.merges.sum import Sum
 from deltalab.run.experts import drawing
+from deltalab.run.overlap import overlap
 from deltalab.store import latest
 
 CLASSES = (3, 7, 11, 12)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deltalab.save as save
-from deltalab.models.checkpoints import opened
+from deltalab.checkpoints import opened
 from deltalab.models.hf_llm import HfPair
 from deltalab.weights import shards
 from deltalab.weights.mapping import Checkpoint

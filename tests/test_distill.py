@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras, Memo
+from deltalab.artifacts import Store
 from deltalab.calibration import providing
 from deltalab.edits.biased_product import BiasedProduct
 from deltalab.edits.bitdelta import BitDelta
@@ -20,7 +21,6 @@ from deltalab.edits.darex import Darex
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
 from deltalab.loss import distill
-from deltalab.loss.artifacts import Store
 from deltalab.run.point import PROVIDED
 from deltalab.weights.mapping import ModelPair
 

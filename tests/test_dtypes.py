@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import deltalab as dl
 from deltalab import keys
+from deltalab.artifacts import Store
 from deltalab.data.tokens import Coded, padded
 from deltalab.keys import Choices
 from deltalab.loss.answers import AnswerLoss
-from deltalab.loss.artifacts import Store
 from deltalab.loss.engine import Engine
 from deltalab.loss.objectives import measure
 from deltalab.loss.prediction import Predict

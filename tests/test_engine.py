@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
+from deltalab.artifacts import Store
 from deltalab.edits import Edit, Line, Moments, Unit
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo
-from deltalab.loss.artifacts import Store
 from deltalab.loss.engine import Engine
 from deltalab.loss.objectives import CrossEntropy, change, measure
 from deltalab.loss.prediction import Predict

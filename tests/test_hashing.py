@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_apply import tensor, write
 
-from deltalab.apply import hashing as module
 from deltalab.apply import stream
-from deltalab.apply.hashing import Hashing
+from deltalab.checkpoints import hashing as module
+from deltalab.checkpoints.hashing import Hashing
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.expo import Expo

@@ -21,9 +21,11 @@ ORDER = (
         "statistics",
         "store",
         "terminal",
+        "drawing",
         "linear",
         "weights",
-        "quantised",
+        "checkpoints",
+        "artifacts",
         "data",
     ),
     *(

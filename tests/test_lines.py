@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from deltalab.artifacts import Store
 from deltalab.edits.dare import Dare
 from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.expo import Expo
-from deltalab.loss.artifacts import Store
 from deltalab.loss.lines import Line, Lines, alone, approximate, choose, wanted
 from deltalab.loss.passes import gradient
 from deltalab.loss.quadrature import interpolation, local_weights

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from deltalab import keys, options, run
 from deltalab.apply.extras import Extras
 from deltalab.apply.merging import Expert, Family
+from deltalab.artifacts import Store
 from deltalab.calibration.entropy import Entropy, gradient_at
 from deltalab.calibration.providing import Calibration
 from deltalab.data import splits
@@ -26,7 +27,6 @@ from deltalab.edits.della import Della
 from deltalab.edits.ties import Ties as Trim
 from deltalab.edits.twin import Twin
 from deltalab.linear.factor import svd
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import CrossEntropy
 from deltalab.merges.adamerging import Adamerging
 from deltalab.merges.average import Average

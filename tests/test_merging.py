@@ -12,9 +12,9 @@ from test_families import models, ran
 import deltalab.save as save
 from deltalab.apply import merge_files
 from deltalab.apply.merging import Expert, Family
+from deltalab.artifacts import Store
 from deltalab.data.images import Packaged
 from deltalab.linear.delta import difference
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Classification, change, measure
 from deltalab.merges.channel import Channel
 from deltalab.models.zoo import EmbeddedVit

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from deltalab.artifacts import Store
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
 from deltalab.edits.drop_only import DropOnly
@@ -11,7 +12,6 @@ from deltalab.edits.expo import Expo
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
 from deltalab.edits.ties import Ties
-from deltalab.loss.artifacts import Store
 from deltalab.loss.passes import gradient
 from deltalab.loss.prediction import Predict, Predictor, diagonal_probe
 from deltalab.rng import Rng

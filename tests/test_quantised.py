@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import deltalab.save as save
-from deltalab import cli
-from deltalab.models import checkpoints
-from deltalab.quantised import told as quantised
+from deltalab import checkpoints, cli
+from deltalab.checkpoints import quantised
 from deltalab.weights.mapping import Checkpoint
 
 pytestmark = pytest.mark.meaning("quantised checkpoints")

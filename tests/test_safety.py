@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from deltalab import keys, options, run
-from deltalab.apply import turning
+from deltalab.edits import turning
 from deltalab.edits.irr import Irr
 from deltalab.edits.safe_delta import SafeDelta
 from deltalab.edits.safe_lora import SafeLora

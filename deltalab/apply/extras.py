@@ -14,9 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from deltalab.apply import turning
 from deltalab.budgets.shared import Shared
-from deltalab.edits import Edit
+from deltalab.edits import Edit, turning
 from deltalab.linear.factor import Factors, svd
 from deltalab.rng import Rng
 from deltalab.weights import orientation

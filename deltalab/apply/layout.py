@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from deltalab.checkpoints import opened, quantised
+from deltalab.checkpoints.adapted import Adapted
+from deltalab.checkpoints.decoded import Dequantised
 from deltalab.models import hub
-from deltalab.models.adapted import Adapted
-from deltalab.models.checkpoints import opened
-from deltalab.quantised import told as quantised
-from deltalab.quantised.decoded import Dequantised
 from deltalab.weights import configs, contents, orientation, pickles
 from deltalab.weights.headers import BITS
 from deltalab.weights.mapping import Checkpoint

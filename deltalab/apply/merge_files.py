@@ -22,11 +22,11 @@ from torch import Tensor
 
 from deltalab.apply import layout
 from deltalab.apply.extras import Extras, Memo
-from deltalab.apply.hashing import Hashing
 from deltalab.apply.layout import Side
 from deltalab.apply.merging import Expert, Family
 from deltalab.apply.stream import tied
 from deltalab.apply.work import Work
+from deltalab.checkpoints.hashing import Hashing
 from deltalab.edits import Edit
 from deltalab.merges import Merge
 from deltalab.store import files, records

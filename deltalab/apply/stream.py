@@ -20,9 +20,9 @@ from torch import Tensor
 
 from deltalab.apply import editing, layout
 from deltalab.apply.extras import Extras, Memo, Provider, thresholds
-from deltalab.apply.hashing import Hashing
 from deltalab.apply.layout import Side
 from deltalab.apply.work import Work
+from deltalab.checkpoints.hashing import Hashing
 from deltalab.edits import Edit
 from deltalab.linear.delta import difference
 from deltalab.store import files, records

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deltalab.apply.hashing import Hashing
+from deltalab.checkpoints.hashing import Hashing
 from deltalab.weights.shards import Entry, item
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from deltalab.artifacts import Store
 from deltalab.calibration import collecting, entropy
 from deltalab.data import splits
 from deltalab.loss import distill
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Loss
 from deltalab.terminal import console
 from deltalab.weights.layouts import layout_of

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltalab.artifacts import Store
 from deltalab.data.tokens import IGNORED, Tokens
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Loss, evaluating, surprise
 from deltalab.weights.mapping import ModelPair, loaded
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltalab.artifacts import Store
 from deltalab.edits import Edit
 from deltalab.loss import passes
-from deltalab.loss.artifacts import Store
 from deltalab.loss.lines import Lines, approximate
 from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import gradient, rounding

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from deltalab.artifacts import Store
 from deltalab.edits import Line
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import checkpointing, inner, move, probing, slopes, targets
 from deltalab.loss.quadrature import Rule, interpolation, local_weights

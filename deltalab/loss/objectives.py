@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltalab.loss.artifacts import Store
+from deltalab.artifacts import Store
 from deltalab.store.latest import latest
 from deltalab.weights.mapping import ModelPair
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltalab.artifacts import Store
 from deltalab.edits import Edit, Line, Moments
-from deltalab.loss.artifacts import Store
 from deltalab.loss.objectives import Loss
 from deltalab.loss.passes import curvature, inner, probing, targets
 from deltalab.rng import Rng

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltalab import checkpoints
 from deltalab.data.text import Encoder
-from deltalab.models import checkpoints, conversion, hub
+from deltalab.models import conversion, hub
 from deltalab.weights import configs
 from deltalab.weights.aligned import fill, matched, paired
 from deltalab.weights.headers import plain

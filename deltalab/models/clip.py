@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltalab.checkpoints import check_local, opened
 from deltalab.models import clip_heads, clip_names, hub
-from deltalab.models.checkpoints import check_local, opened
 from deltalab.models.live import check_dtype, device_of, live_pair
 from deltalab.models.timm_vit import created, frozen_args, transform_of
 from deltalab.store.latest import latest

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltalab.checkpoints import opened
 from deltalab.models import vocabulary
 from deltalab.models.causal import configuration
-from deltalab.models.checkpoints import opened
 from deltalab.settings import packaged
 from deltalab.weights.headers import plain
 from deltalab.weights.mapping import Checkpoint

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from deltalab.checkpoints import check_local, opened
 from deltalab.data.text import Encoder
 from deltalab.models import facts, hub, vocabulary
 from deltalab.models.causal import architecture, configuration, differences, filled, generation
-from deltalab.models.checkpoints import check_local, opened
 from deltalab.models.live import device_of
 from deltalab.store.latest import latest
 from deltalab.weights import contents
@@ -46,7 +46,7 @@ class HfPair:
             head as the post-trained model has them.
         trust_remote_code: whether Python code that comes with the models may be run.
         dequantize: whether weights in 8-bit floats or packed integers are decoded, as
-            `weights.dequantised` says; else quantised models are refused.
+            `deltalab.checkpoints.decoded` says; else quantised models are refused.
         base: a directory or a hub id, another model of the same architecture and vocabulary that
             the delta is put onto, as a chat vector; None: it stays where it is.
 

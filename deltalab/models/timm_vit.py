@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from deltalab.models.checkpoints import opened
+from deltalab.checkpoints import opened
 from deltalab.models.live import check_dtype, live_pair
 from deltalab.settings import near
 from deltalab.store import reach

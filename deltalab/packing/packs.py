@@ -29,8 +29,8 @@ from torch import Tensor
 
 from deltalab.apply import editing, layout, stream
 from deltalab.apply.coded import no_code
-from deltalab.apply.hashing import Hashing
 from deltalab.apply.work import Work
+from deltalab.checkpoints.hashing import Hashing
 from deltalab.codes import NAMES, Code
 from deltalab.codes.nested import Patched
 from deltalab.edits import Edit

@@ -11,7 +11,6 @@ from typing import Any
 
 from deltalab.apply import merging
 from deltalab.apply.audit import summed
-from deltalab.apply.overlap import overlap
 from deltalab.data import splits
 from deltalab.edits import Edit
 from deltalab.edits.keep import Keep
@@ -19,6 +18,7 @@ from deltalab.linear.delta import difference
 from deltalab.models import families
 from deltalab.run import streams
 from deltalab.run.opening import Reference, family
+from deltalab.run.overlap import overlap
 from deltalab.run.point import (
     Clock,
     Point,

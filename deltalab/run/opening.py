@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltalab.artifacts import Store
 from deltalab.data import splits
 from deltalab.evaluators.scores import Scores
-from deltalab.loss.artifacts import Store
 from deltalab.loss.engine import Engine
 from deltalab.loss.objectives import Loss, Measured, change, measure
 from deltalab.models import families

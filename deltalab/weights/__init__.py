@@ -1,6 +1,5 @@
 """Mappings from names to tensors: checkpoints, pairs, deltas, and which tensors are meant.
 
 `mapping` is the one interchange type; `headers` and `pickles` check what a file claims before it is
-read, `checkpoints` that it holds a model's weights (`quantised`, `dequantised`); `select`,
-`finite`, `threshold` and `factor` say which tensors, and what is in them.
+read; `select`, `finite`, `threshold` and `factor` say which tensors, and what is in them.
 """

@@ -2,7 +2,7 @@
 
 transformers' `Conv1D` multiplies from the right, so files of GPT-2 and its kin have the weights of
 their linear layers transposed. Edits that look at axes see every matrix as (out, in) all the same
-(`deltalab.apply.turning`). Nothing here imports torch.
+(`deltalab.edits.turning`). Nothing here imports torch.
 """
 
 import re

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from deltalab.apply import editing
 from deltalab.apply.extras import Extras
+from deltalab.artifacts import Store
 from deltalab.data.images import Packaged
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.edits.dare import Dare
@@ -32,7 +33,6 @@ from deltalab.edits.drop_only import DropOnly
 from deltalab.edits.expo import Expo
 from deltalab.edits.ties import Ties
 from deltalab.edits.twin import Twin
-from deltalab.loss.artifacts import Store
 from deltalab.loss.lines import Lines, approximate
 from deltalab.loss.objectives import Classification, Loss, Measured, change, measure
 from deltalab.loss.passes import gradient

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.report.figures.style import looks
+from deltalab.drawing import looks
 from deltalab.statistics.means import Mean
 from deltalab.store.record import Outcome
 from experiments.compression.checks import Case, bits, cases, checks, spread

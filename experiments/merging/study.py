@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deltalab.report.figures.style import looks, panels
+from deltalab.drawing import looks, panels
 from deltalab.report.outcomes import spearman
 from deltalab.report.tables import signed
 from deltalab.store.record import Outcome

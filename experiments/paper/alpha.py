@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltalab.report.figures.style import HATCHES, looks, panels
+from deltalab.drawing import HATCHES, looks, panels
 from deltalab.statistics.means import Mean
 from deltalab.store.fields import number, plain
 from deltalab.store.record import Outcome

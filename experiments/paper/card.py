@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltalab.report.figures.style import STYLE
+from deltalab.drawing import STYLE
 from deltalab.settings import conf_dir
 from deltalab.store import exporting
 from deltalab.store.record import Outcome

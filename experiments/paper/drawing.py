@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltalab.report.figures.style import looks, panels
+from deltalab.drawing import looks, panels
 from experiments.paper.found import mean, spread
 
 COLUMNS = 3

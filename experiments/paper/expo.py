@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltalab.report.figures.style import panels
+from deltalab.drawing import panels
 from deltalab.report.tables import signed
 from deltalab.statistics.means import Mean
 from deltalab.store.fields import plain

@@ -10,10 +10,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+from deltalab.drawing import looks, panels
 from deltalab.edits.dare import Dare
 from deltalab.edits.noise import Noise
 from deltalab.edits.sign_flip import SignFlip
-from deltalab.report.figures.style import looks, panels
 from deltalab.report.outcomes import spearman
 from deltalab.store.fields import number
 from deltalab.store.record import Outcome

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from deltalab.report.figures.style import HATCHES, looks, panels
+from deltalab.drawing import HATCHES, looks, panels
 from deltalab.report.tables import signed
 from deltalab.statistics.means import Mean
 from deltalab.store.fields import number, plain

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.report.figures.style import looks, panels
+from deltalab.drawing import looks, panels
 from deltalab.report.outcomes import spearman
 from deltalab.store.record import Outcome
 from experiments.paper.evidence import Documents

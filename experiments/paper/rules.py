@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deltalab.drawing import looks, panels
 from deltalab.loss.quadrature import RULES
-from deltalab.report.figures.style import looks, panels
 from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend
 from experiments.paper.evidence import Documents

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltalab.report.figures.style import looks, panels
+from deltalab.drawing import looks, panels
 from deltalab.statistics.means import Mean
 from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend

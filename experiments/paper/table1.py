@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from deltalab.report.figures.style import panels
+from deltalab.drawing import panels
 from deltalab.report.tables import signed
 from deltalab.statistics.means import Mean
 from deltalab.store.fields import number, plain

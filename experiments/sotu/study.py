@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deltalab.report.figures.style import looks, panels
+from deltalab.drawing import looks, panels
 from deltalab.statistics.means import Mean
 from deltalab.store.record import Outcome
 from experiments.paper.evidence import Documents, Evidence

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deltalab.report.figures.style import looks, panels
+from deltalab.drawing import looks, panels
 from deltalab.store.record import Outcome
 from experiments.paper.drawing import curve
 from experiments.paper.evidence import Documents, Evidence

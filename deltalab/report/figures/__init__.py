@@ -7,8 +7,8 @@ points give the same bytes.
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltalab.drawing import STYLE
 from deltalab.report.figures import accuracy, agreement, parts
-from deltalab.report.figures.style import STYLE
 from deltalab.store.record import Outcome
 
 FIGURES = {"accuracy": accuracy, "term": agreement, "parts": parts}

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from deltalab.report.figures.style import looks, panels, short
+from deltalab.drawing import looks, panels, short
 from deltalab.report.outcomes import by_pair, pair_names, rules
 from deltalab.store.record import Outcome
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltalab.report.figures.style import HATCHES, looks, panels, short
+from deltalab.drawing import HATCHES, looks, panels, short
 from deltalab.report.outcomes import by_pair, pair_names
 from deltalab.store.record import Outcome
 

@@ -9,9 +9,9 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from deltalab.models.adapted import Adapted
-from deltalab.quantised import told as quantised
-from deltalab.quantised.decoded import Dequantised
+from deltalab.checkpoints import quantised
+from deltalab.checkpoints.adapted import Adapted
+from deltalab.checkpoints.decoded import Dequantised
 from deltalab.weights import contents
 from deltalab.weights.mapping import Checkpoint
 

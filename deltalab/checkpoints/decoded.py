@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from deltalab.quantised import told as quantised
+from deltalab.checkpoints import quantised
 from deltalab.weights.headers import plain
 from deltalab.weights.mapping import Checkpoint, Meta
 
