@@ -8,6 +8,8 @@ RESULTS ?= $(if $(filter demo,$(SCALE)),results,results/$(SCALE)-scale)
 REPORT   = $(BIN)/deltalab-report results=$(RESULTS) $(if $(INTO),into=$(INTO))
 SWEEP   ?= hydra/launcher=$(if $(filter demo,$(SCALE)),workers,gpus)
 PAPER   := table1 fig1 fig2 fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12 fig13
+# Studies of the committed points of others: nothing is run.
+GATHERED := scores
 STUDIES := intensity rules predict merging compression sotu visionfuse safety
 export HF_HUB_OFFLINE ?= 1
 # Some containers forbid Python to keep bytecode: importing torch then takes twice as long each time.
@@ -15,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help architectures demo demo-llm test check slurm ray fuzz audit constraints bench format report results clean
-.PHONY: reproduce $(PAPER) $(STUDIES)
+.PHONY: reproduce $(PAPER) $(STUDIES) $(GATHERED)
 
 help: ## show this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -32,6 +34,9 @@ $(PAPER) $(STUDIES): $(VENV)/.user
 	@$(BIN)/deltalab -m experiment=$@ scale=$(SCALE) results=$(RESULTS) $(SWEEP)
 	@$(BIN)/python -m experiments.paper $@ scale=$(SCALE) results=$(RESULTS)
 
+$(GATHERED): $(VENV)/.user
+	@$(BIN)/python -m experiments.paper $@ from=committed results=$(RESULTS)
+
 visionfuse: results/models/visionfuse/4
 results/models/visionfuse/4: $(VENV)/.user
 	@$(BIN)/python -m experiments.visionfuse
@@ -40,6 +45,7 @@ results/models/visionfuse/4: $(VENV)/.user
 reproduce: $(VENV)/.user ## every table, figure and study of the paper at SCALE=demo (or paper), the page
 	@for name in fig8 fig11 fig12 $(filter-out fig8 fig11 fig12,$(PAPER)) $(STUDIES); do \
 	  $(MAKE) --no-print-directory $$name || exit; done
+	@for name in $(GATHERED); do $(MAKE) --no-print-directory $$name || exit; done
 	@$(BIN)/deltalab-report results=$(RESULTS) into=$(RESULTS) >/dev/null
 
 test: $(VENV)/.dev ## install the dev tools, run the whole test suite

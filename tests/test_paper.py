@@ -32,6 +32,8 @@ from experiments.paper.found import Check, deciding, told, verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+RUN = [name for name, artefact in ARTEFACTS.items() if not artefact.sources]
+"""Those with points of their own."""
 GSM = "gsm/exact_match_strict"
 ENDS = {"post": {GSM: 0.9}, "pre": {GSM: 0.1}}
 COUNT = 3000
@@ -241,14 +243,15 @@ def test_evidence_says_what_it_rests_on():
 
 
 def test_every_artefact_has_an_experiment_that_says_what_it_is():
-    for name, artefact in ARTEFACTS.items():
+    for name in RUN:
+        artefact = ARTEFACTS[name]
         head = (conf_dir() / "experiment" / f"{name}.yaml").read_text()
         scale = ["SCALE=paper"] if artefact.paper_scale else []
         for word in ("Claim: |Question: ", f"make {name} ", *scale, "Cost: ", "Expected: "):
             assert re.search(word, head), (name, word)
 
 
-@pytest.mark.parametrize("name", ARTEFACTS)
+@pytest.mark.parametrize("name", RUN)
 def test_every_artefact_is_committed_with_its_numbers(name):
     folder = RESULTS / ARTEFACTS[name].folder
     card = json.loads((folder / f"{name}.json").read_text())
@@ -271,12 +274,22 @@ def test_every_verdict_is_what_the_checks_say_of_the_committed_points(name, tmp_
     """Without a model: `python -m experiments.paper NAME from=committed` writes the same cards."""
     folder = ARTEFACTS[name].folder
     (tmp_path / folder).mkdir()
-    for kept in (RESULTS / folder).glob(f"{name}*.json*"):
-        (tmp_path / folder / kept.name).write_bytes(kept.read_bytes())
+    for each in (name, *ARTEFACTS[name].sources):
+        for kept in (RESULTS / folder).glob(f"{each}*.json*"):
+            (tmp_path / folder / kept.name).write_bytes(kept.read_bytes())
     path, _ = committed.judge(name, tmp_path)
     assert json.loads(path.read_text()) == json.loads(
         (RESULTS / folder / f"{name}.json").read_text()
     )
+
+
+@pytest.mark.parametrize("name", [n for n in ARTEFACTS if n not in RUN])
+def test_a_study_of_others_points_counts_each_once_and_knows_posts_scores(name):
+    card = json.loads((RESULTS / ARTEFACTS[name].folder / f"{name}.json").read_text())
+    points = committed.gather(name, RESULTS)
+    assert card["points"] == len(points) == len({p.key for p in points})
+    assert card["lines"] is None
+    assert all(p.reference["post"] for p in points if p.metrics)
 
 
 def test_all_cards_lie_where_the_page_looks():

@@ -16,6 +16,7 @@ from experiments.paper import (
     predict,
     rules,
     safety,
+    scores,
     table1,
 )
 from experiments.paper.evidence import Documents
@@ -34,6 +35,7 @@ class Artefact:
         documents: the ends of what is committed of single documents, beside the points.
         original: whose part embedded models take, beside those of the scale's roles.
         paper_scale: whether the experiment has models of that scale.
+        sources: the artefacts whose committed points it looks at; empty: it has its own.
     """
 
     title: str
@@ -45,6 +47,7 @@ class Artefact:
     documents: tuple[str, ...] = ()
     original: str = "CLIP ViT-B/32"
     paper_scale: bool = True
+    sources: tuple[str, ...] = ()
 
 
 def without_experts(point: Outcome) -> Outcome:
@@ -123,6 +126,25 @@ ARTEFACTS = {
         "How far does one pass at the post-trained model see?",
         predict.predict,
         "study",
+    ),
+    "scores": Artefact(
+        "Study: from the loss to the score",
+        "Does the loss change, and the term that tells it, order what edits cost in score?",
+        scores.scores,
+        "study",
+        sources=(
+            "table1",
+            "fig3",
+            "fig4",
+            "fig7",
+            "fig8",
+            "fig9",
+            "fig10",
+            "fig11",
+            "fig12",
+            "fig13",
+            "intensity",
+        ),
     ),
     "merging": Artefact(
         "Merging: all merges on two families of experts",

@@ -30,14 +30,55 @@ ROLES = {
 
 def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tuple[Path, Found]:
     """Make one artefact from its points and write it below `results/`, into its folder."""
-    import matplotlib
-
     artefact = ARTEFACTS[name]
     folder = results / artefact.folder
     folder.mkdir(parents=True, exist_ok=True)
-    figures = []
     documents = Stored(results)
     found = artefact.find(points, documents)
+    exporting.write([*map(artefact.lighter, points)], folder / f"{name}.jsonl", FIGURES)
+    if artefact.documents:
+        keep(points, documents, artefact.documents, folder / f"{name}_documents.jsonl")
+    card = {
+        **_made(name, found, folder),
+        "command": f"make {name}" + ("" if scale == "demo" else f" SCALE={scale}"),
+        "paper_command": f"make {name} SCALE=paper" if artefact.paper_scale else None,
+        "paper_hours": _paper_hours(name),
+        "stand_ins": _stand_ins(scale, list(dict.fromkeys(p.model for p in points)), artefact),
+        "points": len(points),
+        "seeds": sorted({p.seed for p in points if p.seed is not None}),
+        **_origin(points, results),
+        "lines": f"{name}.jsonl",
+    }
+    return save(folder / f"{name}.json", card), found
+
+
+def gathered(name: str, points: Sequence[Outcome], results: Path) -> tuple[Path, Found]:
+    """Make a study of the committed points of others: its card has no points of its own."""
+    found = ARTEFACTS[name].find(points, None)
+    folder = results / ARTEFACTS[name].folder
+    card = {
+        **_made(name, found, folder),
+        "command": f"make {name}",
+        "paper_command": None,
+        "paper_hours": None,
+        "stand_ins": "",
+        "points": len(points),
+        "seeds": sorted({p.seed for p in points if p.seed is not None}),
+        "minutes": 0.0,
+        "hardware": "",
+        "versions": {},
+        "date": "",
+        "commit": "",
+        "lines": None,
+    }
+    return save(folder / f"{name}.json", card), found
+
+
+def _made(name: str, found: Found, folder: Path) -> dict[str, Any]:
+    """Draw an artefact's figures and return what its card says of the claim, with its tables."""
+    import matplotlib
+
+    artefact, figures = ARTEFACTS[name], []
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         shown, drawn = found.show()
         for suffix, figure, caption in drawn:
@@ -46,27 +87,15 @@ def write(name: str, points: Sequence[Outcome], results: Path, scale: str) -> tu
             svg = path.with_suffix(".svg")
             figure.savefig(svg, metadata={"Date": None, "Creator": None})
             figures.append({"file": svg.name, "png": path.name, "caption": caption})
-    exporting.write([*map(artefact.lighter, points)], folder / f"{name}.jsonl", FIGURES)
-    if artefact.documents:
-        keep(points, documents, artefact.documents, folder / f"{name}_documents.jsonl")
     tables = [{"title": t.title, "columns": [*t.columns], "rows": [*t.rows]} for t in shown]
-    card = {
+    return {
         "name": name,
         "title": artefact.title,
         "kind": artefact.kind,
         "claim": artefact.claim,
         **judged(name, found, tables),
-        "command": f"make {name}" + ("" if scale == "demo" else f" SCALE={scale}"),
-        "paper_command": f"make {name} SCALE=paper" if artefact.paper_scale else None,
-        "paper_hours": _paper_hours(name),
-        "stand_ins": _stand_ins(scale, list(dict.fromkeys(p.model for p in points)), artefact),
-        "points": len(points),
-        "seeds": sorted({p.seed for p in points if p.seed is not None}),
-        **_origin(points, results),
         "figures": figures,
-        "lines": f"{name}.jsonl",
     }
-    return save(folder / f"{name}.json", card), found
 
 
 def judged(name: str, found: Found, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 `python -m experiments.paper NAME from=committed` reads the points that lie beside the card, as
 `DIR/paper/NAME.jsonl`, and writes what the checks say of them into it: verdict, sentence, checks
 and notes. Figures, further tables, date,
-commit and hardware stay those of the run that computed the points.
+commit and hardware stay those of the run that computed the points. A study of other artefacts'
+points (its `sources`) is drawn as well.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 from deltalab.store import reading
 from deltalab.store.record import Outcome
 from experiments.paper.artefacts import ARTEFACTS
-from experiments.paper.card import judged, save
+from experiments.paper.card import gathered, judged, save
 from experiments.paper.evidence import kept
 from experiments.paper.found import Found
 
@@ -30,12 +31,34 @@ def judge(name: str, results: Path) -> tuple[Path, Found]:
         ValueError: the points lack what the checks need.
     """
     artefact = ARTEFACTS[name]
+    if artefact.sources:
+        return gathered(name, gather(name, results), results)
     path = results / artefact.folder / f"{name}.json"
     card = json.loads(path.read_text(encoding="utf-8"))
     documents = kept(path.with_name(f"{name}_documents.jsonl")) or None
     found = artefact.find(points(path.with_suffix(".jsonl"), ends(card)), documents)
     tables = [t for t in card["tables"] if t["title"] != "What was checked"]
     return save(path, card | judged(name, found, tables)), found
+
+
+def gather(name: str, results: Path) -> list[Outcome]:
+    """Return the points of a study's sources, each once, with post's scores as any source has them.
+
+    Raises:
+        ValueError: a source has no committed points.
+    """
+    found: dict[str, Outcome] = {}
+    known: dict[str, dict[str, float]] = {}
+    for source in ARTEFACTS[name].sources:
+        path = results / ARTEFACTS[source].folder / f"{source}.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{path}: no points; make {source} writes them")
+        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        for point in points(path, ends(card)):
+            found.setdefault(point.key, point)
+            for metric, value in point.reference["post"].items():
+                known.setdefault(point.pair, {}).setdefault(metric, value)
+    return [replace(p, reference={"post": known[p.pair]}) for p in found.values()]
 
 
 def ends(card: Mapping[str, Any]) -> dict[str, dict[str, float]]:

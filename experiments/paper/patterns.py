@@ -4,6 +4,7 @@ Every function returns what adds one artefact's points to an empty `World`; its 
 effects, by default the paper's pattern.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from deltalab.store.record import Outcome
@@ -168,6 +169,38 @@ def nodes(gauss: float = 0.001, left: float = 0.02, edits: int = 12) -> Draw:
                 for rule, count, wide in (("gauss", 3, own), ("left", 5, left)):
                     term = Term(rule, count, change + wide * world.rng.standard_normal())
                     world.points.append(_point(model, place, change, {rule: term}))
+
+    return draw
+
+
+def tasks(loss: float = 0.95, term: float = 0.95, settings: int = 60) -> Draw:
+    """Return three models of one task, whose lost scores correlate in rank with loss and term.
+
+    Ranks of two normal numbers of correlation 2 sin(pi r / 6) correlate by r; the arguments are
+    those of the first model.
+    """
+
+    def draw(world: World) -> None:
+        for model in ("m", "n", "o"):
+            wanted = (loss, term) if model == "m" else (0.95, 0.95)
+            for place in range(settings):
+                lost = world.rng.standard_normal()
+                change, told = (
+                    r * lost + math.sqrt(1 - r * r) * world.rng.standard_normal()
+                    for r in (2 * math.sin(math.pi * rank / 6) for rank in wanted)
+                )
+                world.points.append(
+                    Outcome(
+                        model,
+                        "dare",
+                        {"p": place},
+                        key=f"{len(world.points)}",
+                        metrics={GSM: 0.5 - 0.05 * lost},
+                        reference={"post": {GSM: 0.6}},
+                        change=change,
+                        terms={"adaptive": Term("adaptive", None, told)},
+                    )
+                )
 
     return draw
 
