@@ -43,6 +43,7 @@ NEUTRAL: dict[str, Any] = {
     "salt": "",
     "model.experts": None,
     "model.classes": None,
+    "model.weights": None,
     "model.base": None,
     "edit.masks": None,
     "objective.data.classes": None,
@@ -58,7 +59,7 @@ NEUTRAL: dict[str, Any] = {
     "budget": None,
 }  # fmt: skip
 """Settings that came later, each with the value that reproduces what was done without it."""
-AFTER_FAMILIES = ("model.base", "peers", "calibration.fisher")
+AFTER_FAMILIES = ("model.base", "model.weights", "peers", "calibration.fisher")
 """Those of them that came after families did, and are left out of what an expert is too."""
 _OF_EXPERT = re.compile(r"^model\.experts\.[^.]+\.")
 BESIDE = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltalab.models import embedded
 from deltalab.models.live import live_pair
 from deltalab.store.latest import latest
-from deltalab.weights.mapping import Checkpoint, ModelPair
+from deltalab.weights.mapping import Checkpoint, ModelPair, check_same_layout
 
 DIRECTORY = embedded.ZOO
 OUTPUTS = 20
@@ -33,6 +33,8 @@ class EmbeddedVit:
         device: as for `TimmPair`.
         classes: the outputs that count, as if the others were not there: those of the task that an
             expert has a head for; None: all.
+        weights: a safetensors file of another training of the same architecture, which takes the
+            place of `post`'s own weights; None: those that ship with the package.
 
     Raises:
         ValueError: no such model, or no list of outputs.
@@ -42,7 +44,8 @@ class EmbeddedVit:
     task: str
     device: str = "cpu"
     classes: tuple[int, ...] | None = None
-    contents: ClassVar = {"post": "packaged vit"}
+    weights: str | None = None
+    contents: ClassVar = {"post": "packaged vit", "weights": "model"}
     reads: ClassVar = ("checkpoint",)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,12 @@ class EmbeddedVit:
     def pre(self) -> str:
         """The name of the model that `post` was trained from."""
         return embedded.VIT[self.post]
+
+    @property
+    def checkpoints(self) -> tuple[Path, Path]:
+        """The files of both models' weights."""
+        post = _weights(self.post) if self.weights is None else Path(self.weights).expanduser()
+        return _weights(self.pre), post
 
     def open(self) -> ModelPair:
         """Return the pair; consecutive calls with an equal spec share it."""
@@ -121,10 +130,13 @@ def _open(spec: EmbeddedVit) -> ModelPair:
     normalise, module = _normalising(recipe), _architecture(recipe)
     if spec.classes is not None:
         among(module, spec.classes)
+    pre, post = map(Checkpoint, spec.checkpoints)
+    if spec.weights is not None:
+        check_same_layout(pre, post)
     return live_pair(
         module,
-        Checkpoint(_weights(spec.pre)),
-        Checkpoint(_weights(spec.post)),
+        pre,
+        post,
         spec.device,
         "float32",
         normalise,

@@ -12,7 +12,7 @@ from deltalab.models import embedded
 from deltalab.models.causal import padding_learns
 from deltalab.models.live import live_pair
 from deltalab.store.latest import latest
-from deltalab.weights.mapping import Checkpoint, ModelPair
+from deltalab.weights.mapping import Checkpoint, ModelPair, check_same_layout
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -32,6 +32,8 @@ class EmbeddedLlm:
             `small_counts`, `small_groups`, `small_compares` (that base -> one kind of problem), or
             one of `embedded.SAFETY` (an aligned model -> fine-tunes that undo it, or do not).
         device: as for `TimmPair`.
+        weights: a safetensors file of another training of the same architecture, which takes the
+            place of `post`'s own weights; None: those that ship with the package.
 
     Raises:
         ValueError: no such model.
@@ -42,7 +44,8 @@ class EmbeddedLlm:
 
     post: str
     device: str = "cpu"
-    contents: ClassVar = {"post": "packaged llm"}
+    weights: str | None = None
+    contents: ClassVar = {"post": "packaged llm", "weights": "model"}
     reads: ClassVar = ("checkpoint", "tokens")
 
     def __post_init__(self) -> None:
@@ -55,6 +58,12 @@ class EmbeddedLlm:
     def pre(self) -> str:
         """The name of the model that `post` was trained from."""
         return embedded.LLM[self.post]
+
+    @property
+    def checkpoints(self) -> tuple[Path, Path]:
+        """The files of both models' weights."""
+        post = _weights(self.post) if self.weights is None else Path(self.weights).expanduser()
+        return _weights(self.pre), post
 
     def open(self) -> ModelPair:
         """Return the pair; consecutive calls with an equal spec share it."""
@@ -72,10 +81,13 @@ def _open(spec: EmbeddedLlm) -> ModelPair:
 
     config = _config(spec.post)
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, local_files_only=True)
+    pre, post = map(Checkpoint, spec.checkpoints)
+    if spec.weights is not None:
+        check_same_layout(pre, post)
     return live_pair(
         _architecture(config),
-        Checkpoint(_weights(spec.pre)),
-        Checkpoint(_weights(spec.post)),
+        pre,
+        post,
         spec.device,
         "float32",
         Encoder(tokenizer, context=int(config.max_position_embeddings or 0)),
