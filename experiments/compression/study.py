@@ -183,8 +183,6 @@ def _figure(points: Sequence[Outcome], evidence: Evidence) -> Any:
         panel.set_xscale("log", base=2)
         panel.set_yscale("symlog", linthresh=1e-3)
         panel.yaxis.set_ticks([-0.1, -0.01, 0, 0.01, 0.1, 1], minor=False)
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.set(title=name, xlabel="true bits a weight", ylabel="loss change, nats")
     drawn.legend([*shown.values()], [*shown], loc="outside lower center", ncols=4)
     return drawn

@@ -223,7 +223,6 @@ def _figure(found: Sequence[Family]) -> Any:
             set_scale("symlog", linthresh=1e-2)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([-1, -0.1, -0.01, 0, 0.01, 0.1, 1], minor=False)
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set(title=title, xlabel="measured change, nats")
     handles, labels = grid[-1][0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltalab.drawing import STYLE
+from deltalab import drawing
 from deltalab.settings import conf_dir
 from deltalab.store import exporting
 from deltalab.store.record import Outcome
@@ -79,14 +79,13 @@ def _made(name: str, found: Found, folder: Path) -> dict[str, Any]:
     import matplotlib
 
     artefact, figures = ARTEFACTS[name], []
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **drawing.STYLE}):
         shown, drawn = found.show()
         for suffix, figure, caption in drawn:
             path = folder / f"{name}{suffix}.png"
-            figure.savefig(path, dpi=160, metadata={"Software": None})
-            svg = path.with_suffix(".svg")
-            figure.savefig(svg, metadata={"Date": None, "Creator": None})
-            figures.append({"file": svg.name, "png": path.name, "caption": caption})
+            drawing.save(figure, path, dpi=160)
+            svg = path.with_suffix(".svg").name
+            figures.append({"file": svg, "png": path.name, "caption": caption})
     tables = [{"title": t.title, "columns": [*t.columns], "rows": [*t.rows]} for t in shown]
     return {
         "name": name,

@@ -7,7 +7,7 @@ points give the same bytes.
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltalab.drawing import STYLE
+from deltalab.drawing import STYLE, save
 from deltalab.report.figures import accuracy, agreement, parts
 from deltalab.store.record import Outcome
 
@@ -24,8 +24,6 @@ def draw(points: Sequence[Outcome], directory: Path, stem: str) -> list[tuple[Pa
             figure = module.figure(points)
             if figure is not None:
                 path = directory / f"{stem}_{name}.png"
-                # Without the program's version and the date, which would differ between machines.
-                figure.savefig(path, dpi=200, metadata={"Software": None})
-                figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+                save(figure, path, dpi=200)
                 done.append((path, module.CAPTION))
     return done
