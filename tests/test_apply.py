@@ -477,3 +477,25 @@ def test_the_command(pair, tmp_path) -> None:
     assert "edit.p=1.9: must be in [0, 1)" in bad.stderr
     assert len(bad.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("model", ["mnist_vit", "tiny_llm_small"])
+def test_embedded_pairs_are_written_and_packed_alike(model, tmp_path):
+    from deltalab import delta, save
+
+    settings = [f"model={model}", "edit=bitdelta", "values=float16"]
+    save.save([*settings, f"out={tmp_path / 'applied'}"])
+    delta.run(["pack", *settings, f"out={tmp_path / 'small.safetensors'}"])
+    post = next((tmp_path / "applied").glob("*.safetensors"))
+    base = zoo_base(model)
+    delta.run(["unpack", str(tmp_path / "small.safetensors"), f"onto={base}",
+               f"out={tmp_path / 'unpacked'}"])  # fmt: skip
+    assert (tmp_path / "unpacked" / post.name).read_bytes() == post.read_bytes()
+
+
+def zoo_base(model):
+    from deltalab.models.zoo import EmbeddedVit
+    from deltalab.models.zoo_llm import EmbeddedLlm
+
+    spec = EmbeddedVit("mnist", "mnist") if model == "mnist_vit" else EmbeddedLlm("small_sft")
+    return spec.checkpoints[0]
