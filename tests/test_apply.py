@@ -481,14 +481,16 @@ def test_the_command(pair, tmp_path) -> None:
 
 @pytest.mark.parametrize("model", ["mnist_vit", "tiny_llm_small"])
 def test_embedded_pairs_are_written_and_packed_alike(model, tmp_path):
-    from deltalab import delta, save
+    from importlib import import_module
 
     settings = [f"model={model}", "edit=bitdelta", "values=float16"]
-    save.save([*settings, f"out={tmp_path / 'applied'}"])
-    delta.run(["pack", *settings, f"out={tmp_path / 'small.safetensors'}"])
+    import_module("deltalab.save").save([*settings, f"out={tmp_path / 'applied'}"])
+    import_module("deltalab.delta").run(
+        ["pack", *settings, f"out={tmp_path / 'small.safetensors'}"]
+    )
     post = next((tmp_path / "applied").glob("*.safetensors"))
     base = zoo_base(model)
-    delta.run(["unpack", str(tmp_path / "small.safetensors"), f"onto={base}",
+    import_module("deltalab.delta").run(["unpack", str(tmp_path / "small.safetensors"), f"onto={base}",
                f"out={tmp_path / 'unpacked'}"])  # fmt: skip
     assert (tmp_path / "unpacked" / post.name).read_bytes() == post.read_bytes()
 
