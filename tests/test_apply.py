@@ -490,8 +490,9 @@ def test_embedded_pairs_are_written_and_packed_alike(model, tmp_path):
     )
     post = next((tmp_path / "applied").glob("*.safetensors"))
     base = zoo_base(model)
-    import_module("deltalab.delta").run(["unpack", str(tmp_path / "small.safetensors"), f"onto={base}",
-               f"out={tmp_path / 'unpacked'}"])  # fmt: skip
+    out = tmp_path / "unpacked"
+    packed = str(tmp_path / "small.safetensors")
+    import_module("deltalab.delta").run(["unpack", packed, f"onto={base}", f"out={out}"])
     assert (tmp_path / "unpacked" / post.name).read_bytes() == post.read_bytes()
 
 

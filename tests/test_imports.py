@@ -54,6 +54,7 @@ ORDER = (
         "run",
         "plan",
         "sweep",
+        "choosing",
         "cli",
         "save",
         "delta",
