@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
 from deltalab import keys, options, settings
 from deltalab.report.columns import describe
@@ -20,7 +21,7 @@ from deltalab.store import locks, records, shown
 from deltalab.store.digests import key_of
 from deltalab.store.records import redacted
 from deltalab.sweep import composing, stopping, sweeps
-from deltalab.terminal import console, flags
+from deltalab.terminal import console, flags, listing
 from deltalab.terminal.mistakes import fail, known_names, mistakes, top_level
 
 ELSEWHERE = ("Slurm", "Ray")
@@ -144,7 +145,11 @@ def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:
 
     Numbers are those that were meant: `range(0.1,0.4,0.1)` gives 0.3 and not 0.30000000000000004.
     """
-    values: dict[str, Any] = settings.tidy(options.plain(cfg))
+    try:
+        values: dict[str, Any] = settings.tidy(options.plain(cfg))
+    except (MissingMandatoryValue, InterpolationToMissingValueError):
+        without = ", ".join(missing(OmegaConf.to_container(cfg, resolve=False)))
+        raise ValueError(f"{without}: missing, a value must be given") from None
     settings.check_top(values, top_level())
     chosen, sources = hydra.runtime.choices, hydra.runtime.config_sources
     named = {
@@ -152,6 +157,19 @@ def _plain(cfg: DictConfig, hydra: Any) -> tuple[dict[str, Any], keys.Choices]:
         for group in ("model", "edit", "objective")
     }
     return values, keys.Choices(**named, experiment=chosen.get("experiment"))
+
+
+def missing(node: Any, name: str = "") -> list[str]:
+    """Return all settings without a value.
+
+    >>> missing({"model": {"pre": "???", "post": "a"}, "data": {"dir": "???"}})
+    ['model.pre', 'data.dir']
+    """
+    if isinstance(node, dict):
+        return [
+            n for key, value in node.items() for n in missing(value, f"{name}.{key}".lstrip("."))
+        ]
+    return [name] if node == "???" else []
 
 
 def main() -> None:
@@ -164,6 +182,9 @@ def main() -> None:
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(point)
     try:
         arguments = sys.argv[1:]
+        if (told := listing.told(arguments)) is not None:
+            print(told)
+            return
         sys.argv[1:] = flags.arranged(arguments, lambda: known_names(arguments))
         with composing.guarded():
             run()

@@ -69,7 +69,7 @@ def cli_zoo():
         (["objective.batch_size=0"], ["objective.batch_size=0"]),
         (["model=timm_vit", "model.name=vit_tiny_patch16_224", "data.dir=.",
           "model.pre=/nowhere/a.safetensors", "model.post=b"], ["model.pre=/nowhere/"]),
-        (["model=timm_vit", "data.dir=."], ["mandatory", "model.name"]),
+        (["model=timm_vit", "data.dir=."], ["missing", "model.name"]),
         (["evaluator._target_=os.getcwd"], ["evaluator._target_=os.getcwd"]),
         (["-m", "edit=dare,expo"], ["edit=dare,expo", "grid=none"]),
         (["edit=dre"], ["edit/dre", "did you mean edit=dare?"]),
@@ -414,6 +414,50 @@ def test_help_and_completion_are_fast(tmp_path):
         assert edit in shown
     code = "import sys, deltalab.cli; assert not {'torch', 'timm', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version_lists_and_help_say_what_there_is(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def told(*arguments):
+        monkeypatch.setattr(sys, "argv", ["deltalab", *arguments])
+        cli.main()
+        return capsys.readouterr().out
+
+    from deltalab import __version__
+
+    assert told("--version") == f"deltalab {__version__}\n"
+    for group in ("edit", "model", "merge", "experiment", "objective", "budget"):
+        lines = told(f"{group}s").splitlines()
+        assert [line.split()[0] for line in lines] == conf_options(group)
+        assert all(len(line) <= 80 and len(line.split()) > 1 for line in lines), lines
+    shown = told("edit=dare", "--help")
+    assert shown.startswith("edit=dare")
+    assert "p: 0.5  # drop probability" in shown
+    assert "force: false         # run a point again although its record exists" in shown
+
+
+def test_a_word_that_is_no_list_is_told_what_is(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["deltalab", "modelz"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "did you mean models?" in capfd.readouterr().err
+
+
+def test_all_missing_values_are_named_at_once(deltalab):
+    code, _, err = deltalab("model=timm_vit")
+    assert code == 2
+    assert "data.dir, model.name, model.pre, model.post: missing, a value" in err
+
+
+def test_a_rank_takes_the_place_of_the_rate(deltalab, tmp_path):
+    settings = ["edit=twin", "edit.rank=5", "evaluator=none", "riemann=off", *FAST[1:2]]
+    assert deltalab(*settings)[0] == 0
+    assert "done before" in deltalab(*settings, "edit.rate=null")[1]
+    code, _, err = deltalab(*settings, "edit.rate=0.5")
+    assert code == 2
+    assert "set one and leave the other null" in err
 
 
 def conf_options(group):

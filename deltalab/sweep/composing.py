@@ -39,6 +39,7 @@ def guarded() -> Iterator[None]:
         overrides = as_text(overrides, self)
         cfg: DictConfig = original(self, config_name, overrides, run_mode, **kwargs)
         allowed.check_hydra(cfg.hydra, overrides)
+        alternatives(cfg, overrides)
         expand(cfg)
         settings.check_results(cfg.get("results"))
         check_store(cfg.get("artifacts"))
@@ -59,6 +60,18 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         loader.load_configuration, loader._process_config_searchpath = original, search
+
+
+def alternatives(cfg: DictConfig, overrides: list[str]) -> None:
+    """Let one of two settings of an edit, of which only one can be given, take the other's place.
+
+    `edit=twin edit.rank=5` is meant without the default of `edit.rate`.
+    """
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    edit = cfg.get("edit")
+    both = OmegaConf.is_dict(edit) and {"rank", "rate"} <= set(edit)
+    if both and "edit.rank" in given and "edit.rate" not in given and edit.rank is not None:
+        edit.rate = None
 
 
 def check_store(artifacts: Any) -> None:
