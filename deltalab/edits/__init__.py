@@ -6,7 +6,9 @@ its fields as keys, where alone the defaults stand. The contract tests find it b
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -124,8 +126,7 @@ class Edit(Protocol):
     @property
     def needs(self) -> tuple[str, ...]:
         """What it asks for beside the delta, of the names in `extras.NEEDS`."""
-        parameters = inspect.signature(type(self).__call__).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return _asked(type(self).__call__)
 
     def line(self) -> Line | None:
         """Return the straight line through W_post that its shift shares with other edits' shifts.
@@ -239,6 +240,13 @@ class Edit(Protocol):
         assert self.spends is not None, f"{type(self).__name__} has nothing to spend"
         made: Edit = replace(self, **{self.spends: share})  # type: ignore[type-var]
         return made
+
+
+@lru_cache(maxsize=256)
+def _asked(call: Callable[..., Tensor]) -> tuple[str, ...]:
+    """Return the names of keyword-only arguments; reading them takes as long as a small edit."""
+    parameters = inspect.signature(call).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
 def within(field: str, value: object, interval: str) -> None:
