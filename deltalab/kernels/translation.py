@@ -334,9 +334,9 @@ class _Writer:
         return _cast(mean, torch.float64, out.dtype)
 
     def counted(self, terms: list[Tensor]) -> dict[str, str]:
-        """Return the statements that add up terms as an edit goes on: 256 entries at a time.
+        """Return the statements that add up terms as an edit goes on: a block at a time.
 
-        Blocks of more are pushed out of the cache by the kernel, where it clears fresh memory.
+        Larger blocks are pushed out of the cache by the kernel, where it clears fresh memory.
         """
         found: dict[str, list[str]] = {
             part: []
@@ -347,7 +347,7 @@ class _Writer:
             if term.dtype == torch.int8:
                 if index + 1 < len(terms):
                     raise Untranslatable("a spread before other terms")
-                found["blocks"].append("int8_t held[256]; int64_t gaps[4 * SHORT] = {0};")
+                found["blocks"].append("int8_t held[BLOCK]; int64_t gaps[4 * SHORT] = {0};")
                 found["terms"].append(f"held[j] = {value};")
                 found["cleared"].append("held[j] = 0;")
                 found["added"].append(f"spread(held, size, gaps, terms + {index});")
@@ -358,11 +358,11 @@ class _Writer:
                 found["terms"].append(f"held_{index} += {value};")
                 found["added"].append(f"terms[{index}] += held_{index};")
             elif term.dtype == torch.float32:
-                blocks = f"float block_{index}[256]; double lane_{index}[LANES] = {{0}};"
+                blocks = f"float block_{index}[BLOCK]; double lane_{index}[LANES] = {{0}};"
                 found["blocks"].append(blocks)
                 found["terms"].append(f"block_{index}[j] = {value};")
                 found["filled"].append(f"block_{index}[j] = 0;")
-                found["added"].append(f"squares(block_{index}, size, lane_{index});")
+                found["added"].append(f"squares(block_{index}, lane_{index});")
                 found["totals"].append(f"terms[{index}] += added(lane_{index}, LANES);")
             else:
                 raise Untranslatable(f"a sum of {term.dtype}")
@@ -403,7 +403,7 @@ class _Writer:
         steps = [(templates.TOTAL, 3, *total) for total in self.totals]
         steps += [(templates.COLUMN, 3, *column) for column in self.columns]
         counted = self.counted(terms) if terms else {}
-        edit, depth = (templates.COUNTED, 4) if terms else (templates.EDIT, 3)
+        edit, depth = (templates.COUNTED, 4) if terms else (templates.EDIT, 4)
         if sum(map(bool, (self.totals, self.sums, self.columns))) > 1 or len(self.columns) > 1:
             raise Untranslatable("sums over unlike parts of the tensor")
         counted["rows"] = self.by_rows()
