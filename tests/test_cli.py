@@ -226,8 +226,8 @@ def test_a_tilde_is_the_home_directory_wherever_output_goes(monkeypatch, tmp_pat
     assert cache.main(["results=~/x"]) in (0, 2)  # there may be no artefacts, but not there
     assert status.main(["results=~/x"]) == 2
     assert f"no sweep in {tmp_path}/home/x/logs" in capfd.readouterr().err
-    with pytest.raises(ValueError, match="model.pre="):
-        save.save(["results=~/x", "out=~/y"])
+    save.save(["results=~/x", "out=~/y"])
+    assert (tmp_path / "home" / "y" / "deltalab.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home"]
     assert {"records", "logs"} <= {p.name for p in (tmp_path / "home" / "x").iterdir()}
 
