@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help architectures demo demo-llm test check slurm ray fuzz audit constraints bench format report results clean
+.PHONY: help architectures demo demo-llm test check slurm ray fuzz audit constraints bench format report results recompute clean
 .PHONY: reproduce $(PAPER) $(STUDIES) $(GATHERED)
 
 help: ## show this list
@@ -105,6 +105,9 @@ bench: $(VENV)/.dev ## speed of the edits, of streaming and of the engine, again
 results: ## the demo again, its committed report and its table in the README
 	@$(MAKE) --no-print-directory demo INTO=$(RESULTS)
 	@$(BIN)/python -m experiments.readme
+
+recompute: $(VENV)/.user ## every committed number again, from the committed points
+	@$(BIN)/python -m experiments.paper.recompute
 
 clean: ## remove the environment and caches, keep results
 	rm -rf $(VENV) .mypy_cache .ruff_cache dist *.egg-info
