@@ -9,9 +9,10 @@
 
 `pack` takes the settings of `deltalab-apply`, and `record=FILE`, a point's record, whose measured
 change the file then tells. What `unpack` writes is what `deltalab-apply` would have written, byte
-for byte. Without `onto=`, the base is looked for beside the file: several deltas of one base, in
-one directory with it, share it. `lora` writes an adapter of PEFT of what is of low rank (twin), and
-`extras=drop` leaves out what is not; `patch` writes the changed entries alone, which overwrite.
+for byte, but for card and digests. Without `onto=`, the base is looked for beside the file: several
+deltas of one base, in one directory with it, share it. `lora` writes an adapter of PEFT of what is
+of low rank (twin), and `extras=drop` leaves out what is not; `patch` writes the changed entries
+alone, which overwrite.
 """
 
 import json

@@ -8,6 +8,9 @@ label, values, budget), so that the tensors are those that a point edits, and
     out=DIR                               directory to write; it must not exist
     mismatch=error|truncate|keep_post     what to do where the two checkpoints differ
     kernel=auto|eager|compiled            whether to compile the edit; the bits are the same
+
+Beside the weights lie a model card, README.md, and the digests of all files, SHA256SUMS;
+`deltalab-apply verify DIR` checks them.
 """
 
 import sys
@@ -31,6 +34,9 @@ def main() -> None:
         print(__doc__)
         return
     with writing():
+        if sys.argv[1:2] == ["verify"]:
+            print(verified(sys.argv[2:]))
+            return
         manifest = save(sys.argv[1:])
     edited = manifest["edited"]
     print(
@@ -39,8 +45,24 @@ def main() -> None:
     )
 
 
+def verified(arguments: list[str]) -> str:
+    """Check a written checkpoint against its digests, and say so.
+
+    Raises:
+        ValueError: no directory, or one that differs.
+    """
+    from pathlib import Path
+
+    from deltalab import cards
+
+    if len(arguments) != 1:
+        raise ValueError("verify: name one directory that deltalab-apply has written")
+    place = Path(arguments[0]).expanduser()
+    return f"{place}: whole, {cards.verify(place)} files"
+
+
 def save(arguments: list[str]) -> dict[str, Any]:
-    """Compose the settings, write the checkpoint and return its manifest with `out`.
+    """Write the checkpoint, its card and digests, and return its manifest with `out`.
 
     Args:
         arguments: `name=value` overrides, as on the command line.
@@ -60,19 +82,39 @@ def save(arguments: list[str]) -> dict[str, Any]:
             overrides.append(argument)
     if not own["out"]:
         raise ValueError("out=: name the directory to write")
+    from deltalab import cards
     from deltalab.sweep.jobs import job
 
     found = job(overrides)
     out = Path(own["out"]).expanduser()
+    manifest = _written(found, out, own)
+    sides = [found.onto, found.pre, found.post] if not found.experts else _named(found)
+    cards.write(out, manifest, [str(side) for side in sides if side is not None], arguments)
+    return {**manifest, "out": str(out)}
+
+
+def _named(found: "Job") -> list[Any]:
+    """Return the checkpoints of a family, the base first."""
+    from deltalab.sweep.jobs import checkpoints
+
+    sides = [checkpoints(model) for model in found.experts.values()]
+    return [sides[0][0], *(post for _, post, *_ in sides)]
+
+
+def _written(found: "Job", out: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """Write the checkpoint and return its manifest.
+
+    Raises:
+        ValueError: a mistake in the settings.
+    """
     if found.experts or found.cfg.merge:
-        manifest = _merge(found, out, own)
-        return {**manifest, "out": str(out)}
+        return _merge(found, out, own)
     from deltalab.apply import merge_files, stream
     from deltalab.merges.sum import Sum
 
     if found.onto is not None:
         _check_own(own, "model.base")
-        manifest = merge_files.merge(
+        return merge_files.merge(
             found.pre,
             {"post": found.post},
             out,
@@ -85,8 +127,7 @@ def save(arguments: list[str]) -> dict[str, Any]:
             dequantize=found.dequantize,
             onto=found.onto,
         )
-        return {**manifest, "out": str(out)}
-    manifest = stream.stream(
+    return stream.stream(
         found.pre,
         found.post,
         out,
@@ -100,7 +141,6 @@ def save(arguments: list[str]) -> dict[str, Any]:
         describe=found.described,
         share=found.share,
     )
-    return {**manifest, "out": str(out)}
 
 
 def _merge(found: "Job", out: Any, own: dict[str, Any]) -> dict[str, Any]:

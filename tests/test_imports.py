@@ -55,6 +55,7 @@ ORDER = (
         "plan",
         "sweep",
         "choosing",
+        "cards",
         "cli",
         "save",
         "delta",

@@ -87,11 +87,15 @@ def given(base: Path, tuned: Path, *edit: str) -> list[str]:
     return ["model=hf_llm", f"model.pre={base}", f"model.post={tuned}", *edit]
 
 
+CARDS = ("README.md", "SHA256SUMS")
+"""What deltalab-apply writes beside a checkpoint, and a file of codes does not give."""
+
+
 def contents_of(place: Path) -> dict[str, bytes]:
     return {
         f.relative_to(place).as_posix(): f.read_bytes()
         for f in place.rglob("*")
-        if f.is_file() and f.name != "deltalab.json"
+        if f.is_file() and f.name not in CARDS and f.name != "deltalab.json"
     }
 
 

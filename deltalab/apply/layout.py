@@ -26,7 +26,7 @@ from deltalab.weights.mapping import Checkpoint
 from deltalab.weights.shards import DTYPES, Entry, entries
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-_UNCOPIED = ("README.md", "deltalab.json", ".gitattributes", contents.ADAPTER)
+_UNCOPIED = ("README.md", "SHA256SUMS", "deltalab.json", ".gitattributes", contents.ADAPTER)
 INDEX = "model.safetensors.index.json"
 
 
