@@ -13,7 +13,7 @@ from torch import Tensor
 from deltalab.apply import coded
 from deltalab.apply.audit import TERMS
 from deltalab.apply.editing import audited_tensor, edited_tensor
-from deltalab.codes import KINDS, Code, packing
+from deltalab.codes import KINDS, Code, integers
 from deltalab.codes.grid import Grid
 from deltalab.codes.indexed import Indexed, entropy, spread
 from deltalab.codes.kept import Kept
@@ -197,9 +197,9 @@ def test_places_take_little_more_than_their_entropy(q: float) -> None:
 def test_packing_is_the_order_of_numpy(width: int) -> None:
     for count in (0, 1, 7, 8, 9, 1 << 16, (1 << 16) + 1):
         given = np.random.default_rng(count).integers(0, 1 << width, count)
-        octets = packing.pack(torch.from_numpy(given), width)
-        assert octets.numel() == packing.size(count, width)
-        assert packing.unpack(octets, width, count).tolist() == given.tolist()
+        octets = integers.pack(torch.from_numpy(given), width)
+        assert octets.numel() == integers.size(count, width)
+        assert integers.unpack(octets, width, count).tolist() == given.tolist()
         if width <= 8 and count:
             bits = (given[:, None] >> np.arange(width - 1, -1, -1)) & 1
             assert octets.tolist() == np.packbits(bits.astype(np.uint8).reshape(-1)).tolist()

@@ -3,7 +3,7 @@
 `Code` is the whole contract. An edit's `encode` makes one, `decode` gives the edited delta back,
 `onto` the weights as they are stored. What a kind needs beside its arrays are a few plain settings,
 so that a code is written as tensors and text alone, and reading one runs nothing that the file
-brings. `packing` holds what packs integers into bits.
+brings. `integers` holds what packs integers into bits.
 """
 
 import json

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Code, Setting
-from deltalab.codes.packing import pack, unpack
+from deltalab.codes.integers import pack, unpack
 from deltalab.codes.rounding import levels, rounded
 from deltalab.rng import Draws, Rng
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, blank, packing
+from deltalab.codes import Code, blank, integers
 from deltalab.codes.raw import flat
 
 MOST = 1 << 16
@@ -38,10 +38,10 @@ class Grid(Code):
             levels: ascending, at most `MOST`.
         """
         values = flat(hat)
-        arrays = {"levels": flat(levels), "signs": packing.pack(values.signbit(), 1)}
+        arrays = {"levels": flat(levels), "signs": integers.pack(values.signbit(), 1)}
         if width := _width(levels.numel()):
             place = torch.searchsorted(arrays["levels"], values.abs(), out_int32=True)
-            arrays["index"] = packing.pack(place, width)
+            arrays["index"] = integers.pack(place, width)
         return cls(tuple(hat.shape), arrays, {})
 
     @classmethod
@@ -50,10 +50,10 @@ class Grid(Code):
         count = prod(shape)
         arrays = {
             "levels": blank(levels, torch.float32),
-            "signs": blank(packing.size(count, 1)),
+            "signs": blank(integers.size(count, 1)),
         }
         if width := _width(levels):
-            arrays["index"] = blank(packing.size(count, width))
+            arrays["index"] = blank(integers.size(count, width))
         return cls(shape, arrays, {})
 
     def decode(self, pre: Tensor | None = None) -> Tensor:
@@ -61,14 +61,14 @@ class Grid(Code):
         levels = self._array("levels").float()
         if not 1 <= levels.numel() <= MOST:
             raise ValueError(f"code grid: {levels.numel()} levels, must be from 1 to {MOST}")
-        signs = packing.unpack(self._array("signs"), 1, self.count).bool()
+        signs = integers.unpack(self._array("signs"), 1, self.count).bool()
         width = _width(levels.numel())
         if ("index" in self.arrays) != bool(width):
             raise ValueError(
                 "code grid: the index is missing, or must be: one goes with two levels or more"
             )
         if width:
-            index = packing.unpack(self._array("index"), width, self.count).int()
+            index = integers.unpack(self._array("index"), width, self.count).int()
             if self.count and int(index.max()) >= levels.numel():
                 raise ValueError(f"code grid: level {int(index.max())} of {levels.numel()}")
             values = levels[index]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, Setting, blank, packing
+from deltalab.codes import Code, Setting, blank, integers
 from deltalab.codes.kept import Holding, held
 from deltalab.codes.raw import Zero, flat
 
@@ -26,7 +26,7 @@ class Indexed(Holding):
     the word M says that M dropped ones follow, any other how many do before the next kept entry. So
     g takes floor(g / M) + 1 words. Of the widths from 1 to 8 the one of fewest bits is taken.
 
-    Arrays beside those of `Holding`: `gaps`, packed (`packing`), or `mask`, one bit an entry.
+    Arrays beside those of `Holding`: `gaps`, packed (`integers`), or `mask`, one bit an entry.
     Settings: `width`, 0 for a mask, and `words`.
 
     >>> delta = torch.zeros(1000)
@@ -60,10 +60,10 @@ class Indexed(Holding):
         width, words = _width(len(mask), _spread(gaps))
         settings: dict[str, Setting] = {"scale": scale, "holds": holds}
         if not width:
-            arrays = {"values": values, "mask": packing.pack(mask, 1)}
+            arrays = {"values": values, "mask": integers.pack(mask, 1)}
             return cls(shape, arrays, {**settings, "width": 0, "words": 0})
         made = _words(gaps, (1 << width) - 1)
-        arrays = {"values": values, "gaps": packing.pack(torch.from_numpy(made), width)}
+        arrays = {"values": values, "gaps": integers.pack(torch.from_numpy(made), width)}
         return cls(shape, arrays, {**settings, "width": width, "words": words})
 
     @classmethod
@@ -86,7 +86,7 @@ class Indexed(Holding):
         if not count:
             return Zero(shape, {}, {})
         width, words = _width(prod(shape), spread)
-        bits = packing.size(words, width) if width else packing.size(prod(shape), 1)
+        bits = integers.size(words, width) if width else integers.size(prod(shape), 1)
         arrays = {"values": blank(count, dtype), "gaps" if width else "mask": blank(bits)}
         settings: dict[str, Setting] = {"scale": scale, "holds": "weights"}
         return cls(shape, arrays, {**settings, "width": width, "words": words})
@@ -95,9 +95,9 @@ class Indexed(Holding):
         """Read the places."""
         width = self._setting("width", int)
         if width == 0:
-            return packing.unpack(self._array("mask"), 1, self.count).bool()
+            return integers.unpack(self._array("mask"), 1, self.count).bool()
         most = (1 << width) - 1
-        words = packing.unpack(self._array("gaps"), width, self._setting("words", int)).numpy()
+        words = integers.unpack(self._array("gaps"), width, self._setting("words", int)).numpy()
         ends = np.flatnonzero(words != most)
         found = np.cumsum(words, dtype=np.int64)[ends] + np.arange(len(ends))
         if len(found) and not 0 <= found[-1] < self.count:

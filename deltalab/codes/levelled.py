@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deltalab.codes import Setting
 from deltalab.codes.indexed import Indexed, entropy
-from deltalab.codes.packing import pack, unpack
+from deltalab.codes.integers import pack, unpack
 from deltalab.codes.raw import Zero
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Code
-from deltalab.codes.packing import unpack
+from deltalab.codes.integers import unpack
 from deltalab.codes.rounding import levels, rounded, steps
 
 RANGES, TRANSFORMS, FILLS = ("minmax", "absmax"), ("dct", "identity"), ("mean", "zero")

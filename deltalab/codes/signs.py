@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltalab.codes import Code, blank, packing
+from deltalab.codes import Code, blank, integers
 from deltalab.codes.raw import flat
 
 _SLICE = 1 << 15
@@ -39,7 +39,7 @@ class Signs(Code):
             scale: one for the tensor, or for every row or column, in a shape that broadcasts.
             axis: "tensor", "row" or "column".
         """
-        signs = packing.pack(flat(delta < 0), 1)
+        signs = integers.pack(flat(delta < 0), 1)
         return cls(tuple(delta.shape), {"signs": signs, "scale": flat(scale)}, {"axis": axis})
 
     @classmethod
@@ -47,7 +47,7 @@ class Signs(Code):
         """Return the code of a tensor of this shape without its numbers."""
         scales = {"tensor": 1, "row": shape[0], "column": prod(shape[1:])}[axis]
         arrays = {
-            "signs": blank(packing.size(prod(shape), 1)),
+            "signs": blank(integers.size(prod(shape), 1)),
             "scale": blank(scales, torch.float32),
         }
         return cls(shape, arrays, {"axis": axis})
@@ -55,7 +55,7 @@ class Signs(Code):
     def decode(self, pre: Tensor | None = None) -> Tensor:
         """Return the scales with their signs."""
         scale = self._scale()
-        signs = packing.unpack(self._array("signs"), 1, self.count).bool().reshape(self.shape)
+        signs = integers.unpack(self._array("signs"), 1, self.count).bool().reshape(self.shape)
         return torch.where(signs, -scale, scale)
 
     def onto(self, pre: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,7 +64,7 @@ class Signs(Code):
         if not bool((scale != 0).all()) or not self.count:
             return super().onto(pre, dtype)
         old = self._fits(pre).cpu()
-        signs = packing.unpack(self._array("signs"), 1, self.count).view(torch.bool)
+        signs = integers.unpack(self._array("signs"), 1, self.count).view(torch.bool)
         out = torch.empty(self.shape, dtype=dtype)
         rows = max(1, _SLICE // max(1, self.count // self.shape[0]))
         by_row = scale.ndim > 0 and scale.shape[0] == self.shape[0] > 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltalab.codes import Code, Setting
-from deltalab.codes.packing import pack
+from deltalab.codes.integers import pack
 from deltalab.codes.patches import (
     FILLS,
     RANGES,
