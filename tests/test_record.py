@@ -362,3 +362,24 @@ def test_one_artefact_is_of_one_pair() -> None:
 
     with pytest.raises(ValueError, match="points of several pairs, must be of one: hf_llm a, hf"):
         one_pair([parse(llm("org/a", 0.1)), parse(llm("org/b", 0.1))])
+
+
+def test_parquet_holds_what_csv_does_with_types(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    points = [
+        record.Outcome("vit", "dare", {"p": 0.5}, change=0.25, seed=1),
+        record.Outcome("vit", "shifted", {"amount": "fit", "p": 1}, change=0.5, seed=2),
+    ]
+    held = parquet.read_table(exporting.write(points, tmp_path / "points.parquet"))
+    columns, rows = exporting.sheet(points)
+    assert held.column_names == columns
+    change = next(name for name in columns if "change" in name)
+    assert held.column(change).to_pylist() == [row[columns.index(change)] for row in rows]
+    assert {str(kind) for kind in held.schema.types} <= {
+        "double",
+        "int64",
+        "string",
+        "bool",
+        "null",
+    }
+    assert [f.name for f in tmp_path.iterdir()] == ["points.parquet"]

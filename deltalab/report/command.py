@@ -41,7 +41,7 @@ DIR/index.html shows all of them, and the artefacts of DIR/paper and DIR/merging
                    post-training's gain in loss counts as no change
   compare='A;B'    instead, compare two points document by document: each named by its key or as
                    the table names it, such as 'dare p=0.5 k=0;ties keep=0.3 scope=model'
-  export=FILE      instead, write every field of every point to FILE.jsonl or FILE.csv
+  export=FILE      instead, write every field of every point to FILE.jsonl, .csv or .parquet
 """
 SETTINGS = {
     "results": "results", "into": "", "experiment": "", "from": "records", "margin": "",
