@@ -41,3 +41,14 @@ def test_every_make_target_of_the_readme_exists():
     for target in re.findall(r"(?:^|`)make (\w+)", README, flags=re.MULTILINE):
         listed = target in artefacts.split()
         assert listed or re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_citation_is_of_this_version():
+    from omegaconf import OmegaConf
+
+    import deltalab
+    from deltalab.settings import conf_dir
+
+    told = OmegaConf.load(conf_dir().parent / "CITATION.cff")
+    assert told["version"] == deltalab.__version__
+    assert told["cff-version"] == "1.2.0"
