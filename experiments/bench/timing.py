@@ -47,8 +47,12 @@ def ratio(a: Times, b: Times) -> str:
     """Say how many times as long `a` takes as `b`: of the best, and the quartiles of the repeats.
 
     >>> ratio(Times((2.0, 4.0, 4.0)), Times((1.0, 1.0, 2.0)))
-    '2.00 (2.00-4.00)'
+    '2.00 (2.00-3.00)'
+    >>> ratio(Times((3.0,)), Times((2.0,)))
+    '1.50 (one repeat)'
     """
+    if len(a.seconds) == len(b.seconds) == 1:
+        return f"{a.best / b.best:.2f} (one repeat)"
     paired = sorted(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
     low, _, high = statistics.quantiles(paired, n=4, method="inclusive")
     return f"{a.best / b.best:.2f} ({low:.2f}-{high:.2f})"
