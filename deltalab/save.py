@@ -38,6 +38,8 @@ def main() -> None:
             print(verified(sys.argv[2:]))
             return
         manifest = save(sys.argv[1:])
+    if manifest.get("post", {}).get("adapter"):
+        print("model.post is an adapter: put onto model.pre, then edited")
     edited = manifest["edited"]
     print(
         f"{edited['tensors']} tensors, {edited['parameters']} parameters edited:"

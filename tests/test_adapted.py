@@ -1,6 +1,7 @@
 """LoRA adapters as the tuned model: what PEFT merges, live and from disk to disk."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_adapters import llama
 from test_packs import given, refused
 
-from deltalab import checkpoints, delta, keys
+from deltalab import checkpoints, delta, keys, save
 from deltalab.models.hf_llm import HfPair
 from deltalab.save import save as write
 from deltalab.weights import contents
@@ -106,6 +107,28 @@ def test_apply_and_pack_take_it_as_a_checkpoint(llama, tmp_path: Path) -> None:
         write([*args, f"out={stem}.merged"])
         again = load_file(Path(f"{stem}.merged") / "model.safetensors")
         assert all(torch.equal(t, again[n]) for n, t in load_file(one).items())
+
+
+def test_apply_says_that_it_is_one_and_takes_no_mismatch(
+    llama, tmp_path, monkeypatch, capsys
+) -> None:
+    """An adapter has its base's tensors: there is nothing to keep or to cut."""
+    base, _, transformers = llama
+    adapter(base, tmp_path / "lora", transformers)
+    args = ["deltalab-apply", *given(base, tmp_path / "lora", "edit=keep"), f"out={tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", [*args, "mismatch=keep_post"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        save.main()
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert f"mismatch=keep_post: model.post={tmp_path}/lora is an adapter" in said
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", args)
+    save.main()
+    assert "model.post is an adapter: put onto model.pre" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "deltalab.json").read_text())
+    assert manifest["post"]["adapter"] is True
 
 
 def test_live_it_is_the_merged_model(llama, tmp_path: Path, monkeypatch) -> None:

@@ -234,6 +234,7 @@ def test_rows_stop_where_lm_eval_would_stop_each_alone(trained, tokenizer, stops
 
 def test_only_the_likeliest_tokens_are_chosen_without_transformers(trained, tokenizer, monkeypatch):
     from lm_eval.api.instance import Instance
+    from transformers import GenerationMixin
 
     def refuse(*_, **__):
         raise AssertionError("transformers generates")
@@ -242,7 +243,7 @@ def test_only_the_likeliest_tokens_are_chosen_without_transformers(trained, toke
     settings = {"until": ["Question:"], "max_gen_toks": 12}
     asked = [Instance("generate_until", {}, ("Question: a", settings), 0, ("t", 0, 1))]
     with hflm.wrapper(trained, copy.deepcopy(tokenizer), CONTEXT, 8)(trained) as lm:
-        monkeypatch.setattr(trained, "generate", refuse)
+        monkeypatch.setattr(GenerationMixin, "generate", refuse)
         (text,) = lm.generate_until(asked)
     assert text
     assert hflm.plain({"do_sample": False, "temperature": 0.0}, own)
@@ -250,6 +251,26 @@ def test_only_the_likeliest_tokens_are_chosen_without_transformers(trained, toke
         assert not hflm.plain(change, own)
     own.no_repeat_ngram_size = 3
     assert not hflm.plain({}, own)
+
+
+def test_a_model_that_generates_in_a_way_of_its_own_is_asked(trained, tokenizer, monkeypatch):
+    """Its class, or whoever wrapped it, may do more than the likeliest token of every step."""
+    from lm_eval.api.instance import Instance
+
+    own, lengths = trained.generate, []
+
+    def generate(*args, **given):
+        out = own(*args, **given)
+        lengths.append(out.shape[1] - given["input_ids"].shape[1])
+        return out
+
+    settings = {"until": ["no such text"], "max_gen_toks": 5, "do_sample": False}
+    asked = [Instance("generate_until", {}, ("Question: a", settings), 0, ("t", 0, 1))]
+    with hflm.wrapper(trained, copy.deepcopy(tokenizer), CONTEXT, 8)(trained) as lm:
+        (told,) = lm.generate_until(asked)
+        monkeypatch.setattr(trained, "generate", generate)
+        assert lm.generate_until(asked) == [told]
+    assert lengths == [5]
 
 
 def test_a_token_that_cannot_complete_a_stop_is_not_decoded(tokenizer):

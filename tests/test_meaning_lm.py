@@ -10,7 +10,7 @@ import json
 import pytest
 import texts
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 from deltalab.data.text import Encoder
 from deltalab.data.tokens import Coded, padded
@@ -182,10 +182,10 @@ def said(found, settings, size=2, context=128):
     """Return what lm-eval's requests with these settings get from the live module, and lengths."""
     from lm_eval.api.instance import Instance
 
-    lengths, whole, continued = [], found.module.generate, greedy.continued
+    lengths, whole, continued = [], GenerationMixin.generate, greedy.continued
 
-    def watched(*args, **given):
-        out = whole(*args, **given)
+    def watched(model, *args, **given):
+        out = whole(model, *args, **given)
         lengths.append(out.shape[1] - given["input_ids"].shape[1])
         assert out.shape[1] <= context
         return out
@@ -202,7 +202,7 @@ def said(found, settings, size=2, context=128):
     ]
     live = hflm.wrapper(found.module, copy.deepcopy(found.transform.tokenizer), context, size)
     with live(found.module) as lm, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(found.module, "generate", watched)
+        patch.setattr(GenerationMixin, "generate", watched)
         patch.setattr(greedy, "continued", followed)
         return lm.generate_until(asked), max(lengths)
 

@@ -118,13 +118,19 @@ def stream(
         share: what gives every tensor its share, of an edit with a budget.
 
     Raises:
-        ValueError: `out` exists, another process is writing it, or the checkpoints do not fit
-            together.
+        ValueError: `out` exists, another process is writing it, the checkpoints do not fit
+            together, or `mismatch` is given beside an adapter.
     """
     if mismatch not in MISMATCH:
         raise ValueError(f"mismatch={mismatch}: must be one of {', '.join(MISMATCH)}")
     if out.exists():
         raise ValueError(f"out={out}: exists already; name another directory or remove it")
+    adapter = contents.is_adapter(post)
+    if adapter and mismatch != "error":
+        raise ValueError(
+            f"mismatch={mismatch}: model.post={post} is an adapter, which is put onto model.pre and"
+            " has its tensors; leave mismatch out"
+        )
     extras = offline(contents.around(pre, post), edit, seed, salt, share)
     plan = planned(pre, post, select, mismatch, dequantize)
     hashing = Hashing((pre, post))
@@ -136,7 +142,7 @@ def stream(
         "mismatch": mismatch,
         "dequantize": bool(dequantize),
         "pre": {"path": str(pre)},
-        "post": {"path": str(post)},
+        "post": {"path": str(post), **({"adapter": True} if adapter else {})},
         "edited": {"tensors": len(plan.pre), "parameters": _parameters(plan)},
         "names": list(plan.pre),
         "kept": plan.kept,

@@ -246,6 +246,19 @@ def closing_tokens(tokenizer: Any, texts: Sequence[str], vocabulary: int) -> Ten
     ).reshape(len(texts), len(own))
 
 
+def stock(model: Any) -> bool:
+    """Whether a model generates as those of transformers do; one with a way of its own is asked.
+
+    >>> class Model:
+    ...     def generate(self): ...
+    >>> stock(Model())
+    False
+    """
+    from transformers import GenerationMixin
+
+    return getattr(model.generate, "__func__", None) is GenerationMixin.generate
+
+
 def plain(settings: Mapping[str, Any], own: Any) -> bool:
     """Whether generation settings, over a model's own, take the likeliest token at every step.
 
@@ -398,7 +411,8 @@ def _class() -> Any:
                     copy.deepcopy(some[0].args[1]), default_max_gen_toks=self.max_gen_toks
                 )
                 texts = [request.args[0] for request in some]
-                if self.share and all(texts) and plain(_model(settings), self._own()):
+                ours = self.share and all(texts) and stock(self.model)
+                if ours and plain(_model(settings), self._own()):
                     said = self._continued(texts, some[0].args[1], settings)
                 else:
                     said = super().generate_until(some, disable_tqdm=True)
