@@ -10,7 +10,7 @@ SWEEP   ?= hydra/launcher=$(if $(filter demo,$(SCALE)),workers,gpus)
 PAPER   := table1 fig1 fig2 fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12 fig13
 # Studies of the committed points of others: nothing is run.
 GATHERED := scores
-STUDIES := intensity rules predict merging compression sotu visionfuse safety
+STUDIES := atlas intensity rules predict saturation merging compression sotu visionfuse safety
 export HF_HUB_OFFLINE ?= 1
 # Some containers forbid Python to keep bytecode: importing torch then takes twice as long each time.
 unexport PYTHONDONTWRITEBYTECODE

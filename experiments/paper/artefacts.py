@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from deltalab.store.record import Outcome
+from experiments.atlas.study import atlas
 from experiments.compression.study import compression
 from experiments.merging import study
 from experiments.paper import (
@@ -16,6 +17,7 @@ from experiments.paper import (
     predict,
     rules,
     safety,
+    saturation,
     scores,
     table1,
 )
@@ -127,6 +129,13 @@ ARTEFACTS = {
         predict.predict,
         "study",
     ),
+    "saturation": Artefact(
+        "Study: magnitude bits until nothing is left to gain",
+        "From how many bits on is the loss flat, and does the error fall as theory says?",
+        saturation.saturation,
+        "study",
+        documents=("objective/change",),
+    ),
     "scores": Artefact(
         "Study: from the loss to the score",
         "Does the loss change, and the term that tells it, order what edits cost in score?",
@@ -155,6 +164,15 @@ ARTEFACTS = {
         folder="merging",
         lighter=study.lighter,
         documents=("objective/change", "/accuracy"),
+    ),
+    "atlas": Artefact(
+        "Atlas: which edit keeps the model, at which price",
+        "For a delta of your size: which edits and codes keep the model, at how many true bits?",
+        atlas,
+        "answer",
+        folder="atlas",
+        documents=("objective/change",),
+        paper_scale=False,
     ),
     "compression": Artefact(
         "Compression: loss change over true bits",

@@ -102,7 +102,7 @@ def judged(name: str, found: Found, tables: Sequence[Mapping[str, Any]]) -> dict
 
     A study asks a question and has no verdict; its checks have.
     """
-    study = ARTEFACTS[name].kind == "study"
+    study = ARTEFACTS[name].kind != "artefact"
     worst = deciding(found.checks)
     rows = [[c.claim, c.verdict, c.held, c.failed, c.cases] for c in found.checks]
     columns = ["check", "verdict", "shown in", "shown not to be so in", "of"]

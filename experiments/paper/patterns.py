@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from deltalab.store.record import Outcome
 from deltalab.store.terms import Term
-from experiments.paper import bits, safety
+from experiments.paper import bits, safety, saturation
+from experiments.paper.evidence import CHANGE
 from experiments.paper.simulate import CHOICE, GSM, World
 
 Draw = Callable[[World], None]
@@ -169,6 +170,39 @@ def nodes(gauss: float = 0.001, left: float = 0.02, edits: int = 12) -> Draw:
                 for rule, count, wide in (("gauss", 3, own), ("left", 5, left)):
                     term = Term(rule, count, change + wide * world.rng.standard_normal())
                     world.points.append(_point(model, place, change, {rule: term}))
+
+    return draw
+
+
+def levels(rate: float = 1.0, four: float = 0.0) -> Draw:
+    """Return three pairs by magnitude bits; the arguments are those of the first.
+
+    Args:
+        rate: by how much log2 of the error falls per bit, in expectation.
+        four: what four bits lose, a share of the gap; eight lose nothing.
+    """
+
+    def draw(world: World) -> None:
+        for model in ("m", "n", "o"):
+            fall, lost = (rate, four) if model == "m" else (1.0, 0.0)
+            error = 0.6
+            for count in range(9):
+                mean = lost if count == saturation.FOUR else 0.0
+                seen = mean + world.rng.standard_normal(256) / 20
+                key = f"{len(world.points)}"
+                world.documents[key] = {CHANGE: seen}
+                world.points.append(
+                    Outcome(
+                        model,
+                        "multibit",
+                        {"bits": count, "blocks": "equal_width"},
+                        key=key,
+                        change=float(seen.mean()),
+                        gap=1.0,
+                        relative_shift=error,
+                    )
+                )
+                error *= 2.0 ** -(fall + 0.1 * world.rng.standard_normal())
 
     return draw
 

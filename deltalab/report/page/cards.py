@@ -66,21 +66,21 @@ class Card:
         """
         found = re.fullmatch(r"(fig|table)(\d+)", self.name)
         if not found:
-            return self.name.capitalize() if self.kind == "study" else self.name
+            return self.name.capitalize() if self.kind in ("answer", "study") else self.name
         return f"{'Fig.' if found[1] == 'fig' else 'Table'} {found[2]}"
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Where the card stands: tables, figures by number, studies, plain experiments.
+        """Where the card stands: the answer, tables, figures by number, studies, experiments.
 
         >>> names = ("fig10", "rules", "fig2", "table1")
         >>> sorted(names, key=lambda name: Card(name, "", "").order)
         ['table1', 'fig2', 'fig10', 'rules']
         """
-        kinds = {"artefact": 0, "study": 1}
+        kinds = {"answer": 0, "artefact": 1, "study": 2}
         found = re.fullmatch(r"(table|fig)(\d+)", self.name)
         place = (("table", "fig").index(found[1]), int(found[2])) if found else (2, 0)
-        return kinds.get(self.kind, 2), *place, self.name
+        return kinds.get(self.kind, 3), *place, self.name
 
 
 MOST_BYTES = 400_000
