@@ -8,16 +8,18 @@ RESULTS ?= $(if $(filter demo,$(SCALE)),results,results/$(SCALE)-scale)
 REPORT   = $(BIN)/deltalab-report results=$(RESULTS) $(if $(INTO),into=$(INTO))
 SWEEP   ?= hydra/launcher=$(if $(filter demo,$(SCALE)),workers,gpus)
 PAPER   := table1 fig1 fig2 fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12 fig13
+# Those that take an hour, or train models first: apart from `reproduce`.
+APART   := atlas regime
 # Studies of the committed points of others: nothing is run.
 GATHERED := scores
-STUDIES := atlas intensity rules predict saturation merging compression sotu visionfuse safety
+STUDIES := intensity rules predict saturation merging compression sotu visionfuse safety
 export HF_HUB_OFFLINE ?= 1
 # Some containers forbid Python to keep bytecode: importing torch then takes twice as long each time.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help architectures demo demo-llm test check slurm ray fuzz audit constraints bench format report results recompute clean
-.PHONY: reproduce $(PAPER) $(STUDIES) $(GATHERED)
+.PHONY: reproduce $(PAPER) $(STUDIES) $(APART) $(GATHERED)
 
 help: ## show this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -30,7 +32,7 @@ demo-llm: $(VENV)/.user ## the same on small language models, scored by lm-eval
 	@$(BIN)/deltalab -m experiment=demo_llm results=$(RESULTS)
 	@$(REPORT) experiment=demo_llm
 
-$(PAPER) $(STUDIES): $(VENV)/.user
+$(PAPER) $(STUDIES) $(APART): $(VENV)/.user
 	@$(BIN)/deltalab -m experiment=$@ scale=$(SCALE) results=$(RESULTS) $(SWEEP)
 	@$(BIN)/python -m experiments.paper $@ scale=$(SCALE) results=$(RESULTS)
 
@@ -40,6 +42,10 @@ $(GATHERED): $(VENV)/.user
 visionfuse: results/models/visionfuse/4
 results/models/visionfuse/4: $(VENV)/.user
 	@$(BIN)/python -m experiments.visionfuse
+
+regime: results/models/regime/text_0.008/run.json
+results/models/regime/text_0.008/run.json: $(VENV)/.user
+	@$(BIN)/python -m experiments.regime
 
 # One after the other, those first whose points others share.
 reproduce: $(VENV)/.user ## every table, figure and study of the paper at SCALE=demo (or paper), the page

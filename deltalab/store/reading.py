@@ -15,7 +15,7 @@ from deltalab.store.records import enrolled, path_of
 Warn = Callable[[str], None]
 TRACKED = "wandb/.points"
 """Where a tracker leaves what it has logged: `PROJECT/EXPERIMENT/KEY`, one record a file."""
-CARDS = ("atlas", "paper", "merging", "compression", "sotu", "visionfuse", "safety")
+CARDS = ("atlas", "paper", "regime", "merging", "compression", "sotu", "visionfuse", "safety")
 """Where the cards of artefacts lie, with their figures and the points that they are made of."""
 
 

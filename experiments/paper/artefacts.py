@@ -23,6 +23,7 @@ from experiments.paper import (
 )
 from experiments.paper.evidence import Documents
 from experiments.paper.found import Found
+from experiments.regime.study import regime
 from experiments.sotu.study import sotu
 from experiments.visionfuse.study import visionfuse
 
@@ -128,6 +129,15 @@ ARTEFACTS = {
         "How far does one pass at the post-trained model see?",
         predict.predict,
         "study",
+    ),
+    "regime": Artefact(
+        "Study: the size of the delta",
+        "For which size of delta does an edit keep the model, and what one number tells its cost?",
+        regime,
+        "study",
+        folder="regime",
+        documents=("objective/change",),
+        paper_scale=False,
     ),
     "saturation": Artefact(
         "Study: magnitude bits until nothing is left to gain",

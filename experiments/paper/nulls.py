@@ -53,6 +53,8 @@ from experiments.paper.patterns import (
     ways,
 )
 from experiments.paper.simulate import World
+from experiments.regime import patterns as growing
+from experiments.regime.study import regime
 from experiments.sotu import patterns as streams
 from experiments.sotu.study import sotu
 from experiments.visionfuse import patterns as fusing
@@ -203,6 +205,13 @@ DECLARED: dict[Find, Declared] = {
         mapped.edits(),
         mapped.NULLS,
         runs=200,
+    ),
+    regime: Declared(
+        "DARE .05 nats below BitDelta on small deltas and above it on large ones, changes that"
+        " follow |E|/|W|; the sizes of the runs, 128 examples whose change spreads by .05 nats",
+        growing.deltas(),
+        growing.NULLS,
+        runs=100,
     ),
     sotu: Declared(
         "seven points above all others on 2,000 images, a fifth of what sequential fine-tuning"
