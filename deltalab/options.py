@@ -208,6 +208,35 @@ def _peers(own: DictConfig) -> dict[str, Any]:
     return {name: {**alone, "post": place} for name, place in given.items()}
 
 
+def _is_of(now: DictConfig, group: str, name: str, option: DictConfig) -> bool:
+    """Whether a composed node was made of an option: of those of its class none is nearer to it.
+
+    Args:
+        now: the node.
+        group: of the option.
+        name: of the option.
+        option: its file's content; another may have the same class (`answers` and `refusals`).
+    """
+    if now.get("_target_", "") != option.get("_target_"):
+        return False
+
+    composed = _written(now)
+
+    def alike(other: Any) -> int:
+        return sum(composed.get(key) == value for key, value in _written(other).items())
+
+    files = sorted((conf_dir() / group).glob("*.yaml"))
+    others: list[Any] = [OmegaConf.load(file) for file in files if file.stem != name]
+    same = [each for each in others if each.get("_target_") == option.get("_target_")]
+    return all(alike(option) > alike(each) for each in same)
+
+
+def _written(node: Any) -> dict[str, Any]:
+    """Return a node as plain containers, references to other settings as they are written."""
+    found: Any = OmegaConf.to_container(node, resolve=False)
+    return dict(found)
+
+
 def _option(own: DictConfig, group: str, given: Any, where: str) -> Any:
     """Return the node of an option, given by name or as `{name: settings}`.
 
@@ -231,7 +260,7 @@ def _option(own: DictConfig, group: str, given: Any, where: str) -> Any:
     node: Any = OmegaConf.load(file)
     node.pop("defaults", None)
     now = own.get(group)
-    if OmegaConf.is_dict(now) and now.get("_target_", "") == node.get("_target_"):
+    if OmegaConf.is_dict(now) and _is_of(now, group, str(name), node):
         node = _copy(now)  # with the tasks, or the judge, that were composed for it
     for key, value in (changes or {}).items():
         if key not in list(node):

@@ -300,6 +300,33 @@ def closed():
 PEER = "peers={unaligned: mnist_early}"
 
 
+@pytest.mark.parametrize("point", ["answers", "refusals"])
+def test_what_calibrates_is_the_option_that_is_named(point: str) -> None:
+    """Two options of one class: what was composed of one is not taken for the other."""
+    for named, limit in (("refusals", 7), ("answers", None), (None, None)):
+        given = ("model=tiny_safety", f"objective={point}", "objective.batch_size=3")
+        values = settings_of(*given, f"calibration.objective={named or 'null'}")
+        made = values["calibration"]["objective"]
+        if named is None:
+            assert made is None
+            continue
+        file = {"refusals": "safety_refusals", "answers": "safety_task"}[named]
+        assert made["data"]["path"] == f"package:llm/{file}.jsonl"
+        assert made["batch_size"] == (3 if named == point else 8), "the point's own keeps changes"
+        values = settings_of(*given, f"calibration.objective={{{named}: {{limit: {limit or 5}}}}}")
+        assert values["calibration"]["objective"]["limit"] == (limit or 5)
+
+
+def test_a_judge_of_the_same_class_is_the_one_that_is_named() -> None:
+    peers = (
+        "{a: {post: safety_mixed, evaluator: {safety_phrases: {prompts: FILE}}}, b: safety_lora}"
+    )
+    values = settings_of("model=tiny_safety", "model.post=null", f"+model.experts={peers}",
+                         "merge=sum")  # fmt: skip
+    own = {name: each["evaluator"] for name, each in values["model"]["experts"].items()}
+    assert (own["a"]["judge"], own["b"]["judge"]) == ("phrases", "exact")
+
+
 def test_peers_are_read_by_name_and_decide_the_key(tmp_path, closed) -> None:
     record = ran(tmp_path, "irr", PEER, "edit.recalibrate=false", "select=proj")
     sides = [Checkpoint(embedded.ZOO / f"{n}.safetensors") for n in ("pre", "mnist", "mnist_early")]
