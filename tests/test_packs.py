@@ -30,6 +30,7 @@ EDITS = [
     ["edit=dare", "edit.p=.9"],
     ["edit=dare", "select=matrices", "values=float16"],
     ["edit=drop_only"],
+    ["edit=bitdelta", "select=all"],
     ["edit=bitdelta", "edit.axis=row", "select=all"],
     ["edit=bitdelta", "edit.axis=column"],
     ["edit=ties", "select=all"],

@@ -86,11 +86,11 @@ def edit(
 
     if program.columns:
         pieces = list(_pieces(whole, 0 if rng is None else rng.start, width))
-        _each(partial(run, 0, None), pieces)
+        in_threads(partial(run, 0, None), pieces)
         columns = torch.zeros(width, dtype=torch.float64)
         for begin in sorted(terms):
             columns += torch.frombuffer(terms[begin], dtype=torch.float64)
-        _each(partial(run, 1, columns.data_ptr()), pieces)
+        in_threads(partial(run, 1, columns.data_ptr()), pieces)
     else:
         _stages(program, whole, rng, run, width)
     # a sum that is no number makes entries that are none
@@ -161,7 +161,7 @@ def _stages(
     pieces = list(_pieces(count, 0 if rng is None else rng.start, width))
     sums = _doubles([0.0] * (program.totals + 1))
     for stage in range(program.totals + 1):  # in the order of the pieces, whichever was done first
-        sums[stage] = sum(_each(partial(run, stage, sums), pieces))
+        sums[stage] = sum(in_threads(partial(run, stage, sums), pieces))
     return list(sums)
 
 
@@ -190,7 +190,7 @@ def within_page(count: int, rng: Rng | None) -> bool:
     return rng is None or rng.start % _PAGE + count <= _PAGE
 
 
-def _each(function: Callable[[Any], Any], pieces: list[Any]) -> list[Any]:
+def in_threads(function: Callable[[Any], Any], pieces: list[Any]) -> list[Any]:
     """Return the results for all pieces, in their order, by as many threads as PyTorch uses."""
     threads = min(torch.get_num_threads(), len(pieces))
     if threads < 2:
@@ -216,6 +216,18 @@ def load(program: Program) -> Any:
 
 @lru_cache(maxsize=256)
 def _compiled(source: str) -> Any:
+    """Compile the C of an edit and load it."""
+    loaded = built(source)
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    numbers: list[Any] = [pointer, pointer, pointer, number]  # keys, numbers, sums, whole
+    loaded.in_memory.argtypes = [number, number, *[pointer] * 4, *numbers, pointer, number]
+    loaded.in_files.argtypes = [number, number, *[ctypes.c_int, number] * 3, *numbers, number]
+    for function in (loaded.in_memory, loaded.in_files):
+        function.restype = ctypes.c_double
+    return loaded
+
+
+def built(source: str) -> ctypes.CDLL:
     """Compile a C program and load it; nothing stays on disk.
 
     Raises:
@@ -230,14 +242,7 @@ def _compiled(source: str) -> Any:
             if done.returncode == 0:
                 break
         done.check_returncode()
-        loaded = ctypes.CDLL(str(library))
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    numbers: list[Any] = [pointer, pointer, pointer, number]  # keys, numbers, sums, whole
-    loaded.in_memory.argtypes = [number, number, *[pointer] * 4, *numbers, pointer, number]
-    loaded.in_files.argtypes = [number, number, *[ctypes.c_int, number] * 3, *numbers, number]
-    for function in (loaded.in_memory, loaded.in_files):
-        function.restype = ctypes.c_double
-    return loaded
+        return ctypes.CDLL(str(library))
 
 
 def _vectors() -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from deltalab.apply import editing, layout, stream
+from deltalab.apply import editing, layout, signed, stream
 from deltalab.apply.coded import no_code
 from deltalab.apply.work import Work
 from deltalab.checkpoints.hashing import Hashing
@@ -187,10 +187,15 @@ def _code(
     old, new, (start, stop) = plan.pre[name], plan.post[name], piece
     shape = stream.shape_of(new.shape, stop - start, width)
     assert old.dtype is not None
+    assert new.dtype is not None
+    quick = signed.fits(edit, shape)  # other codes may hold W_post itself
     held = _buffers.take("pre", old.dtype, stop - start)
+    own = _buffers.take("post", new.dtype, stop - start) if quick else None
     pre, post = (
-        read(entry, start, stop, out).reshape(shape) for entry, out in ((old, held), (new, None))
+        read(entry, start, stop, out).reshape(shape) for entry, out in ((old, held), (new, own))
     )
+    if quick and (made := signed.coded(edit, pre, post)) is not None:
+        return made
     needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
     if not (finite.all_finite(pre) and finite.all_finite(post)):
         stream.blame(plan, name)
@@ -451,11 +456,29 @@ def _put_code(
     place: int,
 ) -> None:
     code = packed.code(name, number)
-    pre = read(base, start, start + code.count).reshape(code.shape)
     dtype = DTYPES.get(there.dtype)
     if dtype is None:
         raise ValueError(headers.plain(f"{packed.path}: tensor {name!r} is no floating-point one"))
+    if code.kind == "signs" and _put_signs(code, base, start, dtype, target, place):
+        return
+    pre = read(base, start, start + code.count).reshape(code.shape)
     put(target, code.onto(pre, dtype), place)
+
+
+def _put_signs(
+    code: Code, base: Entry, start: int, dtype: torch.dtype, target: BinaryIO, place: int
+) -> bool:
+    """Write a code of signs and one scale piece by piece; return whether that could be done."""
+    assert base.dtype is not None
+    step = max(8, _PART // 8 * 8)  # whole bytes of signs
+    for begin in range(0, code.count, step):
+        size = min(step, code.count - begin)
+        old, out = (_buffers.take(n, t, size) for n, t in (("pre", base.dtype), ("out", dtype)))
+        read(base, start + begin, start + begin + size, old)
+        if not signed.decoded(code, begin, old, out):
+            return False
+        put(target, out, place + begin * out.itemsize)
+    return code.count > 0
 
 
 def _put_beside(packed: Packed, base: Path, made: Path, each: dict[str, Any]) -> None:
