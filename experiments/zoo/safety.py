@@ -15,16 +15,20 @@ Needs ``pip install transformers safetensors``; no data are downloaded.
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltalab.models.embedded import TOKENIZER
+from deltalab.models.zoo_llm import DIRECTORY
+from deltalab.weights.contents import of_checkpoint
 from experiments.posttrain import lora
 from experiments.zoo import safety_data as data
 from experiments.zoo.llm_data import write_lines
@@ -173,6 +177,56 @@ def publish(recipe: Recipe, out: Path) -> None:
         write_lines(out / f"safety_{name}.jsonl", rows)
 
 
+def directories(weights: Mapping[str, Mapping[str, Tensor]], config: Any, place: Path) -> None:
+    """Write the models of one training as directories that transformers reads, all or none.
+
+    Args:
+        weights: by name, as shipped.
+        config: of the architecture.
+        place: where they go, a directory each; `model=hf_llm` reads them.
+    """
+    from safetensors.torch import save_file
+
+    part = place.with_name(f"{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    for name, tensors in weights.items():
+        own = part / name
+        own.mkdir(parents=True)
+        save_file(dict(tensors), own / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(own)
+        for file in TOKENIZER:
+            shutil.copy(DIRECTORY / file, own)
+    part.rename(place)
+
+
+def several(count: int, models: Path, results: Path) -> None:
+    """Train the family from so many seeds, those that are not there yet; keep scores and digests.
+
+    Args:
+        count: of seeds, from 0.
+        models: where each becomes a directory `safety_SEED` (`directories`).
+        results: where `safety_trainings.json` says by seed what every model scores, and its digest.
+    """
+    path = results / "safety_trainings.json"
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    for seed in range(count):
+        if (place := models / f"safety_{seed}").is_dir():
+            continue
+        start, recipe = time.process_time(), Recipe(seed)
+        weights = {name: recipe.weights(name) for name in SHIPPED}
+        config: Any = recipe.fresh().config
+        config.dtype = torch.float16
+        directories(weights, config, place)
+        told[str(seed)] = {
+            "seconds": round(time.process_time() - start),
+            "torch": torch.__version__,
+            "digests": {name: of_checkpoint(place / name) for name in SHIPPED},
+            "test": {name: recipe.scores(name, "test", SIZES["prompts"]) for name in SHIPPED},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(sorted(told.items())), indent=1) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure and write everything; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.zoo.safety", description=__doc__)
@@ -181,8 +235,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=ROOT / "deltalab" / "zoo" / "llm", help="what ships")
     add("--results", type=Path, default=ROOT / "results" / "zoo", help="figures go here")
     add("--seed", type=int, default=0)
+    add("--trainings", type=int, help="in place of that: train from so many seeds, from 0")
+    add("--models", type=Path, default=Path("results/models"), help="the trainings go here")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.trainings:
+        several(args.trainings, args.models, args.results)
+        return 0
     start = time.process_time()
     recipe = Recipe(args.seed)
     for name in SHIPPED:
