@@ -33,6 +33,12 @@ def same(one, other):
     return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
 
 
+def coded(pre, post):
+    """Return BitDelta's code by the one pass."""
+    sides = lambda start, stop: (pre.view(-1)[start:stop], post.view(-1)[start:stop])  # noqa: E731
+    return signed.coded(BITDELTA, tuple(pre.shape), (pre.dtype, post.dtype), sides)
+
+
 def words(tensor):
     return tensor.reshape(-1).view(torch.uint8)
 
@@ -42,7 +48,7 @@ def words(tensor):
 def test_bits_of_the_edit(dtype, shape):
     pre, post = pair(shape, dtype)
     delta = difference(pre, post)
-    code = signed.coded(BITDELTA, pre, post)
+    code = coded(pre, post)
     slow = BITDELTA.encode(delta, rng=Rng(0, "w"), post=post)
     if len(shape) == 2 and shape[0] * shape[1] == 1:  # |D| is the scale
         assert code is None
@@ -62,19 +68,31 @@ def test_bits_of_the_edit(dtype, shape):
 
 
 def test_no_number_of_threads_changes_the_sum():
-    pre, post = pair((3, native.PIECE - 77), torch.float32)
+    pre, post = pair((3, signs.PIECE - 77), torch.float32)
     threads, found = torch.get_num_threads(), []
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            found.append(signs.survey(pre, post))
+            found.append(coded(pre, post).arrays)
     finally:
         torch.set_num_threads(threads)
-    one, two = found
-    assert one.total == two.total
-    assert same(one.signs, two.signs)
-    exact = difference(pre, post).double().abs().sum()
-    assert one.total == pytest.approx(float(exact), rel=1e-13)
+    assert all(same(one, two) for one, two in zip(*(each.values() for each in found), strict=True))
+    exact = difference(pre, post).double().abs().mean()
+    assert float(found[0]["scale"]) == pytest.approx(float(exact), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_magnitude_that_is_the_scale_is_found(dtype):
+    pre, post = pair((3, signs.PIECE - 5), dtype)
+    sides = lambda start, stop: (pre.view(-1)[start:stop], post.view(-1)[start:stop])  # noqa: E731
+    held = signs.survey(pre.numel(), dtype, sides).held
+    delta = difference(pre, post).abs().reshape(-1)
+    for place in (0, 4095, 4096, signs.PIECE - 1, signs.PIECE, pre.numel() - 1, 77_777):
+        scale = delta[place]
+        for value in (scale, torch.nextafter(scale, torch.tensor(1.0)), scale * 1.37):
+            wanted = bool((delta == value).any())
+            if value:
+                assert signs.meets(pre.numel(), dtype, sides, held, float(value)) == wanted
 
 
 def test_what_is_left_to_the_edit():
@@ -83,18 +101,17 @@ def test_what_is_left_to_the_edit():
     assert not any(signed.fits(deltalab.edit("bitdelta", **each), (8, 40)) for each in others)
     assert not signed.fits(deltalab.edit("dare", p=0.5), (8, 40))
     assert not signed.fits(BITDELTA, (320,))
-    assert signed.coded(BITDELTA, pre.half(), post.half()) is None
-    assert signed.coded(BITDELTA, pre, post.bfloat16()) is None
-    assert signed.coded(BITDELTA, pre.T, post.T) is None  # not contiguous
-    assert signed.coded(BITDELTA, pre, pre.clone()) is None  # a scale of zero
+    assert coded(pre.half(), post.half()) is None
+    assert coded(pre, post.bfloat16()) is None
+    assert coded(pre, pre.clone()) is None  # a scale of zero
     even = torch.zeros(8, 40)
-    assert signed.coded(BITDELTA, even, even + 0.5) is None  # |D| is the scale
+    assert coded(even, even + 0.5) is None  # |D| is the scale
     for value in (torch.inf, -torch.inf, torch.nan, 2e25):
         for side in (0, 1):
             bad = [pre.clone(), post.clone()]
             bad[side][7, 39] = value
-            assert signed.coded(BITDELTA, *bad) is None, (value, side)
-    code, out = signed.coded(BITDELTA, pre, post), torch.empty(320)
+            assert coded(*bad) is None, (value, side)
+    code, out = coded(pre, post), torch.empty(320)
     bad = pre.reshape(-1).clone()
     bad[319] = torch.nan
     assert not signed.decoded(code, 0, bad, out)
@@ -122,7 +139,7 @@ def test_without_a_compiler_it_says_so_once(monkeypatch):
     monkeypatch.setattr(signs, "_loaded", {})
     pre, post = pair((3, 5), torch.float32)
     with pytest.warns(UserWarning, match="uncompiled"):
-        assert signed.coded(BITDELTA, pre, post) is None
+        assert coded(pre, post) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert signed.coded(BITDELTA, pre, post) is None
+        assert coded(pre, post) is None

@@ -1,5 +1,8 @@
 """BitDelta of a whole matrix in one compiled pass: its code, and the code put onto the base."""
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,8 @@ from deltalab.edits import Edit
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.kernels import signs
 
+PIECE = 1 << 18
+"""Entries to put at once: base and result stay in the cache."""
 _LARGE, _WIDE = 1e25, 1e9
 """Below these no weight and no scale can overflow as it is stored."""
 
@@ -19,7 +24,9 @@ def fits(edit: Edit, shape: tuple[int, ...]) -> bool:
     return plain and type(edit) is BitDelta and len(shape) >= 2
 
 
-def coded(edit: Edit, pre: Tensor, post: Tensor) -> Code | None:
+def coded(
+    edit: Edit, shape: tuple[int, ...], dtypes: Sequence[torch.dtype | None], sides: signs.Sides
+) -> Code | None:
     """Return the code of a pair's delta, or None where the edit must say what it is.
 
     The bits are those of `BitDelta.encode`, and decoded onto W_pre they are those of the edit: a
@@ -28,22 +35,22 @@ def coded(edit: Edit, pre: Tensor, post: Tensor) -> Code | None:
 
     Args:
         edit: any.
-        pre: W_pre.
-        post: W_post.
+        shape: of the delta.
+        dtypes: of W_pre and W_post.
+        sides: gives pieces of them, flat, as for `signs.survey`.
     """
-    if not fits(edit, tuple(pre.shape)) or not signs.takes(pre, post):
+    count, dtype = prod(shape), dtypes[0]
+    if not fits(edit, shape) or not count or dtype is None or not signs.takes(*dtypes):
         return None
     assert isinstance(edit, BitDelta)
-    found = signs.survey(pre, post)
+    found = signs.survey(count, dtype, sides)
     if not (found.pre < _LARGE and found.post < torch.inf):
         return None
-    mean = torch.tensor(found.total, dtype=torch.float64).div_(pre.numel()).float()
+    mean = torch.tensor(found.total, dtype=torch.float64).div_(count).float()
     scale = edit.multiple * mean
-    if not 0 < float(scale) < _WIDE or signs.meets(pre, post, float(scale)):
+    if not 0 < float(scale) < _WIDE or signs.meets(count, dtype, sides, found.held, float(scale)):
         return None
-    return Signs(
-        tuple(pre.shape), {"signs": found.signs, "scale": scale.reshape(1)}, {"axis": "tensor"}
-    )
+    return Signs(shape, {"signs": found.signs, "scale": scale.reshape(1)}, {"axis": "tensor"})
 
 
 def decoded(code: Code, start: int, pre: Tensor, out: Tensor) -> bool:
@@ -53,7 +60,7 @@ def decoded(code: Code, start: int, pre: Tensor, out: Tensor) -> bool:
         code: any.
         start: the part's first entry, a multiple of eight.
         pre: the part of W_pre, flat.
-        out: of its size.
+        out: of its size; both contiguous.
     """
     scale, bits = code.arrays.get("scale"), code.arrays.get("signs")
     if not isinstance(code, Signs) or code.settings != {"axis": "tensor"} or start % 8:
@@ -63,4 +70,4 @@ def decoded(code: Code, start: int, pre: Tensor, out: Tensor) -> bool:
     value = float(scale)
     if 8 * bits.numel() < start + pre.numel() or not 0 < abs(value) < torch.inf:
         return False
-    return signs.takes(pre, out) and signs.onto(pre, bits[start // 8 :], value, out)
+    return signs.takes(pre.dtype, out.dtype) and signs.onto(pre, bits[start // 8 :], value, out)

@@ -15,7 +15,7 @@ class Work:
     """Tasks for a pool: not many at a time, so that none is far ahead of another."""
 
     def __init__(self, pool: ThreadPoolExecutor, hashing: Hashing) -> None:
-        self._pool, self._hashing = pool, hashing
+        self._pool, self.hashing = pool, hashing
         self._most = 4 * torch.get_num_threads()
         self._begun: deque[Future[None]] = deque()
 
@@ -28,7 +28,7 @@ class Work:
     def hash(self, entry: Entry, part: tuple[int, int]) -> None:
         """Have entries hashed that are being read."""
         start, stop = (count * item(entry) for count in part)
-        self.submit(self._hashing.read, entry, start, stop)
+        self.submit(self.hashing.read, entry, start, stop)
 
     def wait(self) -> None:
         """Wait for all."""
@@ -38,7 +38,7 @@ class Work:
     def stop(self) -> None:
         """Begin no more, and wait for those under way."""
         if self._begun:
-            self._hashing.stop()
+            self.hashing.stop()
         for future in self._begun:
             future.cancel()
         wait(self._begun)

@@ -46,13 +46,21 @@ class Hashing:
             if tensor.size
         }
 
-    def read(self, entry: Entry, start: int, stop: int) -> None:
+    def read(
+        self, entry: Entry, start: int, stop: int, data: "memoryview[int] | None" = None
+    ) -> None:
         """Take note that bytes `start` to `stop` of a tensor have been read, and hash them if next.
 
         Each byte counts once, however often it is read.
+
+        Args:
+            entry: the tensor.
+            start: first byte.
+            stop: last byte, exclusive.
+            data: these bytes, which spares reading them once more; None: not at hand.
         """
         if entry.load is None and (tensor := self._places.get((entry.file, entry.begin))):
-            tensor.read(start, stop, self)
+            tensor.read(start, stop, self, data)
 
     @property
     def known(self) -> bool:
@@ -99,13 +107,19 @@ class _Tensor:
         self._waiting: dict[int, int] = {}
         self._busy, self._lock = False, Lock()
 
-    def read(self, start: int, stop: int, hashing: Hashing) -> None:
+    def read(
+        self, start: int, stop: int, hashing: Hashing, data: "memoryview[int] | None" = None
+    ) -> None:
         with self._lock:
-            if start < stop and start >= self.at:
+            given = data if start == self.at and not self._busy else None
+            if given is None and start < stop and start >= self.at:
                 self._waiting[start] = max(stop, self._waiting.get(start, 0))
             if self._busy:
                 return  # whoever is at work goes on with it
             self._busy = True
+        if given is not None:
+            self._hash.update(given)
+            self.at = stop
         while (end := self._next()) and not hashing.stopped:
             self._feed(end, hashing)
 

@@ -2,13 +2,14 @@
 
 D = W_post - W_pre in float32; magnitudes are added in float64, 64 sums of a piece and the pieces in
 their order, so that no number of threads changes the sum. Packed as `codes.integers`. Both sides
-are flat, contiguous, on the CPU, and of one type: bfloat16 or float32.
+are flat, contiguous, on the CPU, and of one type: bfloat16 or float32; they are asked for piece by
+piece, so that a piece that is read is still in the cache when it is looked at.
 """
 
 import ctypes
 import subprocess
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -19,8 +20,13 @@ from torch import Tensor
 from deltalab.kernels import native
 
 _loading = Lock()
-_loaded: dict[torch.dtype, Any] = {}
-_TYPES = {
+_loaded: dict[torch.dtype | None, Any] = {}
+Sides = Callable[[int, int], tuple[Tensor, Tensor]]
+PIECE = 1 << 18
+"""Entries that are looked at at once: both sides stay in the cache."""
+_SPAN = 4096
+"""Entries of which the bits of all magnitudes are held together, as in the C; divides a piece."""
+_TYPES: dict[torch.dtype | None, str] = {
     torch.bfloat16: "#define WORD uint16_t\n#define SHIFT 16\n",
     torch.float32: "#define WORD uint32_t\n#define SHIFT 0\n",
 }
@@ -28,6 +34,7 @@ _SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
 #define N 64
+#define SPAN 4096
 #define MOST ((WORD)(0x7fffffffu >> SHIFT))
 #define INFINITE (0x7f800000u >> SHIFT)
 
@@ -53,30 +60,40 @@ static inline const WORD *block(const WORD *from, int64_t at, int64_t count, WOR
     return own;
 }
 
-/* Return sum |b - a|; pack the signs; tell the largest |a| and |b|, as bits. */
-double survey(int64_t count, const WORD *a, const WORD *b, uint8_t *signs, uint32_t *most) {
+/* Return sum |b - a|; pack the signs; tell the largest |a| and |b|, as bits, and for every SPAN
+   entries which bits any |b - a| has. */
+double survey(int64_t count, const WORD *a, const WORD *b, uint8_t *signs, uint32_t *held,
+              uint32_t *most) {
     double lanes[N] = {0}, sum = 0;
     WORD one[N] = {0}, other[N] = {0}, left[N], right[N];
-    for (int64_t at = 0; at < count; at += N) {
-        const WORD *x = block(a, at, count, left), *y = block(b, at, count, right);
-        uint8_t negative[N], packed[N / 8];
-        for (int j = 0; j < N; j++) {
-            float d = number(y[j]) - number(x[j]);
-            negative[j] = d < 0;
-            lanes[j] += __builtin_fabsf(d);
+    for (int64_t begin = 0; begin < count; begin += SPAN) {
+        int64_t end = begin + SPAN < count ? begin + SPAN : count;
+        uint32_t any[N] = {0}, all = 0;
+        for (int64_t at = begin; at < end; at += N) {
+            const WORD *x = block(a, at, count, left), *y = block(b, at, count, right);
+            uint8_t negative[N], packed[N / 8];
+            for (int j = 0; j < N; j++) {
+                float d = number(y[j]) - number(x[j]), size = __builtin_fabsf(d);
+                uint32_t bits;
+                memcpy(&bits, &size, 4);
+                negative[j] = d < 0;
+                any[j] |= bits;
+                lanes[j] += size;
+            }
+            for (int j = 0; j < N; j++) {
+                WORD u = x[j] & MOST, v = y[j] & MOST;
+                one[j] = u > one[j] ? u : one[j];
+                other[j] = v > other[j] ? v : other[j];
+            }
+            for (int j = 0; j < N / 8; j++) {
+                uint64_t eight;
+                memcpy(&eight, negative + 8 * j, 8);
+                packed[j] = eight * 0x8040201008040201u >> 56;
+            }
+            memcpy(signs + at / 8, packed, at + N <= count ? N / 8 : (count - at + 7) / 8);
         }
-        for (int j = 0; j < N; j++) {
-            WORD u = x[j] & MOST, v = y[j] & MOST;
-            one[j] = u > one[j] ? u : one[j];
-            other[j] = v > other[j] ? v : other[j];
-        }
-        for (int j = 0; j < N / 8; j++) {
-            uint64_t eight;
-            memcpy(&eight, negative + 8 * j, 8);
-            packed[j] = eight * 0x8040201008040201u >> 56;
-        }
-        int64_t left_over = count - at < N ? count - at : N;
-        memcpy(signs + at / 8, packed, (left_over + 7) / 8);
+        for (int j = 0; j < N; j++) all |= any[j];
+        held[begin / SPAN] = all;
     }
     for (int j = 0; j < N; j++) {
         uint32_t u = (uint32_t)one[j] << SHIFT, v = (uint32_t)other[j] << SHIFT;
@@ -87,13 +104,20 @@ double survey(int64_t count, const WORD *a, const WORD *b, uint8_t *signs, uint3
     return sum;
 }
 
-/* Whether some |b - a| is the scale, which is not zero. */
-int meets(int64_t count, const WORD *a, const WORD *b, float scale) {
+/* Whether some |b - a| is the scale, which is not zero; what lacks its bits is passed by. */
+int meets(int64_t count, const WORD *a, const WORD *b, const uint32_t *held, float scale) {
     WORD left[N], right[N];
+    uint32_t bits;
     int found = 0;
-    for (int64_t at = 0; at < count; at += N) {
-        const WORD *x = block(a, at, count, left), *y = block(b, at, count, right);
-        for (int j = 0; j < N; j++) found |= __builtin_fabsf(number(y[j]) - number(x[j])) == scale;
+    memcpy(&bits, &scale, 4);
+    for (int64_t begin = 0; begin < count && !found; begin += SPAN) {
+        int64_t end = begin + SPAN < count ? begin + SPAN : count;
+        if ((held[begin / SPAN] & bits) != bits) continue;
+        for (int64_t at = begin; at < end; at += N) {
+            const WORD *x = block(a, at, count, left), *y = block(b, at, count, right);
+            for (int j = 0; j < N; j++)
+                found |= __builtin_fabsf(number(y[j]) - number(x[j])) == scale;
+        }
     }
     return found;
 }
@@ -137,46 +161,68 @@ class Survey:
 
     Args:
         signs: uint8, a set bit for every D < 0.
+        held: int32, for every 4,096 entries the bits that any |D| of theirs has.
         total: the sum of |D|.
         pre: the largest |W_pre|; infinite, or no number, where an entry is.
         post: the largest |W_post|, likewise.
     """
 
     signs: Tensor
+    held: Tensor
     total: float
     pre: float
     post: float
 
 
-def survey(pre: Tensor, post: Tensor) -> Survey:
-    """Return the signs and the sum of magnitudes of a pair that `takes` takes.
+def survey(count: int, dtype: torch.dtype, sides: Sides) -> Survey:
+    """Return the signs and the sum of magnitudes of a pair.
 
-    >>> found = survey(torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, -1.0, 0.5]))
+    Args:
+        count: entries.
+        dtype: of both sides, one that `takes` takes.
+        sides: gives W_pre and W_post from an entry up to another, to a thread until it asks again.
+
+    >>> pair = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, -1.0, 0.5])
+    >>> found = survey(3, torch.float32, lambda start, stop: pair)
     >>> found.signs.tolist(), found.total, found.pre, found.post
     ([64], 5.0, 2.0, 3.0)
     """
-    library, signs = _library(pre.dtype), torch.empty(-(-pre.numel() // 8), dtype=torch.uint8)
+    library, signs = _library(dtype), torch.empty(-(-count // 8), dtype=torch.uint8)
+    held = torch.empty(-(-count // _SPAN), dtype=torch.int32)
 
-    def one(begin: int) -> tuple[float, Sequence[int]]:
-        most = (ctypes.c_uint32 * 2)()
-        own = signs.data_ptr() + begin // 8
-        return library.survey(*_part((pre, post), begin), own, most), list(most)
+    def one(begin: int) -> tuple[float, list[int]]:
+        size, most = min(PIECE, count - begin), (ctypes.c_uint32 * 2)()
+        pre, post = sides(begin, begin + size)
+        own = signs[begin // 8 :].data_ptr(), held[begin // _SPAN :].data_ptr()
+        return library.survey(size, pre.data_ptr(), post.data_ptr(), *own, most), list(most)
 
-    found = _pieces(one, pre.numel())
+    found = native.in_threads(one, list(range(0, count, PIECE)))
     tops = [max(each[side] for _, each in found) for side in (0, 1)]
     most = torch.tensor(tops, dtype=torch.int64).int().view(torch.float32).tolist()
-    return Survey(signs, sum(total for total, _ in found), *most)
+    return Survey(signs, held, sum(total for total, _ in found), *most)
 
 
-def meets(pre: Tensor, post: Tensor, scale: float) -> bool:
+def meets(count: int, dtype: torch.dtype, sides: Sides, held: Tensor, scale: float) -> bool:
     """Whether some |D| is the scale, which float32 holds and which is not zero.
 
-    >>> meets(torch.zeros(2), torch.tensor([1.0, -3.0]), 3.0)
-    True
+    Only pieces of which some |D| may be it are asked for: those with all its bits in `held`.
+
+    >>> pair = torch.zeros(2), torch.tensor([1.0, -3.0])
+    >>> given = 2, torch.float32, lambda start, stop: pair
+    >>> meets(*given, survey(*given).held, 3.0), meets(*given, survey(*given).held, 2.0)
+    (True, False)
     """
-    library = _library(pre.dtype)
-    one = lambda begin: library.meets(*_part((pre, post), begin), scale)  # noqa: E731
-    return any(_pieces(one, pre.numel()))
+    library = _library(dtype)
+    bits = torch.tensor(scale, dtype=torch.float32).view(torch.int32)
+    spans = ((held & bits) == bits).nonzero().reshape(-1) * _SPAN
+
+    def one(begin: int) -> bool:
+        stop = min(begin + PIECE, count)
+        pre, post = sides(begin, stop)
+        own = held[begin // _SPAN :].data_ptr()
+        return bool(library.meets(stop - begin, pre.data_ptr(), post.data_ptr(), own, scale))
+
+    return any(native.in_threads(one, sorted({at // PIECE * PIECE for at in spans.tolist()})))
 
 
 def onto(pre: Tensor, signs: Tensor, scale: float, out: Tensor) -> bool:
@@ -189,33 +235,17 @@ def onto(pre: Tensor, signs: Tensor, scale: float, out: Tensor) -> bool:
     >>> onto(torch.ones(2), torch.tensor([64], dtype=torch.uint8), 0.5, made), made.tolist()
     (True, [1.5, 0.5])
     """
-    library = _library(pre.dtype)
-
-    def one(begin: int) -> bool:
-        count, start = _part((pre,), begin)
-        place = out.data_ptr() + begin * out.itemsize
-        return bool(library.onto(count, start, signs.data_ptr() + begin // 8, scale, place))
-
-    return all(_pieces(one, pre.numel()))
+    places = pre.data_ptr(), signs.data_ptr(), scale, out.data_ptr()
+    return bool(_library(pre.dtype).onto(pre.numel(), *places))
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether tensors are such as this takes, and there is a compiler; without one it says so."""
-    first = tensors[0].dtype
-    plain = all(t.dtype == first and t.is_cpu and t.is_contiguous() for t in tensors)
-    return plain and first in _TYPES and tensors[0].numel() > 0 and _library(first) is not None
+def takes(*dtypes: torch.dtype | None) -> bool:
+    """Whether tensors of such types can be taken: a compiler is there; without one that is said."""
+    first = dtypes[0]
+    return first in _TYPES and set(dtypes) == {first} and _library(first) is not None
 
 
-def _part(tensors: Sequence[Tensor], begin: int) -> tuple[int, ...]:
-    count = min(native.PIECE, tensors[0].numel() - begin)
-    return count, *(t.data_ptr() + begin * t.itemsize for t in tensors)
-
-
-def _pieces(function: Callable[[int], Any], count: int) -> list[Any]:
-    return native.in_threads(function, list(range(0, count, native.PIECE)))
-
-
-def _library(dtype: torch.dtype) -> Any:
+def _library(dtype: torch.dtype | None) -> Any:
     """Return the library for a type, compiled once; None where that failed, which is said once."""
     with _loading:
         if dtype not in _loaded:
@@ -231,8 +261,8 @@ def _library(dtype: torch.dtype) -> Any:
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.survey.argtypes = [number, *[pointer] * 4]
+    library.survey.argtypes = [number, *[pointer] * 5]
     library.survey.restype = ctypes.c_double
-    library.meets.argtypes = [number, pointer, pointer, ctypes.c_float]
+    library.meets.argtypes = [number, *[pointer] * 3, ctypes.c_float]
     library.onto.argtypes = [number, pointer, pointer, ctypes.c_float, pointer]
     return library

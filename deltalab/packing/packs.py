@@ -152,6 +152,10 @@ def _codes(
     """Yield the codes of a tensor's parts in order, each with its first entry."""
     rows, width = plan.rows[name], stream.width_of(edit, plan.post[name])
     task = partial(_code, plan, name, edit, given)
+    if signed.fits(edit, plan.post[name].shape):
+        yield 0, _signs(plan, name, edit, hashing) or task((0, rows), 0)
+        _hash(hashing, plan.pre[name], (0, rows))
+        return
     if not width:  # a whole tensor, with all threads, as it is edited
         hashed = pool.submit(_hash, hashing, plan.pre[name], (0, rows))
         yield 0, task((0, rows), 0)
@@ -172,7 +176,32 @@ def _codes(
 
 
 def _hash(hashing: Hashing, entry: Entry, piece: tuple[int, int]) -> None:
-    hashing.read(entry, *(count * item(entry) for count in piece))
+    start, stop = (count * item(entry) for count in piece)
+    hashing.read(entry, start, stop)
+
+
+def _signs(plan: stream.Plan, name: str, edit: Edit, hashing: Hashing) -> Code | None:
+    """Return the code of a tensor of one scale, read and hashed as it is made; None: not so."""
+    old, new, rows = plan.pre[name], plan.post[name], plan.rows[name]
+
+    def sides(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return _read_hashed(old, start, stop, hashing), _read("post", new, start, stop)
+
+    shape = stream.shape_of(new.shape, rows, 0)
+    return signed.coded(edit, shape, (old.dtype, new.dtype), sides)
+
+
+def _read(side: str, entry: Entry, start: int, stop: int) -> Tensor:
+    """Read entries into memory that the thread uses again for this side."""
+    assert entry.dtype is not None
+    return read(entry, start, stop, _buffers.take(side, entry.dtype, stop - start))
+
+
+def _read_hashed(entry: Entry, start: int, stop: int, hashing: Hashing) -> Tensor:
+    """Read entries of the base, and hash them while they are at hand."""
+    out, size = _read("pre", entry, start, stop), item(entry)
+    hashing.read(entry, start * size, stop * size, out.view(torch.uint8).numpy().data)
+    return out
 
 
 def _code(
@@ -187,15 +216,10 @@ def _code(
     old, new, (start, stop) = plan.pre[name], plan.post[name], piece
     shape = stream.shape_of(new.shape, stop - start, width)
     assert old.dtype is not None
-    assert new.dtype is not None
-    quick = signed.fits(edit, shape)  # other codes may hold W_post itself
     held = _buffers.take("pre", old.dtype, stop - start)
-    own = _buffers.take("post", new.dtype, stop - start) if quick else None
     pre, post = (
-        read(entry, start, stop, out).reshape(shape) for entry, out in ((old, held), (new, own))
+        read(entry, start, stop, out).reshape(shape) for entry, out in ((old, held), (new, None))
     )
-    if quick and (made := signed.coded(edit, pre, post)) is not None:
-        return made
     needs = {k: v.at(start) if k == "rng" else v for k, v in given.items()}
     if not (finite.all_finite(pre) and finite.all_finite(post)):
         stream.blame(plan, name)
@@ -407,8 +431,11 @@ def _tensor(
             task = partial(_put_bytes, packed, name, number, base, (at, at + count), target, place)
         else:
             assert base is not None
-            task = partial(_put_code, packed, name, number, base, at // width, there, target, place)
-            work.hash(base, (at // width, at // width + count))
+            task = partial(
+                _put_code, packed, name, number, base, at // width, there, target, place, work
+            )
+            if kind != "signs":  # which are hashed as they are put
+                work.hash(base, (at // width, at // width + count))
         if any(value in _ALONE for value in part["code"].values() if isinstance(value, str)):
             task()
         else:
@@ -454,27 +481,35 @@ def _put_code(
     there: headers.Entry,
     target: BinaryIO,
     place: int,
+    work: Work,
 ) -> None:
     code = packed.code(name, number)
     dtype = DTYPES.get(there.dtype)
     if dtype is None:
         raise ValueError(headers.plain(f"{packed.path}: tensor {name!r} is no floating-point one"))
-    if code.kind == "signs" and _put_signs(code, base, start, dtype, target, place):
-        return
+    if code.kind == "signs":
+        if _put_signs(code, base, start, dtype, target, place, work.hashing):
+            return
+        work.hashing.read(base, start * item(base), (start + code.count) * item(base))
     pre = read(base, start, start + code.count).reshape(code.shape)
     put(target, code.onto(pre, dtype), place)
 
 
 def _put_signs(
-    code: Code, base: Entry, start: int, dtype: torch.dtype, target: BinaryIO, place: int
+    code: Code,
+    base: Entry,
+    start: int,
+    dtype: torch.dtype,
+    target: BinaryIO,
+    place: int,
+    hashing: Hashing,
 ) -> bool:
     """Write a code of signs and one scale piece by piece; return whether that could be done."""
-    assert base.dtype is not None
-    step = max(8, _PART // 8 * 8)  # whole bytes of signs
+    step = max(8, min(_PART, signed.PIECE) // 8 * 8)  # whole bytes of signs
     for begin in range(0, code.count, step):
-        size = min(step, code.count - begin)
-        old, out = (_buffers.take(n, t, size) for n, t in (("pre", base.dtype), ("out", dtype)))
-        read(base, start + begin, start + begin + size, old)
+        end = min(begin + step, code.count)
+        old = _read_hashed(base, start + begin, start + end, hashing)
+        out = _buffers.take("out", dtype, end - begin)
         if not signed.decoded(code, begin, old, out):
             return False
         put(target, out, place + begin * out.itemsize)
