@@ -157,6 +157,29 @@ def test_pieces_in_any_order_and_twice(tmp_path):
         assert taking.finish() == {file: contents._tensors(file)}
 
 
+def test_pieces_that_are_at_hand_are_not_read_again(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    save_file({"w": tensor((500, 11))}, file)
+    entry = names(file)["w"]
+    octets = memoryview(file.read_bytes())[entry.begin :]
+    pieces = list(pairwise([*range(0, entry.size, 1000), entry.size]))
+    feed, fed = module._Tensor._feed, []
+
+    def counted(self, stop, hashing):
+        fed.append(stop - self.at)
+        feed(self, stop, hashing)
+
+    monkeypatch.setattr(module._Tensor, "_feed", counted)
+    late = [*pieces[:5], pieces[6], pieces[5], *pieces[7:], *pieces]
+    for order, again in ((pieces, 0), (late, 1000), (pieces[3:], entry.size)):
+        taking = Hashing([tmp_path])
+        fed.clear()
+        for start, stop in order:
+            taking.read(entry, start, stop, octets[start:stop])
+        assert taking.finish() == {file: contents._tensors(file)}
+        assert sum(fed) == again
+
+
 def test_what_changes_meanwhile_is_read_again(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"w": tensor((50, 11))}, file)

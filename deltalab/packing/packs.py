@@ -183,6 +183,8 @@ def _hash(hashing: Hashing, entry: Entry, piece: tuple[int, int]) -> None:
 def _signs(plan: stream.Plan, name: str, edit: Edit, hashing: Hashing) -> Code | None:
     """Return the code of a tensor of one scale, read and hashed as it is made; None: not so."""
     old, new, rows = plan.pre[name], plan.post[name], plan.rows[name]
+    if old.load is not None or new.load is not None:  # which is decoded whole
+        return None
 
     def sides(start: int, stop: int) -> tuple[Tensor, Tensor]:
         return _read_hashed(old, start, stop, hashing), _read("post", new, start, stop)
@@ -505,6 +507,8 @@ def _put_signs(
     hashing: Hashing,
 ) -> bool:
     """Write a code of signs and one scale piece by piece; return whether that could be done."""
+    if base.load is not None:  # which is decoded whole
+        return False
     step = max(8, min(_PART, signed.PIECE) // 8 * 8)  # whole bytes of signs
     for begin in range(0, code.count, step):
         end = min(begin + step, code.count)
