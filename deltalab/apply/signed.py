@@ -12,7 +12,7 @@ from deltalab.edits import Edit
 from deltalab.edits.bitdelta import BitDelta
 from deltalab.kernels import signs
 
-PIECE = 1 << 18
+PIECE = signs.PIECE
 """Entries to put at once: base and result stay in the cache."""
 _LARGE, _WIDE = 1e25, 1e9
 """Below these no weight and no scale can overflow as it is stored."""

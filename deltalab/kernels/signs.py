@@ -22,7 +22,7 @@ from deltalab.kernels import native
 _loading = Lock()
 _loaded: dict[torch.dtype | None, Any] = {}
 Sides = Callable[[int, int], tuple[Tensor, Tensor]]
-PIECE = 1 << 18
+PIECE = 1 << 19
 """Entries that are looked at at once: both sides stay in the cache."""
 _SPAN = 4096
 """Entries of which the bits of all magnitudes are held together, as in the C; divides a piece."""
