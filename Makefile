@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help architectures demo demo-llm test check slurm ray fuzz audit constraints bench format report results recompute clean
+.PHONY: help architectures demo demo-llm test check slurm ray fuzz nulls audit constraints bench format report results recompute clean
 .PHONY: reproduce $(PAPER) $(STUDIES) $(APART) $(GATHERED)
 
 help: ## show this list
@@ -82,6 +82,9 @@ report: $(VENV)/.user ## tables and figures from the records in RESULTS
 
 fuzz: $(VENV)/.dev ## property tests with 36,000 cases, some minutes
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/test_fuzz_checkpoints.py tests/test_fuzz_settings.py tests/test_fuzz_edits.py tests/test_fuzz_rows.py tests/test_fuzz_meaning.py
+
+nulls: $(VENV)/.dev ## every check against its null in 1,000 drawn data sets (six minutes on two cores)
+	@DELTALAB_NULLS=1000 $(BIN)/pytest -n 2 --dist worksteal tests/test_verdicts.py
 
 audit: $(VENV)/.user ## known vulnerabilities of the pinned packages, where an index can be reached
 	@$(BIN)/python -m experiments.audit

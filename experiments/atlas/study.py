@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ CAPTIONS = (
 )
 
 
+@cache
 def sizes() -> dict[str, float]:
     """Return |delta|/|W| of the embedded pairs, of all weights, by name."""
     vit = json.loads((ZOO / "run.json").read_text(encoding="utf-8"))["deltas"]

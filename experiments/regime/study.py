@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def regime(points: Sequence[Outcome], documents: Documents | None = None) -> Fou
     )
 
 
+@cache
 def sizes() -> dict[str, float]:
     """Return |delta|/|W| of every pair, by its label."""
     found = json.loads(SIZES.read_text(encoding="utf-8"))["pairs"]
