@@ -185,8 +185,11 @@ def test_adapters_are_called_that(run, tmp_path, caplog):
                 )
                 assert code == 2
                 read = post.is_dir() and config  # that it is one of LoRA is all that it says
-                why = "an adapter that cannot be read: r=None" if read else "an adapter; merge it"
-                assert f"model.post={post}: {why}" in said
+                why = (
+                    ": an adapter that cannot be read: r=None" if read else ": an adapter; merge it"
+                )
+                why = " is an adapter, which is put onto model.pre" if read and more else why
+                assert f"model.post={post}{why}" in said
                 assert len(said.splitlines()) == 1
     with caplog.at_level(logging.WARNING):
         (pre / "adapter_config.json").write_text("{}")

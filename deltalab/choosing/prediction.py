@@ -62,7 +62,7 @@ class Curves:
         """Return the predicted loss change; beyond what was measured the curves go on straight.
 
         >>> Curves((1.0, 2.0, 4.0, 7.0, 10.0), (1.0, 16.0), 1.0, 1, 0).change(0.3, 2.5)
-        4.5
+        5.5
         """
         return _at(abs(shrink), SHRINKS, self.shrink) * (1 if shrink >= 0 else -1) + _at(
             scatter, SCATTERS, self.scatter
