@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import models, ran
 
 import deltalab.save as save
@@ -148,3 +148,41 @@ def test_experts_share_the_rows_in_which_they_agree_at_less_cost_than_any_others
 
     random = [cost(drawn(torch.Generator().manual_seed(seed))) for seed in range(2)]
     assert 0 < cost(similar) <= 0.8 * sum(random) / 2
+
+
+@pytest.mark.parametrize("which", ["none", "a", "both"])
+def test_an_expert_that_unties_its_head_keeps_it(tmp_path, which) -> None:
+    """The base saved embedding and head both, and equal; a head of an expert's own is merged."""
+    table, other = torch.randn(12, 4), torch.randn(4, 4)
+    embedding, head, layer = (
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.layers.0.q_proj.weight",
+    )
+    own = {name: 0.1 * torch.randn(12, 4) for name in ("a", "b")}
+    heads = {name: 0.1 * torch.randn(12, 4) for name in ("a", "b")}
+    held = {"base": {embedding: table, head: table.clone(), layer: other}}
+    for name in ("a", "b"):
+        unties = which == "both" or which == name
+        held[name] = {
+            embedding: table + own[name],
+            head: table + (heads if unties else own)[name],
+            layer: other + 1,
+        }
+    for name, tensors in held.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text("{}")
+    experts = f"{{a: {tmp_path}/a, b: {tmp_path}/b}}"
+    given = ["model=hf_llm", f"model.pre={tmp_path}/base", f"model.experts={experts}"]
+    given += ["merge=sum", "merge.weight=0.5", "edit=keep"]
+    save.save([*given, f"out={tmp_path}/out"])
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name in (embedding, head, layer):
+        deltas = [held[n][name] - held["base"][name] for n in ("a", "b")]
+        assert torch.allclose(found[name], held["base"][name] + 0.5 * sum(deltas), atol=1e-6), name
+    if which != "none":
+        (tmp_path / "base" / "config.json").write_text('{"tie_word_embeddings": true}')
+        with pytest.raises(ValueError, match="lm_head.weight: tied to the embedding by"):
+            save.save([*given, f"out={tmp_path}/more"])
+        assert not (tmp_path / "more").exists()

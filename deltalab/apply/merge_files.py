@@ -31,7 +31,7 @@ from deltalab.edits import Edit
 from deltalab.merges import Merge
 from deltalab.store import files, records
 from deltalab.terminal import console
-from deltalab.weights import contents, finite
+from deltalab.weights import configs, contents, finite
 from deltalab.weights.aligned import Aligned
 from deltalab.weights.mapping import Meta
 from deltalab.weights.shards import Buffers, Entry, copy, keep, pieces, put, read
@@ -78,7 +78,13 @@ def merge(
     base = layout.read(pre, "model.pre", dequantize)
     sides = {n: layout.read(p, f"model.experts.{n}", dequantize) for n, p in posts.items()}
     _check_fit(base, sides, "model.experts")
-    ties, turned = tied(base.entries), layout.turned(pre)
+    further = [*sides.values()]
+    onto_side = None
+    if onto is not None:
+        onto_side = layout.read(onto, "model.base", dequantize)
+        _check_fit(base, {str(onto): onto_side}, "model.base")
+        further.append(onto_side)
+    ties, turned = _ties(base, further, onto or pre), layout.turned(pre)
     one = _weights(base.entries, ties, "the base")
     experts = {
         name: Expert(
@@ -90,10 +96,7 @@ def merge(
         )
         for name, side in sides.items()
     }
-    onto_side = None
-    if onto is not None:
-        onto_side = layout.read(onto, "model.base", dequantize)
-        _check_fit(base, {str(onto): onto_side}, "model.base")
+    if onto_side is not None:
         entries = {n: onto_side.entries[n] for n in base.entries}
         family = Family(experts, merge, merged, onto=_weights(entries, ties, "model.base"))
     else:
@@ -148,6 +151,32 @@ def _digests(
         digest = manifest["experts"][name]["digest"] = contents.of_checkpoint(path, known=known)
         if (other := found.setdefault(digest, name)) != name:
             raise ValueError(f"model.experts: {other} and {name} are the same model")
+
+
+def _ties(base: Side, others: Sequence[Side], source: Path) -> dict[str, str]:
+    """Map each head that is tied in the base and in all other checkpoints to its embedding.
+
+    Where one has a head of its own, heads are merged as the matrices that they are.
+
+    Args:
+        base: the base's layout.
+        others: the experts', and that of another base.
+        source: whose configuration is written.
+
+    Raises:
+        ValueError: that configuration ties them for whoever loads the result.
+    """
+    found = tied(base.entries)
+    each = [tied({n: side.entries[n] for n in base.entries}) for side in others]
+    kept = {head: table for head, table in found.items() if all(t.get(head) == table for t in each)}
+    place = (source if source.is_dir() else source.parent) / "config.json"
+    if kept != found and configs.content(place).get("tie_word_embeddings") is True:
+        head = next(name for name in found if name not in kept)
+        raise ValueError(
+            f"{head}: tied to the embedding by {place}, and of its own in an expert: whoever loads"
+            " the merged model would lose it; untie the base first"
+        )
+    return kept
 
 
 def _check_fit(base: Side, sides: Mapping[str, Side], setting: str) -> None:
