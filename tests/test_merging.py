@@ -186,3 +186,14 @@ def test_an_expert_that_unties_its_head_keeps_it(tmp_path, which) -> None:
         with pytest.raises(ValueError, match="lm_head.weight: tied to the embedding by"):
             save.save([*given, f"out={tmp_path}/more"])
         assert not (tmp_path / "more").exists()
+
+
+def test_the_configuration_that_is_written_decides_whether_a_head_is_lost(tmp_path) -> None:
+    for name, text in (("base", "{}"), ("a", "{}"), ("b", '{"tie_word_embeddings": true}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    base, a, b = (tmp_path / name for name in ("base", "a", "b"))
+    merge_files._check_ties(["lm_head.weight"], [base])
+    merge_files._check_ties([], [a, b])
+    with pytest.raises(ValueError, match=f"tied to the embedding by {b}"):
+        merge_files._check_ties(["lm_head.weight"], [a, b])

@@ -84,7 +84,7 @@ def merge(
         onto_side = layout.read(onto, "model.base", dequantize)
         _check_fit(base, {str(onto): onto_side}, "model.base")
         further.append(onto_side)
-    ties, turned = _ties(base, further, onto or pre), layout.turned(pre)
+    ties, turned = _ties(base, further), layout.turned(pre)
     one = _weights(base.entries, ties, "the base")
     experts = {
         name: Expert(
@@ -101,6 +101,8 @@ def merge(
         family = Family(experts, merge, merged, onto=_weights(entries, ties, "model.base"))
     else:
         family = Family(experts, merge, merged)
+    written = [onto or posts[n] for n in family.models if n] or [onto or pre]
+    _check_ties([head for head in tied(base.entries) if head not in ties], written)
     hashing = Hashing((pre, *posts.values()))
     manifest: dict[str, Any] = {
         **(describe or {}),
@@ -153,30 +155,29 @@ def _digests(
             raise ValueError(f"model.experts: {other} and {name} are the same model")
 
 
-def _ties(base: Side, others: Sequence[Side], source: Path) -> dict[str, str]:
+def _ties(base: Side, others: Sequence[Side]) -> dict[str, str]:
     """Map each head that is tied in the base and in all other checkpoints to its embedding.
 
     Where one has a head of its own, heads are merged as the matrices that they are.
+    """
+    each = [tied({n: side.entries[n] for n in base.entries}) for side in others]
+    return {h: t for h, t in tied(base.entries).items() if all(found.get(h) == t for found in each)}
+
+
+def _check_ties(heads: Sequence[str], sources: Sequence[Path]) -> None:
+    """Raise `ValueError` where a configuration that is written ties a head that is none's.
 
     Args:
-        base: the base's layout.
-        others: the experts', and that of another base.
-        source: whose configuration is written.
-
-    Raises:
-        ValueError: that configuration ties them for whoever loads the result.
+        heads: those that some checkpoints tie and others do not.
+        sources: whose configurations are written.
     """
-    found = tied(base.entries)
-    each = [tied({n: side.entries[n] for n in base.entries}) for side in others]
-    kept = {head: table for head, table in found.items() if all(t.get(head) == table for t in each)}
-    place = (source if source.is_dir() else source.parent) / "config.json"
-    if kept != found and configs.content(place).get("tie_word_embeddings") is True:
-        head = next(name for name in found if name not in kept)
-        raise ValueError(
-            f"{head}: tied to the embedding by {place}, and of its own in an expert: whoever loads"
-            " the merged model would lose it; untie the base first"
-        )
-    return kept
+    for source in sources if heads else ():
+        place = (source if source.is_dir() else source.parent) / "config.json"
+        if configs.content(place).get("tie_word_embeddings") is True:
+            raise ValueError(
+                f"{heads[0]}: tied to the embedding by {place}, and of its own in an expert:"
+                " whoever loads what is written would lose it; untie that model first"
+            )
 
 
 def _check_fit(base: Side, sides: Mapping[str, Side], setting: str) -> None:
