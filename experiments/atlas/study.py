@@ -15,7 +15,18 @@ from deltalab.store.record import Outcome, label
 from experiments.compression.study import Code, front
 from experiments.paper.drawing import tiles
 from experiments.paper.evidence import Documents, Evidence
-from experiments.paper.found import Cell, Check, Found, Table, above, every, mean, pairs, scored
+from experiments.paper.found import (
+    Cell,
+    Check,
+    Found,
+    Table,
+    above,
+    every,
+    fisher,
+    mean,
+    pairs,
+    scored,
+)
 
 CLOSE, LEAST, MODERATE = 0.02, 1e-4, 0.5
 """A term is close within so much of the change, or so many nats, of changes up to the last."""
@@ -147,16 +158,9 @@ def _tails(hits: int, count: int) -> tuple[float, float]:
 
 
 def ordered(own: Sequence[Outcome]) -> Cell:
-    """Return the case that the prediction's rank correlation lies above `RANK`.
-
-    By Fisher's transform with Bonett and Wright's standard error, as in `paper.scores`.
-    """
+    """Return the case that the prediction's rank correlation lies above `RANK`."""
     rank, count = _rank(own)
-    if rank is None:
-        return Cell(1.0, 1.0)
-    inside = max(-0.999, min(0.999, rank))
-    error = math.sqrt((1 + inside**2 / 2) / (count - 3))
-    return above(Mean(math.atanh(inside), error), math.atanh(RANK))
+    return Cell(1.0, 1.0) if rank is None else above(fisher(rank, count), math.atanh(RANK))
 
 
 def _rank(own: Sequence[Outcome]) -> tuple[float | None, int]:

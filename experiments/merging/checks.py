@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from deltalab.report.outcomes import spearman
-from deltalab.statistics.means import Mean, holm, tail
+from deltalab.statistics.means import Mean, holm
 from deltalab.store.record import Outcome
 from experiments.merging.families import Family
 from experiments.paper.evidence import Evidence
-from experiments.paper.found import LEVEL, NEAR, Cell, Check, above, every, kept, some
+from experiments.paper.found import LEVEL, NEAR, Cell, Check, above, every, fisher, kept, some
 
 FOUR = ("svc", "tsv", "iso", "regmean delta")
 """Methods that are to be as good as task arithmetic."""
@@ -164,30 +164,16 @@ def _ranks(found: Sequence[Family]) -> list[tuple[Ranked, Ranked]]:
 
 
 def ranked(pair: Ranked, bound: float = RANK) -> Cell:
-    """Return the case that a rank correlation lies above a bound, by Fisher's transformation.
-
-    Its error is sqrt((1 + r^2 / 2) / (n - 3)) for Spearman's correlation (Bonett and Wright, 2000):
-    1.06 in place of the first factor is too little where the correlation is high.
-    """
-    return _case(_fisher(pair) - math.atanh(bound), math.sqrt(_variance(pair)))
+    """Return the case that a rank correlation lies above a bound, by Fisher's transformation."""
+    return above(_fisher(pair), math.atanh(bound))
 
 
 def further(one: Ranked, other: Ranked) -> Cell:
     """Return the case that one rank correlation is higher than another, as if independent."""
-    error = math.sqrt(_variance(one) + _variance(other))
-    return _case(_fisher(one) - _fisher(other), error)
+    return above(_fisher(one) - _fisher(other))
 
 
-def _case(distance: float, error: float) -> Cell:
-    return Cell(tail(distance / error), tail(-distance / error))
-
-
-def _fisher(pair: Ranked) -> float:
-    found = spearman(*pair) or 0.0
-    most = 1 - 1 / (10 * len(pair[0]) ** 2)  # less than one exchange of neighbours
-    return math.atanh(max(-most, min(most, found)))
-
-
-def _variance(pair: Ranked) -> float:
-    found = spearman(*pair) or 0.0
-    return (1 + found**2 / 2) / max(1, len(pair[0]) - 3)
+def _fisher(pair: Ranked) -> Mean:
+    count = len(pair[0])
+    # At most less than one exchange of neighbours.
+    return fisher(spearman(*pair) or 0.0, count, most=1 - 1 / (10 * count**2))

@@ -18,7 +18,18 @@ from deltalab.statistics.means import Mean
 from deltalab.store.record import Outcome
 from experiments.paper.drawing import one_legend
 from experiments.paper.evidence import Documents
-from experiments.paper.found import Check, Found, Table, above, end, every, mean, pairs, scored
+from experiments.paper.found import (
+    Check,
+    Found,
+    Table,
+    above,
+    end,
+    every,
+    fisher,
+    mean,
+    pairs,
+    scored,
+)
 
 LEAST = 0.5
 """The rank correlation above which a loss is said to order scores."""
@@ -124,15 +135,13 @@ def roomy(places: Sequence[Place]) -> list[Place]:
 def ordered(places: Sequence[Place], account: str) -> Mean | None:
     """Return the rank correlation of an account with the score lost, through Fisher's transform.
 
-    The standard error is Bonett and Wright's (Psychometrika 65, 2000), that of Spearman's
-    coefficient: sqrt((1 + r^2 / 2) / (n - 3)) after atanh. None: too few settings have the account.
+    None: too few settings have the account.
     """
     both = [(p.accounts[account], p.lost) for p in places if account in p.accounts]
     rank = spearman([a for a, _ in both], [b for _, b in both])
     if rank is None or len(both) < FEWEST:
         return None
-    inside = max(-0.999, min(0.999, rank))
-    return Mean(math.atanh(inside), math.sqrt((1 + inside**2 / 2) / (len(both) - 3)))
+    return fisher(rank, len(both))
 
 
 def _check(name: str, what: str, account: str, tasks: Iterable[Sequence[Place]]) -> Check:
